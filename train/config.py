@@ -1,0 +1,209 @@
+"""Every knob of a training run, one frozen model a part, each checked before a process is started.
+
+The rules that cross parts live in `train/rules.py`, from which docs/combinations.md is generated.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tuneloom.config import Config
+
+NAME = re.compile(r"[a-z0-9._-]{1,64}")
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class RunConfig(Config):
+    root: str = "runs"
+    """Folder that holds one folder a run; shared by all nodes of a cluster."""
+    name: str = "run"
+    """What the run is called in its id and in W&B."""
+    id: str | None = None
+    """The folder's name under `root`; None makes one from name, time and a random suffix."""
+    parent: str | None = None
+    """Run id that this run was started from, kept for lineage."""
+
+    @field_validator("name", "id")
+    @classmethod
+    def safe(cls, value: str | None) -> str | None:
+        # Names reach paths, sbatch headers and W&B (LLaMA-Factory CVE-2024-52803).
+        if value is not None and (not NAME.fullmatch(value) or set(value) <= {"."}):
+            raise ValueError("expected 1 to 64 of [a-z0-9._-]")
+        return value
+
+
+class ModelConfig(Config):
+    path: str
+    """A folder or hub id with config.json, safetensors, tokenizer; or, for a new model, its config."""
+    revision: str | None = None
+    """Commit of a hub id; None takes the newest and records which it was."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the architecture in `path`/config.json from the seed, with no weights read."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of weights and activations; masters and optimizer state are fp32 whatever this says."""
+    attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
+    """`auto` takes the fastest that the device and the model allow, and says which."""
+    checkpointing: Literal["off", "on", "selective"] = "off"
+    """Recompute activations in backward: of no layer, of every layer, of every n-th layer."""
+    checkpoint_every_layers: Positive = 2
+    """The n of `checkpointing=selective`."""
+    kernels: bool = False
+    """Put the fused ops of kernels/ into the model; what was patched stands in effects.json."""
+
+
+class MethodConfig(Config):
+    kind: Literal["full", "lora", "qlora"]
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.0
+    """LoRA dropout. 0 by default: it costs a mask a linear and seldom helps."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear modules that get an adapter: all but the head, or names such as [q_proj, v_proj]."""
+    extra_modules: list[str] = []
+    """Modules trained whole beside the adapter, such as [embed_tokens, lm_head]."""
+    dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
+    double_quantisation: bool = True
+    """QLoRA: quantise the NF4 block constants too, 0.37 bits a parameter less (arXiv 2305.14314)."""
+
+
+class ObjectiveConfig(Config):
+    kind: Literal["sft", "pretrain"]
+
+
+class DataConfig(Config):
+    path: str
+    """A dataset folder made by `tuneloom ingest`, or a raw JSONL file."""
+    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    """Payload of a raw JSONL; `auto` looks at the keys of each row."""
+    validation: str | None = "validation"
+    """Split of the dataset folder, or a JSONL file, for validation loss; None for none."""
+    split: str = "train"
+    """Split of the dataset folder that is trained on."""
+
+
+class BatchConfig(Config):
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Longest example in tokens; longer ones follow `over_length`."""
+    packing: bool = True
+    tokens: Positive = 8192
+    """Packed: token budget of one micro-batch on one rank."""
+    sequences: Positive = 8
+    """Not packed: examples of one micro-batch on one rank, padded to the longest."""
+    accumulation: Positive = 1
+    """Micro-batches a rank sums before one optimizer step."""
+    shuffle: bool = True
+    window: Positive = 4096
+    """Examples that are packed together; also how far ahead the tokeniser must be."""
+    over_length: Literal["drop", "truncate", "error"] = "drop"
+    max_lost_answer_tokens: Fraction = 0.005
+    """Share of target tokens that over-length rows may lose before the run is refused."""
+
+    @model_validator(mode="after")
+    def pack_holds_an_example(self) -> "BatchConfig":
+        if self.packing and self.tokens < self.max_length:
+            raise ValueError(
+                f"batch.tokens: expected at least batch.max_length ({self.max_length}), "
+                f"got {self.tokens}; raise batch.tokens or lower batch.max_length"
+            )
+        return self
+
+
+class OptimConfig(Config):
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    muon_lr: Annotated[float, Field(gt=0)] = 0.02
+    """Learning rate of the matrices under `name=muon`; `lr` stays that of everything else."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: NotNegative = 10
+    min_lr_ratio: Fraction = 0.1
+    """Where linear, cosine and wsd end, as a share of lr."""
+    decay_fraction: Fraction = 0.2
+    """wsd: last share of the run over which lr falls."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Applied to matrices only; norms, biases and embeddings are never decayed."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 clips nothing."""
+
+
+class ZeroConfig(Config):
+    stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer state lives."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO-3 keeps parameter shards between uses."""
+    nvme_path: str | None = None
+
+
+class CheckpointConfig(Config):
+    every: NotNegative = 100
+    """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    keep: Positive = 2
+
+
+class TrainLoopConfig(Config):
+    max_bad_steps: NotNegative = 5
+    """Non-finite steps refused in a row before the run ends with exit 5."""
+    validate_every: NotNegative = 0
+    """Steps between validation losses; 0 is only at the end."""
+    validation_rows: Positive = 512
+    """At most this many rows of the validation split are scored each time."""
+    patience: NotNegative = 0
+    """Validations without a better loss before an early stop; 0 never stops early."""
+    sample_every: NotNegative = 0
+    """Steps between sample generations; 0 is only at the end."""
+    samples: NotNegative = 3
+    """Validation prompts that are answered each time."""
+    sample_tokens: Positive = 64
+    probe: bool = True
+    """Before step 1, prove on the real model that documents in a pack do not see each other."""
+    drill: bool = True
+    """Open the first checkpoint's weights in a fresh process and compare logits."""
+    effects_step: Positive = 2
+    """Step after which effects.json is written: 2, because B is 0 at LoRA's first step."""
+
+
+class TrackerConfig(Config):
+    mode: Literal["auto", "online", "offline", "off"] = "auto"
+    project: str = "tuneloom"
+
+
+class TrainConfig(Config):
+    """One training run, the same whatever launches it."""
+
+    seed: NotNegative = 0
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    resume: str = "auto"
+    """`auto` continues run.id if its folder holds a checkpoint, `never` refuses, else a checkpoint path."""
+    debug: bool = False
+    """Anomaly detection, at most 20 steps, and a verdict whether it is safe to scale."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    method: MethodConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    train: TrainLoopConfig = TrainLoopConfig()
+    tracker: TrackerConfig = TrackerConfig()
+
+    @model_validator(mode="after")
+    def runs(self) -> "TrainConfig":
+        from tuneloom.train.rules import violations
+
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps, epochs: at least one must be set, both are null; set steps=1000")
+        for message in violations(self):
+            raise ValueError(message)
+        return self

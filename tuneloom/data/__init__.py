@@ -1,0 +1,1 @@
+"""Raw records to versioned datasets, tokens and masks. No torch here."""

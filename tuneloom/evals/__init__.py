@@ -1,0 +1,1 @@
+"""Score a base and a tuned model side by side."""

@@ -1,0 +1,1 @@
+"""Drift, feedback, the decision to retrain."""

@@ -1,0 +1,1 @@
+"""Run records, digests, lineage. No torch here."""
