@@ -1,0 +1,137 @@
+"""What a model, tokenizer or template is: sha256 strings that survive sharding and saving again.
+
+A weights digest covers tensor names, dtypes, shapes and bytes, never file names, shard borders or
+file metadata: the same weights in one file or in twenty have one digest. No torch: the safetensors
+header is read by hand and the bytes are hashed from a memory map, tensors in parallel.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneloom.errors import DataError
+
+NONE = "none"
+"""Digest of what is not there, such as the template of a tokenizer without one."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a safetensors file: its name, its type, and where its bytes lie."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with one spelling: sorted keys, no spaces, Unicode as it is."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of the canonical JSON of a value."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that a loader would read; raises DataError when there are none.
+
+    An index decides where there is one: hub repositories hold second copies (consolidated.*).
+    """
+    index = Path(folder, "model.safetensors.index.json")
+    if index.exists():
+        return sorted({Path(folder, name) for name in _json(index)["weight_map"].values()})
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if Path(folder, name).exists():
+            return [Path(folder, name)]
+    raise DataError(f"{folder}: expected *.safetensors weights, found none; save as safetensors")
+
+
+def tensors(file: Path) -> Iterator[Tensor]:
+    """The tensors a safetensors file says it holds; raises DataError for a damaged file."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8)) if size >= 8 else (size,)
+        if size < 8 + length:
+            raise DataError(f"{file}: cut short at {size} bytes; copy it again")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise DataError(f"{file}: not a safetensors file; copy it again") from error
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        if end > size:
+            raise DataError(f"{file}: {name} is cut short; copy the file again")
+        yield Tensor(file, name, entry["dtype"], tuple(entry["shape"]), start, end)
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Digest of all tensors of a folder, the same however they are sharded."""
+    everything = [tensor for file in weight_files(folder) for tensor in tensors(file)]
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(_bytes_hash, everything))
+    lines = sorted(
+        f"{t.name}\t{t.dtype}\t{list(t.shape)}\t{h}"
+        for t, h in zip(everything, hashes, strict=True)
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _bytes_hash(tensor: Tensor) -> str:
+    """sha256 of one tensor's bytes; hashlib lets go of the GIL, so threads run side by side."""
+    if tensor.start == tensor.end:
+        return hashlib.sha256(b"").hexdigest()
+    with (
+        tensor.file.open("rb") as handle,
+        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as view,
+        view[tensor.start : tensor.end] as part,
+    ):
+        return hashlib.sha256(part).hexdigest()
+
+
+def tokenizer_digest(folder: str | Path) -> str:
+    """Digest of how a folder's tokenizer makes ids of text; padding and truncation left out."""
+    path = Path(folder, "tokenizer.json")
+    if path.exists():
+        tokenizer = _json(path)
+        return digest_of({k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")})
+    slow = Path(folder, "tokenizer.model")
+    if slow.exists():
+        return hashlib.sha256(slow.read_bytes()).hexdigest()
+    raise DataError(f"{folder}: expected tokenizer.json or tokenizer.model, found neither")
+
+
+def template_digest(folder: str | Path) -> str:
+    """Digest of a folder's chat template, in whichever of its two places; `none` without one."""
+    loose = Path(folder, "chat_template.jinja")
+    if loose.exists():
+        return hashlib.sha256(loose.read_bytes()).hexdigest()
+    path = Path(folder, "tokenizer_config.json")
+    template = _json(path).get("chat_template") if path.exists() else None
+    if template is None:
+        return NONE
+    text = template if isinstance(template, str) else canonical(template).decode()
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _json(path: Path) -> Any:
+    """A JSON file, or a DataError that names it."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); copy it again") from error
