@@ -1,0 +1,1 @@
+"""Dataset recipes: one YAML a dataset, chosen with `tuneloom ingest data=NAME`."""

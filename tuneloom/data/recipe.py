@@ -1,0 +1,86 @@
+"""What `tuneloom ingest` may be told: the recipe of one dataset, checked before a row is read."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from tuneloom.config import Config
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class SplitConfig(Config):
+    train: Fraction = 0.9
+    validation: Fraction = 0.05
+    test: Fraction = 0.05
+    seed: int = 0
+    """Another seed puts other keys into each split."""
+
+    @model_validator(mode="after")
+    def adds_up(self) -> "SplitConfig":
+        total = self.train + self.validation + self.test
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(
+                f"data.split: expected train + validation + test to be 1, got {total:g}"
+            )
+        return self
+
+
+class WithinConfig(Config):
+    dataset: str
+    """A dataset folder whose keys were made by the same `key`."""
+    split: str = "train"
+    """Rows of other splits are left out, so that text for pretraining holds no test row."""
+
+
+class Recipe(Config):
+    name: str
+    """The dataset's name; its folder is NAME@ID."""
+    source: str | list[str] | None = None
+    """Files, folders or globs; `source=` on the command line goes before it."""
+    record: dict[str, Any] | None = None
+    """Templates that make a record from a raw row's fields; None recognises the common shapes."""
+    key: str | None = None
+    """Template of what must not be on both sides of a split; None takes the record's input."""
+    label: str | None = None
+    """Template of the class that splits are balanced over; None balances nothing."""
+    split: SplitConfig = SplitConfig()
+    within: WithinConfig | None = None
+    max_rejected: Fraction = 0.01
+    """Share of rows that may be rejected before the ingest ends with exit code 3."""
+    max_row_bytes: Positive = 1_000_000
+    """A longer row is rejected: a 10 MB row is a broken export more often than a record."""
+    rows_per_shard: Positive = 100_000
+
+    @field_validator("name")
+    @classmethod
+    def safe(cls, value: str) -> str:
+        # Names become folders (LLaMA-Factory CVE-2024-52803).
+        if not NAME.fullmatch(value):
+            raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
+        return value
+
+
+class IngestConfig(Config):
+    data: Recipe
+    source: str | list[str] | None = None
+    """Files, folders or globs to read; None takes the recipe's own."""
+    root: str = "datasets"
+    """Folder that holds one folder a dataset version."""
+    workers: Positive = 1
+    """Processes that prepare rows; the result does not depend on it."""
+
+    @model_validator(mode="after")
+    def has_a_source(self) -> "IngestConfig":
+        if not self.sources:
+            raise ValueError("source: required, but not given; set source='raw/*.jsonl'")
+        return self
+
+    @property
+    def sources(self) -> list[str]:
+        """The patterns to read, whichever of the two places named them."""
+        chosen = self.source if self.source is not None else self.data.source
+        return [chosen] if isinstance(chosen, str) else sorted(chosen or [])

@@ -1,0 +1,58 @@
+"""Is this content a record a model can learn from? Each fault has a code to be counted by."""
+
+from collections.abc import Mapping
+from typing import Any
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+MESSAGE_KEYS = frozenset({"role", "content", "name", "train", "tool_calls", "tool_call_id"})
+
+
+class Reject(ValueError):
+    """A row that cannot become a record: a code to count by, and a sentence for a person."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(code, sentence)
+        self.code, self.sentence = code, sentence
+
+
+def check(content: Mapping[str, Any]) -> None:
+    """Raise Reject unless content is one of the payloads, with something to learn in it."""
+    if "messages" in content:
+        _check_messages(content["messages"])
+    elif "completion" in content:
+        _check_text(content.get("prompt"), "prompt")
+        _check_text(content["completion"], "completion")
+    elif "text" in content:
+        _check_text(content["text"], "text")
+    else:
+        raise Reject("unknown_shape", f"a record with the fields {sorted(content)}")
+
+
+def _check_messages(messages: Any) -> None:
+    """A non-empty list of turns, at least one of them an answer."""
+    if not isinstance(messages, list):
+        raise Reject("wrong_type", f"messages: expected a list, got {type(messages).__name__}")
+    answers = 0
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise Reject("wrong_type", f"messages.{index}: expected an object")
+        if unknown := message.keys() - MESSAGE_KEYS:
+            raise Reject("unknown_field", f"messages.{index}: unknown field {min(unknown)!r}")
+        if message.get("role") not in ROLES:
+            raise Reject(
+                "unknown_role", f"messages.{index}.role: {str(message.get('role'))[:40]!r}"
+            )
+        if not message.get("tool_calls"):
+            _check_text(message.get("content"), f"messages.{index}.content")
+        answers += message["role"] == "assistant"
+    if not answers:
+        raise Reject("no_answer", "messages: no turn of the assistant, nothing to learn")
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Text with something in it."""
+    if not isinstance(value, str):
+        got = "null" if value is None else type(value).__name__
+        raise Reject("wrong_type", f"{where}: expected text, got {got}")
+    if not value or value.isspace():
+        raise Reject("empty", f"{where}: empty")

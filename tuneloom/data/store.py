@@ -1,0 +1,107 @@
+"""A dataset folder on disk: shards, manifest, and the id that is the digest of what they hold."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tuneloom.errors import DataError
+
+COLUMNS = ("id", "record", "source", "meta")
+SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+
+
+class ShardWriter:
+    """Writes one split's rows, in the order given, into shards of a fixed number of rows."""
+
+    def __init__(self, folder: Path, split: str, rows_per_shard: int) -> None:
+        self.folder, self.split, self.rows_per_shard = folder, split, rows_per_shard
+        self.waiting: list[pa.Table] = []
+        self.waiting_rows = 0
+        self.rows = 0
+        self.shards: list[dict[str, Any]] = []
+        self.digest = hashlib.sha256()
+
+    def add(self, table: pa.Table) -> None:
+        """Append rows; shards are cut at row counts, so memory ranges do not show in the files."""
+        table = table.select(COLUMNS)
+        for column in ("id", "source", "meta"):
+            for value in table[column].to_pylist():
+                self.digest.update(value.encode("utf-8") + b"\n")
+        self.waiting.append(table)
+        self.waiting_rows += len(table)
+        self.rows += len(table)
+        while self.waiting_rows >= self.rows_per_shard:
+            self._cut(self.rows_per_shard)
+
+    def close(self) -> dict[str, Any]:
+        """Write what is left; returns the manifest's entry of this split."""
+        if self.waiting_rows:
+            self._cut(self.waiting_rows)
+        return {"rows": self.rows, "digest": self.digest.hexdigest(), "shards": self.shards}
+
+    def _cut(self, count: int) -> None:
+        joined = pa.concat_tables([SCHEMA.empty_table(), *self.waiting])
+        shard, rest = joined.slice(0, count).combine_chunks(), joined.slice(count)
+        self.waiting, self.waiting_rows = [rest], len(rest)
+        path = self.folder / f"{self.split}-{len(self.shards):05d}.parquet"
+        pq.write_table(shard, path, compression="zstd", row_group_size=10_000)
+        self.shards.append({"file": path.name, "rows": len(shard), "sha256": file_digest(path)})
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_id(manifest: dict[str, Any]) -> str:
+    """Twelve hex digits over all that the manifest says, the digests of content among it.
+
+    Digests of shard files are left out: another version of Parquet may pack equal rows otherwise.
+    """
+    splits = {name: part | {"shards": []} for name, part in manifest["splits"].items()}
+    said = manifest | {"splits": splits}
+    text = json.dumps(said, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
+    """Move a finished draft to NAME@ID in one step and point the link NAME at it."""
+    name, identity = manifest["name"], manifest["id"]
+    write_json(draft / "manifest.json", manifest)
+    draft.chmod(0o755)  # mkdtemp made it private
+    folder = root / f"{name}@{identity}"
+    if folder.exists():
+        shutil.rmtree(draft)
+    else:
+        draft.rename(folder)
+    link = root / name
+    if link.exists() and not link.is_symlink():
+        raise DataError(f"{link}: a folder stands where the link to the newest version belongs")
+    fresh = root / f".{name}.{os.getpid()}"
+    fresh.symlink_to(folder.name)
+    fresh.replace(link)
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that a person can read, the same bytes on every machine."""
+    text = json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a dataset folder; raises DataError where there is none."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise DataError(
+            f"{folder}: no dataset here (no manifest.json); make one with tuneloom ingest"
+        )
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return manifest
