@@ -46,7 +46,8 @@ def _nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def did_you_mean(key: str, known: list[str]) -> str:
     """`; did you mean 'optim.lr'?`, or nothing when no known key is near."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    known = [k for k in known if not any(other.startswith(k + ".") for other in known)]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not near:
         last = {k.rsplit(".", 1)[-1]: k for k in known}
         near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)]
@@ -92,8 +93,16 @@ def _sentence(error: Any, known: list[str]) -> str:
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
-def compose(verb: str, overrides: list[str], *, config_dir: str | None = None) -> dict[str, Any]:
+def compose(
+    verb: str,
+    overrides: list[str],
+    *,
+    config_dir: str | None = None,
+    known: list[str] | None = None,
+) -> dict[str, Any]:
     """Compose `conf/<verb>.yaml` with overrides into a plain, resolved mapping.
+
+    `known` are the dotted keys that a mistyped one is compared with.
 
     Raises ConfigError for an override Hydra cannot parse or place, and for a `???` left unset.
     """
@@ -105,18 +114,44 @@ def compose(verb: str, overrides: list[str], *, config_dir: str | None = None) -
     from omegaconf.errors import OmegaConfBaseException
 
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    # The flag takes the place of the search path that conf/ingest.yaml names.
+    own = ",pkg://tuneloom.conf.ingest" if verb == "ingest" else ""
+    search = [f"hydra.searchpath=[file://{config_dir}{own}]"] if config_dir else []
     try:
         with initialize_config_module(config_module="tuneloom.conf", version_base="1.3"):
             composed = hydra_compose(config_name=verb, overrides=[*search, *overrides])
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_hydra_sentence(error)) from None
+        raise ConfigError(_hydra_sentence(error, known or [])) from None
     return typing.cast(dict[str, Any], container)
 
 
-def _hydra_sentence(error: Exception) -> str:
+def unknown_override(overrides: list[str], known: list[str]) -> None:
+    """Refuse an override whose key no config has, before Hydra words it; `group=choice` passes.
+
+    Keys are compared whole (`optim.lrr`), so a group such as `experiment` is left to Hydra.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0].split("@")[0]
+        if "." in key and not key.startswith("hydra.") and key not in known and not _is_open(key, known):
+            raise ConfigError(f"{key}: unknown key{did_you_mean(key, known)}, in {override!r}")
+
+
+def _is_open(key: str, known: list[str]) -> bool:
+    """True below a mapping field such as `labels`, whose keys no model lists."""
+    parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
+    return any(p in known and not any(k.startswith(p + ".") for k in known) for p in parents)
+
+
+def _hydra_sentence(error: Exception, known: list[str]) -> str:
     """Hydra's message without its advice to add unknown keys with `+`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("To append", "full_key", "object_type"))]
+    if kept[0].startswith("Could not override"):
+        key = kept[0].split("'")[1]
+        return f"{key}: unknown key{did_you_mean(key, known)}"
+    if kept[0].startswith("Missing mandatory value"):
+        missing = [line for line in str(error).splitlines() if "full_key" in line]
+        key = missing[0].split(":")[1].strip() if missing else kept[0].split(":")[1].strip()
+        return f"{key}: required, but not given; set {key}=..."
     return "; ".join(kept[:3])

@@ -1,0 +1,129 @@
+"""Micro-batches of one rank: the plan's bins turned into tensors, packed or padded, with what they hold.
+
+Labels are already shifted: labels[b, t] is the token that follows input_ids[b, t], or -100. An empty bin
+(the run's last step may not fill every rank) becomes one token without a label, so that every rank still
+takes part in every collective.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+Example = tuple[np.ndarray, np.ndarray]
+"""(ids (L,) int32, target (L,) bool) as rendered: target[i] says that token i is predicted with loss."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rows of S positions: B = 1 when packed, S = the longest row when padded."""
+
+    input_ids: Tensor  # (B, S) int64
+    labels: Tensor  # (B, S) int64, IGNORED where there is no loss
+    position_ids: Tensor  # (B, S) int64, from 0 in each document
+    cu_seqlens: Tensor | None  # (N + 1,) int32 offsets of the packed documents
+    max_length: int
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return sum(self.lengths)
+
+    @property
+    def target_tokens(self) -> int:
+        return sum(self.targets)
+
+    @property
+    def square_tokens(self) -> int:
+        return sum(n * n for n in self.lengths)
+
+    @property
+    def padded(self) -> int:
+        return self.input_ids.numel() - self.tokens
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return MicroBatch(**moved)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a transformers causal LM's forward."""
+        inputs: dict[str, Any] = {
+            "input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False,
+        }  # fmt: skip
+        if self.cu_seqlens is not None:
+            inputs |= {
+                "cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens,
+                "max_length_q": self.max_length, "max_length_k": self.max_length,
+            }  # fmt: skip
+        return inputs
+
+
+def collate(rows: Sequence[int], examples: Sequence[Example], *, packing: bool) -> MicroBatch:
+    """One micro-batch of these rows; `packing` chooses the layout."""
+    lengths = tuple(len(ids) for ids, _ in examples)
+    targets = tuple(int(target[1:].sum()) for _, target in examples)
+    if not examples:
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        cu_seqlens = torch.tensor([0, 1], dtype=torch.int32) if packing else None
+        return MicroBatch(one, one + IGNORED, one, cu_seqlens, 1, (), (), ())
+    layout = _pack if packing else _pad
+    return layout(tuple(int(r) for r in rows), examples, lengths, targets)
+
+
+def _shifted(ids: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(L,) int64 labels: at t the token at t + 1 if it is a target."""
+    labels = np.full(len(ids), IGNORED, dtype=np.int64)
+    labels[:-1] = np.where(target[1:], ids[1:], IGNORED)
+    return labels
+
+
+def _pack(
+    rows: tuple[int, ...], examples: Sequence[Example], lengths: tuple[int, ...], targets: tuple[int, ...]
+) -> MicroBatch:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.concatenate([ids for ids, _ in examples]).astype(np.int64)
+    labels = np.concatenate([_shifted(i, t) for i, t in examples])
+    positions = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths)
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        position_ids=torch.from_numpy(positions.astype(np.int64))[None],
+        cu_seqlens=torch.from_numpy(offsets),
+        max_length=max(lengths),
+        rows=rows,
+        lengths=lengths,
+        targets=targets,
+    )
+
+
+def _pad(
+    rows: tuple[int, ...], examples: Sequence[Example], lengths: tuple[int, ...], targets: tuple[int, ...]
+) -> MicroBatch:
+    """Right padding: under causal attention no real token sees it, so no mask is needed."""
+    shape = (len(examples), max(lengths))
+    ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    for row, (tokens, target) in enumerate(examples):
+        ids[row, : len(tokens)] = tokens
+        labels[row, : len(tokens)] = _shifted(tokens, target)
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.arange(shape[1]).expand(shape).contiguous(),
+        cu_seqlens=None,
+        max_length=shape[1],
+        rows=rows,
+        lengths=lengths,
+        targets=targets,
+    )

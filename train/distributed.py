@@ -1,0 +1,102 @@
+"""The process group: who this rank is, what all ranks agree on, one place for every collective."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place; `device` is where its tensors live."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start(*, timeout_seconds: int = 1800) -> World:
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset.
+
+    NCCL on CUDA devices, gloo on CPU. DeepSpeed picks its accelerator at import, so this sets
+    DS_ACCELERATOR first.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
+        os.environ[name] = str(value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        assert size == 1, "MASTER_PORT is unset with several ranks"
+        os.environ["MASTER_PORT"] = "0"
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
+        )
+    return World(rank, size, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed on every rank: adapters are initialised alike, dropout differs by rank later."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """In-place sum; same on all ranks after."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """In-place maximum; same on all ranks after."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def barrier() -> None:
+    """All ranks reach here before any goes on."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(value: object) -> list[object]:
+    """One small picklable value a rank, in rank order, on all ranks."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value on all ranks."""
+    if dist.get_world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]

@@ -1,0 +1,222 @@
+"""Receipts: after warm-up, what each enabled option really did; one that did nothing ends the run.
+
+Options that are validated, documented and then read by nothing are this field's commonest lie (Muon
+under ZeRO-3, DeepSpeed#8438; sequence parallelism, ms-swift#10061). Each receipt below is an
+observation of the running engine, never a copy of the config.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuneloom.errors import TrainingError
+from tuneloom.kernels import attention
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.distributed import World
+from tuneloom.train.flops import true_numel
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One option, whether it acted, and the evidence."""
+
+    option: str
+    acted: bool
+    evidence: dict[str, Any]
+
+
+class Witness:
+    """Collects evidence during the first steps; `receipts` is called once, after `effects_step`."""
+
+    def __init__(self, config: TrainConfig, engine: Any, world: World) -> None:
+        self.config, self.engine, self.world = config, engine, world
+        self.network: nn.Module = engine.module
+        self._gradients: dict[str, float] = {}
+        self._update: dict[str, Any] | None = None
+        self._before: tuple[str, Tensor] | None = None
+        self._layers = 0
+        self._documents: list[int] = []
+        self._attention_per_micro = 0
+        attention.CALLS.clear()
+
+    def saw_micro_batch(self, documents: int) -> None:
+        """Called after each forward and backward of the watched steps."""
+        self._documents.append(documents)
+
+    def before_step(self) -> None:
+        """Between the last backward and the optimizer step of the watched step; collective."""
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                gradient = _gradient(parameter)
+                self._gradients[name] = 0.0 if gradient is None else float(gradient.float().norm())
+        matrix = next(_matrices(self.network, muon=self.config.optim.name == "muon"), None)
+        if matrix is not None:
+            self._before = (matrix[0], _master(matrix[1]))
+
+    def after_step(self) -> None:
+        """After the optimizer step of the watched step; collective."""
+        if self._before is None:
+            return
+        name, before = self._before
+        after = _master(dict(self.network.named_parameters())[name])
+        change = (after - before).float()
+        values = torch.linalg.svdvals(change)
+        values = values[: max(1, math.ceil(0.9 * len(values)))]
+        self._update = {
+            "parameter": name,
+            "norm": float(change.norm()),
+            "singular_values": [float(values[-1]), float(values[0])],
+        }
+
+    def receipts(self) -> list[Receipt]:
+        """Every receipt, in the order of the config; collective evidence was gathered before."""
+        return [*self._method(), *self._optimizer(), *self._zero(), *self._model(), *self._batch()]
+
+    def _method(self) -> Iterator[Receipt]:
+        method = self.config.method
+        moved = {n: g for n, g in self._gradients.items() if g > 0}
+        still = sorted(set(self._gradients) - set(moved))
+        evidence: dict[str, Any] = {
+            "trainable_tensors": len(self._gradients),
+            "with_gradient": len(moved),
+            "without_gradient": still[:10],
+            "trainable_parameters": sum(
+                true_numel(p) for p in self.network.parameters() if p.requires_grad
+            ),
+        }
+        yield Receipt(f"method={method.kind}", bool(moved), evidence)
+        if method.kind == "qlora":
+            quantised = [m for m in self.network.modules() if type(m).__name__ == "Linear4bit"]
+            yield Receipt("method=qlora", bool(quantised), {"modules_in_nf4": len(quantised)})
+        if method.dora:
+            vectors = [n for n in moved if "lora_magnitude_vector" in n]
+            yield Receipt("method.dora", bool(vectors), {"magnitude_vectors_with_gradient": len(vectors)})
+        if method.rslora:
+            scales = {s for m in self.network.modules() for s in getattr(m, "scaling", {}).values()}
+            want = method.alpha / math.sqrt(method.rank)
+            yield Receipt("method.rslora", scales == {want}, {"scaling": sorted(scales)})
+        for extra in method.extra_modules:
+            names = [n for n in moved if f"{extra}.modules_to_save" in n]
+            yield Receipt(f"method.extra_modules={extra}", bool(names), {"with_gradient": len(names)})
+
+    def _optimizer(self) -> Iterator[Receipt]:
+        optim = self.config.optim
+        branches: dict[str, int] = {}
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                branch = "muon" if getattr(parameter, "use_muon", False) else "adamw"
+                branches[branch] = branches.get(branch, 0) + true_numel(parameter)
+        base = getattr(self.engine, "basic_optimizer", None)
+        evidence: dict[str, Any] = {
+            "class": type(base).__name__, "parameters_by_branch": branches, "update": self._update,
+        }  # fmt: skip
+        acted = self._update is not None and self._update["norm"] > 0
+        if optim.name == "muon" and self._update is not None:
+            low, high = self._update["singular_values"]
+            # Newton-Schulz leaves singular values near one another; AdamW's spread over decades.
+            acted = acted and branches.get("muon", 0) > 0 and low > 0.2 * high
+        if optim.name == "adamw8bit":
+            acted = acted and "8bit" in type(base).__name__
+        yield Receipt(f"optim={optim.name}", acted, evidence)
+
+    def _zero(self) -> Iterator[Receipt]:
+        zero = self.config.zero
+        stage = int(self.engine.zero_optimization_stage())
+        local = _optimizer_bytes(self.engine)
+        yield Receipt(
+            f"zero.stage={zero.stage}",
+            stage == zero.stage,
+            {
+                "stage": stage,
+                "ranks": self.engine.dp_world_size,
+                "optimizer_bytes_on_this_rank": local,
+                "sharded_parameters": sum(hasattr(p, "ds_id") for p in self.network.parameters()),
+            },
+        )
+        if zero.offload != "none":
+            kind = type(self.engine.basic_optimizer).__name__
+            enabled = bool(getattr(self.engine.optimizer, "cpu_offload", None)) or bool(
+                getattr(self.engine.optimizer, "offload_optimizer", None)
+            )
+            yield Receipt(
+                f"zero.offload={zero.offload}",
+                enabled and local > 0,
+                {"offloaded_bytes": local, "optimizer": kind},
+            )
+
+    def _model(self) -> Iterator[Receipt]:
+        model = self.config.model
+        calls = dict(attention.CALLS)
+        yield Receipt(f"model.attention={model.attention}", bool(calls), {"calls": calls})
+        dtypes: dict[str, int] = {}
+        for parameter in self.network.parameters():
+            dtypes[str(parameter.dtype).removeprefix("torch.")] = (
+                dtypes.get(str(parameter.dtype).removeprefix("torch."), 0) + true_numel(parameter)
+            )
+        yield Receipt(f"model.dtype={model.dtype}", True, {"parameters": dtypes})
+        if model.checkpointing != "off":
+            layers: Any = self.network.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+            per_micro = sum(calls.values()) / max(1, len(self._documents))
+            yield Receipt(
+                f"model.checkpointing={model.checkpointing}",
+                per_micro > layers,
+                {"layers": layers, "layer_forwards_per_micro_batch": per_micro},
+            )
+
+    def _batch(self) -> Iterator[Receipt]:
+        if self.config.batch.packing:
+            mean = sum(self._documents) / max(1, len(self._documents))
+            yield Receipt("batch.packing", mean > 0, {"documents_per_pack": round(mean, 2)})
+
+
+def as_json(receipts: list[Receipt], extra: dict[str, Any]) -> dict[str, Any]:
+    return {"receipts": [asdict(r) for r in receipts], **extra}
+
+
+def refuse_idle(receipts: list[Receipt]) -> None:
+    """Raise TrainingError naming every option that did not act."""
+    idle = [f"{r.option} ({r.evidence})" for r in receipts if not r.acted]
+    if idle:
+        raise TrainingError(f"options that did nothing: {'; '.join(idle)}; see effects.json")
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    from deepspeed.utils import safe_get_full_grad
+
+    if hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None:
+        full: Tensor | None = safe_get_full_grad(parameter)
+        return full
+    return parameter.grad
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """The whole fp32 master of a parameter; collective under ZeRO."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None:
+        full: Tensor = safe_get_full_fp32_param(parameter)
+        return full.detach().clone()
+    return parameter.detach().float().clone()
+
+
+def _matrices(network: nn.Module, *, muon: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable matrices that a receipt can watch: under Muon only those on its branch."""
+    for name, parameter in network.named_parameters():
+        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) == 2
+        if parameter.requires_grad and matrix and (not muon or getattr(parameter, "use_muon", False)):
+            yield name, parameter
+
+
+def _optimizer_bytes(engine: Any) -> int:
+    """Bytes of optimizer state that this rank holds."""
+    state = engine.basic_optimizer.state
+    return sum(
+        value.numel() * value.element_size()
+        for entry in state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    )

@@ -1,0 +1,61 @@
+"""Which row was in which step: one line per example and step, the root of every lineage question.
+
+Kept in parts, one a checkpoint, so that a resumed run drops what it will do again; joined at the end
+into exposure.parquet: record_id, step, rank, tokens, target_tokens.
+"""
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+SCHEMA = pa.schema(
+    [("record_id", pa.string()), ("step", pa.int32()), ("rank", pa.int32()),
+     ("tokens", pa.int32()), ("target_tokens", pa.int32())]
+)  # fmt: skip
+
+
+class Exposure:
+    """Rank 0's record of every rank's rows, buffered until the next checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.parts = folder / "exposure"
+        self.target = folder / "exposure.parquet"
+        self._columns: list[list[object]] = [[] for _ in SCHEMA]
+
+    def add(self, record_id: str, step: int, rank: int, tokens: int, target_tokens: int) -> None:
+        values = (record_id, step, rank, tokens, target_tokens)
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
+
+    def flush(self, step: int) -> None:
+        """Write what was buffered up to and including `step` as one part."""
+        if not self._columns[0]:
+            return
+        self.parts.mkdir(exist_ok=True)
+        aside = self.parts / f".step-{step:06d}.tmp"
+        pq.write_table(pa.table(self._columns, schema=SCHEMA), aside)
+        aside.rename(self.parts / f"step-{step:06d}.parquet")
+        self._columns = [[] for _ in SCHEMA]
+
+    def rewind(self, step: int) -> None:
+        """Forget every row of steps after `step`."""
+        for part in sorted(self.parts.glob("step-*.parquet")):
+            table = pq.read_table(part)
+            kept = table.filter(pc.less_equal(table["step"], step))
+            if kept.num_rows == 0:
+                part.unlink()
+            elif kept.num_rows < table.num_rows:
+                pq.write_table(kept, part.with_suffix(".tmp"))
+                part.with_suffix(".tmp").rename(part)
+
+    def finish(self, step: int) -> None:
+        """Join all parts into exposure.parquet; they are sorted by step."""
+        self.flush(step)
+        tables = [pq.read_table(part) for part in sorted(self.parts.glob("step-*.parquet"))]
+        joined = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        pq.write_table(joined.sort_by("step"), self.target.with_suffix(".tmp"))
+        self.target.with_suffix(".tmp").rename(self.target)
+        shutil.rmtree(self.parts, ignore_errors=True)

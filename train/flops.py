@@ -1,0 +1,84 @@
+"""Model FLOPs of a step by what the mathematics needs, and the peak of the device it ran on.
+
+Full:  6 N_linear + 6 V D f + 3 L 2 s d_attn a token.    LoRA: 4 N_linear + 6 N_adapter + 4 V D f + the same
+attention (no weight gradients of the frozen base). s = sum(len^2) / sum(len) of the packed documents, causal;
+f = share of tokens with a label. Padding and recomputation are never counted (PaLM, arXiv 2204.02311, app. B).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# Dense bf16 TFLOP/s, vendor data sheets, without sparsity.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+               "B200": 2250, "GB200": 2500, "4090": 165, "3090": 71, "V100": 125}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formula needs of a model."""
+
+    linear: int
+    """Parameters of base linears, head and embeddings left out."""
+    adapter: int
+    """Trainable parameters beside the base."""
+    head: int
+    """V * D."""
+    attention: int
+    """Sum over layers of heads * head width."""
+    frozen: bool
+
+    def step(self, *, tokens: int, target_tokens: int, square_tokens: int) -> float:
+        """FLOPs of forward and backward over `tokens` real tokens in documents of sum(len^2)."""
+        passes = 4 if self.frozen else 6
+        linear = passes * self.linear * tokens + 6 * self.adapter * tokens
+        head = passes * self.head * target_tokens
+        return linear + head + 6.0 * self.attention * square_tokens
+
+
+def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
+    """Count parameters by the module that holds them; works on ZeRO-3 shards and NF4 weights."""
+    linear = adapter = 0
+    head_weight = id(getattr(_causal(network).get_output_embeddings(), "weight", None))
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            size = true_numel(parameter)
+            if frozen and parameter.requires_grad:
+                adapter += size
+            elif name == "weight" and isinstance(module, nn.Linear) and id(parameter) != head_weight:
+                linear += size
+    text = _causal(network).config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(
+        linear=linear,
+        adapter=adapter,
+        head=text.vocab_size * text.hidden_size,
+        attention=text.num_hidden_layers * text.num_attention_heads * width,
+        frozen=frozen,
+    )
+
+
+def true_numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, whether sharded by ZeRO-3 or packed in 4 bits."""
+    if hasattr(parameter, "ds_numel"):
+        return int(parameter.ds_numel)
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else parameter.numel()
+
+
+def _causal(network: nn.Module) -> Any:
+    inner: Any = network
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of this GPU; None where it is not known, and then no MFU is reported."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for key, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0])):
+        if key in name:
+            return tflops * 1e12
+    return None

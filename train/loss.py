@@ -1,0 +1,34 @@
+"""The loss: a sum over target tokens, divided once, by the target tokens of the whole step on all ranks.
+
+So accumulation, packing, world size and ZeRO stage all give one curve (transformers#34191 and its kin).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tuneloom.train.batches import IGNORED, MicroBatch
+
+
+def loss_sum(network: Any, micro: MicroBatch) -> Tensor:
+    """Sum of -log p over the micro-batch's target tokens, fp32 scalar with graph.
+
+    Only positions that carry a label reach the head: transformers' `logits_to_keep` takes their
+    indices, so the logits are (targets, V) and not (T, V). A batch without any label still runs the
+    head on one position and returns 0 with a graph, since every rank must take part in backward.
+    """
+    inputs = micro.model_inputs()
+    if micro.labels.shape[0] == 1:
+        keep = (micro.labels[0] != IGNORED).nonzero()[:, 0]  # (targets,)
+        if keep.numel() == 0:
+            keep = torch.zeros(1, dtype=torch.int64, device=keep.device)
+        logits = network(**inputs, logits_to_keep=keep).logits[0]
+        labels = micro.labels[0, keep]
+    else:
+        logits = network(**inputs).logits.flatten(0, 1)
+        labels = micro.labels.flatten()
+    if micro.target_tokens == 0:
+        return logits.float().sum() * 0.0
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,169 @@
+"""The base model and its tokenizer: found, checked, loaded in the right precision, nothing run from it.
+
+Only safetensors are read and no remote code is executed; no key of any config turns that on.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuneloom.errors import ConfigError
+from tuneloom.kernels import attention
+from tuneloom.train.config import MethodConfig, ModelConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOE_BLOCKS = ("MoeBlock", "SparseMoe", "MoE", "MLPExperts", "Experts")
+
+
+def locate(model: ModelConfig) -> Path:
+    """The local folder of `model.path`: itself, or the hub snapshot, downloaded where there is a network.
+
+    Raises ConfigError when there is neither, when the folder is an adapter, or has no tokenizer.
+    """
+    folder = Path(model.path)
+    if not folder.is_dir():
+        folder = _download(model)
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model.path: {folder} is an adapter, not a base; "
+            "set model.path to the base it was trained on and adapter= where you use it"
+        )
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.path: {folder} has no config.json; give a Hugging Face model folder")
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(
+            f"model.path: {folder} has no tokenizer (tokenizer.json); copy it beside the weights"
+        )
+    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise ConfigError(
+            f"model.path: {folder}/config.json asks for remote code (auto_map), which is never run; "
+            "remove the key if transformers knows the architecture"
+        )
+    if model.init == "pretrained" and not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.path: {folder} has no *.safetensors; pickled weights are not read")
+    return folder
+
+
+def _download(model: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import LocalEntryNotFoundError as NotFound
+
+    try:
+        return Path(
+            snapshot_download(
+                model.path,
+                revision=model.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+            )
+        )
+    except HFValidationError:
+        raise ConfigError(
+            f"model.path: no folder {model.path!r} here, and that is no hub id either"
+        ) from None
+    except (NotFound, OSError) as error:
+        raise ConfigError(
+            f"model.path: no folder {model.path!r} here, and the hub could not be asked for it "
+            f"({type(error).__name__}); copy the model here and give its folder"
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load(
+    folder: Path, model: ModelConfig, method: MethodConfig, device: torch.device, *, seed: int
+) -> nn.Module:
+    """The causal language model in `model.dtype` on `device`, attention installed, caches off.
+
+    Under ZeRO-3 the caller has switched partitioned initialisation on (`train/zero.py`), and weights
+    arrive already sharded over ranks. Raises ConfigError for an architecture that is not a causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    dtype = DTYPES[model.dtype]
+    torch.manual_seed(seed)
+    try:
+        if model.init == "random":
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        else:
+            network = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **_quantisation(method, dtype, device),
+            )
+    except (ValueError, KeyError) as error:
+        if "Unrecognized configuration" in str(error) or "AutoModelForCausalLM" in str(error):
+            raise ConfigError(
+                f"model.path: {folder} is no causal language model ({config.model_type})"
+            ) from None
+        raise
+    network.config.use_cache = False
+    choose_attention(network, model)
+    return network if method.kind == "qlora" else network.to(device)
+
+
+def choose_attention(network: nn.Module, model: ModelConfig) -> attention.Choice:
+    """Pick a backend for this model and device and install it."""
+    config: Any = network.config
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    choice = attention.choose(
+        model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap
+    )
+    attention.install(network, choice)
+    return choice
+
+
+def _quantisation(method: MethodConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments that make from_pretrained hold linears in NF4, for QLoRA."""
+    if method.kind != "qlora":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=method.double_quantisation,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantisation, "device_map": {"": device}}
+
+
+def checkpoint_activations(network: nn.Module, model: ModelConfig) -> int:
+    """Turn recomputation on for all or every n-th decoder layer; returns how many layers recompute."""
+    if model.checkpointing == "off":
+        return 0
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    causal: Any = network
+    causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"model.checkpointing: {type(network).__name__} has no layers that recompute; set it to off"
+        )
+    every = model.checkpoint_every_layers if model.checkpointing == "selective" else 1
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every == 0
+    return sum(layer.gradient_checkpointing for layer in layers)
+
+
+def moe_blocks(network: nn.Module) -> list[type[nn.Module]]:
+    """Classes of mixture-of-experts blocks, which ZeRO-3 must gather whole (DeepSpeed#7461)."""
+    return sorted(
+        {type(m) for m in network.modules() if type(m).__name__.endswith(MOE_BLOCKS)},
+        key=lambda kind: kind.__name__,
+    )
+

@@ -1,0 +1,183 @@
+"""The run folder: made or continued, locked against a second writer, recorded before step 0."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import secrets
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.train.config import TrainConfig
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "wandb", "hydra-core", "bitsandbytes",
+            "flash-attn", "triton", "numpy", "pyarrow", "tokenizers")  # fmt: skip
+
+
+def new_id(name: str) -> str:
+    """`name-20261122-120000-a1b2`: sorts by time, unique without asking anyone."""
+    return f"{name[:40]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def with_id(config: TrainConfig) -> TrainConfig:
+    """The same config with `run.id` filled in, so that every rank and restart names one folder."""
+    if config.run.id is not None:
+        return config
+    return config.model_copy(
+        update={"run": config.run.model_copy(update={"id": new_id(config.run.name)})}
+    )
+
+
+def folder_of(config: TrainConfig) -> Path:
+    assert config.run.id is not None, "with_id comes first"
+    return Path(config.run.root) / config.run.id
+
+
+def claim(config: TrainConfig) -> IO[str]:
+    """Make or reopen the run folder and lock it; the lock lives as long as the returned file.
+
+    Raises RefusedError when another process writes this run, ConfigError when the folder holds a
+    finished or different run and resume does not allow it, or when it cannot be made.
+    """
+    folder = folder_of(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.root: {folder} cannot be written ({error.strerror}); choose another") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        raise RefusedError(
+            f"run.id: {folder} is being written by {holder}; wait for it, or choose another run.id"
+        ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+    _check_same_run(config, folder)
+    return lock
+
+
+def _check_same_run(config: TrainConfig, folder: Path) -> None:
+    """A folder that already holds a run is continued only when asked to, with the same config."""
+    record = folder / "run.json"
+    if not record.exists():
+        return
+    if config.resume == "never":
+        raise ConfigError(
+            f"run.id: {folder} holds a run already and resume=never; choose another run.id"
+        )
+    before = json.loads(record.read_text(encoding="utf-8"))
+    if before["config_digest"] != digest(config):
+        changed = changes(before["config"], plain(config))
+        raise ConfigError(
+            f"run.id: {folder} was started with another config ({', '.join(changed)}); "
+            "choose another run.id, or start as before"
+        )
+
+
+RESUMABLE = ("resume", "launch", "tracker", "zero", "debug", "train", "checkpoint", "batch.accumulation")
+"""Keys that a resumed run may change: none of them moves the loss curve."""
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def digest(config: TrainConfig) -> str:
+    """sha256 of what decides the curve: the resolved config without the keys a resume may change."""
+    content = plain(config)
+    for key in RESUMABLE:
+        *path, last = key.split(".")
+        at = content
+        for part in path:
+            at = at[part]
+        at.pop(last, None)
+    content["run"] = None
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def changes(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(set(before) | set(after))
+        found: list[str] = []
+        for key in keys:
+            here = f"{path}.{key}" if path else key
+            if here not in RESUMABLE and here != "run":
+                found += changes(before.get(key), after.get(key), here)
+        return found
+    return [] if before == after else [f"{path}: {before!r} -> {after!r}"]
+
+
+def record(config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Write run.json and config.yaml before step 0; `facts` are dataset, base and world."""
+    import yaml
+
+    folder = folder_of(config)
+    content = {
+        "run_id": config.run.id,
+        "parent": config.run.parent,
+        "config": plain(config),
+        "config_digest": digest(config),
+        "code": code_version(),
+        "environment": environment(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "state": "running",
+        **facts,
+    }
+    write_json(folder / "run.json", content)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+
+
+def update(folder: Path, facts: dict[str, Any]) -> None:
+    """Add facts to run.json."""
+    before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    write_json(folder / "run.json", {**before, **facts})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file whole: a reader sees the old or the new one, never half."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def code_version() -> dict[str, Any]:
+    """Digest of the package's own source, and the git commit where there is one."""
+    root = Path(__file__).resolve().parent.parent
+    sha = hashlib.sha256()
+    for part in ("tuneloom", "train", "launch", "kernels", "conf"):
+        base = root / part if (root / part).is_dir() else root
+        for path in sorted(p for p in base.rglob("*") if p.suffix in (".py", ".yaml")):
+            sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return {"digest": sha.hexdigest(), "commit": _commit(root)}
+
+
+def _commit(root: Path) -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def environment() -> dict[str, Any]:
+    """Python, platform and the versions that decide numerics."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}

@@ -1,0 +1,87 @@
+"""The trained weights out of the engine: an adapter in PEFT's layout, or a whole model, as safetensors."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuneloom.train.distributed import World
+
+
+def gather(network: nn.Module, *, trainable_only: bool, world: World) -> dict[str, Tensor]:
+    """Whole tensors by name on rank 0 (empty elsewhere), one parameter at a time under ZeRO-3; collective."""
+    import deepspeed
+
+    state: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if trainable_only and not parameter.requires_grad:
+            continue
+        sharded = hasattr(parameter, "ds_id")
+        whole = deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext()
+        with whole:
+            if world.first:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if world.first and not trainable_only:
+        state |= {name: buffer.detach().cpu() for name, buffer in network.named_buffers()}
+    return state
+
+
+def save(network: nn.Module, tokenizer: Any, folder: Path, world: World) -> None:
+    """Write `folder` with the weights, tokenizer and chat template; collective, written by rank 0.
+
+    LoRA: adapter_config.json and adapter_model.safetensors. Full: config.json and model safetensors.
+    The folder appears whole or not at all.
+    """
+    from peft import PeftModel
+
+    adapters = isinstance(network, PeftModel)
+    state = gather(network, trainable_only=adapters, world=world)
+    if not world.first:
+        return
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    causal: Any = network
+    if not adapters:
+        kept = set(_saved_names(network))
+        state = {name: tensor for name, tensor in state.items() if name in kept}
+        # The attention function's name is ours; the saved model must load anywhere.
+        causal.config._attn_implementation = "sdpa"
+    causal.save_pretrained(aside, state_dict=state, safe_serialization=True)
+    if not adapters:
+        from tuneloom.kernels.attention import NAME
+
+        causal.config._attn_implementation = NAME
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def _saved_names(network: nn.Module) -> list[str]:
+    """Parameter and persistent buffer names, tied duplicates once."""
+    tied = set(getattr(network, "_tied_weights_keys", None) or ())
+    config: Any = network.config
+    drop = tied if config.get_text_config().tie_word_embeddings else set()
+    return [name for name in network.state_dict() if name not in drop]
+
+
+def store_probe(folder: Path, ids: Tensor, logits: Tensor, facts: dict[str, Any]) -> None:
+    """What a fresh process compares with: token ids (1, S) and the live model's logits (S, V) fp32."""
+    from safetensors.torch import save_file
+
+    save_file({"ids": ids.cpu(), "logits": logits.float().cpu()}, folder / "probe.safetensors")
+    (folder / "probe.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+@torch.no_grad()
+def live_logits(network: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
+    """(S, V) logits of the live model on (1, S) ids; collective under ZeRO-3."""
+    was_training = network.training
+    network.eval()
+    positions = torch.arange(ids.shape[1])[None].to(device)
+    logits: Tensor = network(input_ids=ids.to(device), position_ids=positions, use_cache=False).logits[0]
+    network.train(was_training)
+    return logits

@@ -1,0 +1,167 @@
+"""ZeRO: from our few keys to DeepSpeed's dict, the optimizer, and the engine."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuneloom.errors import RefusedError
+from tuneloom.train.config import OptimConfig, TrainConfig
+from tuneloom.train.distributed import World
+
+
+def deepspeed_config(
+    config: TrainConfig, world: World, *, accumulation: int, universal: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for this run; `universal` resumes from a converted checkpoint."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": accumulation * world.size,
+        "gradient_clipping": 0.0 if _plain(config) else config.optim.clip,
+        "zero_optimization": _zero(config),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "checkpoint": {"load_universal": universal},
+    }
+    if config.model.dtype == "bf16":
+        settings["bf16"] = {"enabled": True}
+    if config.model.dtype == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    if config.model.dtype != "fp32" and config.zero.stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.optim.name == "muon":
+        settings["optimizer"] = {"type": "Muon", "params": _muon(config.optim)}
+    return settings
+
+
+def _plain(config: TrainConfig) -> bool:
+    """No ZeRO and fp32: DeepSpeed hands the gradients through, and the loop clips them itself."""
+    return config.zero.stage == 0 and config.model.dtype == "fp32"
+
+
+def _zero(config: TrainConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        # Overlap has cost users correct losses (DeepSpeed#5545); off until a GPU run proves it here.
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+    if config.zero.offload != "none":
+        zero["offload_optimizer"] = {"device": config.zero.offload, "pin_memory": torch.cuda.is_available()}
+    if config.zero.offload_parameters != "none":
+        zero["offload_param"] = {
+            "device": config.zero.offload_parameters,
+            "pin_memory": torch.cuda.is_available(),
+        }
+    for part in ("offload_optimizer", "offload_param"):
+        if part in zero and zero[part]["device"] == "nvme":
+            zero[part]["nvme_path"] = config.zero.nvme_path
+    if config.zero.stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return zero
+
+
+def _muon(optim: OptimConfig) -> dict[str, Any]:
+    return {
+        "lr": optim.lr,
+        "muon_lr": optim.muon_lr,
+        "adam_lr": optim.lr,
+        "betas": [optim.beta1, optim.beta2],
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+
+
+@contextmanager
+def partitioned_init(settings: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, transformers builds each parameter already sharded, so no rank holds the model whole."""
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    _quiet()
+    alive = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del alive
+        unset_hf_deepspeed_config()
+
+
+def parameter_groups(network: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and the rest, which never do."""
+    decayed, plain = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and "embed" not in name
+            (decayed if matrix else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
+    """The optimizer DeepSpeed wraps; None where DeepSpeed builds its own (Muon)."""
+    optim = config.optim
+    groups = parameter_groups(network, optim)
+    shared: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if optim.name == "muon":
+        return None
+    if optim.name == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **shared)
+    if config.zero.offload != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **shared)
+
+
+def build_engine(network: nn.Module, config: TrainConfig, settings: dict[str, Any]) -> Any:
+    """The DeepSpeed engine around `network`, learning rates left to the loop.
+
+    Raises RefusedError when an op (CPU Adam, async I/O) cannot be built on this machine.
+    """
+    import deepspeed
+
+    from tuneloom.train.model import moe_blocks
+
+    _quiet()
+    if config.zero.stage == 3:
+        blocks = moe_blocks(network)
+        if blocks:
+            deepspeed.utils.set_z3_leaf_modules(network, blocks)
+    optimizer = _build_op(network, config)
+    groups = [p for p in network.parameters() if p.requires_grad] if optimizer is None else None
+    engine, *_ = deepspeed.initialize(
+        model=network, optimizer=optimizer, model_parameters=groups, config=settings
+    )
+    return engine
+
+
+def _build_op(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
+    try:
+        return build_optimizer(network, config)
+    except (RuntimeError, OSError, ImportError) as error:
+        if config.zero.offload == "none":
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise RefusedError(
+            f"zero.offload: DeepSpeed's CPU Adam cannot be built here ({first}); "
+            "install a C++ compiler and ninja, or set zero.offload=none"
+        ) from error
+
+
+def _quiet() -> None:
+    """DeepSpeed logs every setting at INFO on every rank."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)

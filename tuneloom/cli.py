@@ -1,0 +1,112 @@
+"""The command `tuneloom VERB [overrides]`: compose, validate, run one verb, end with its exit code.
+
+Hydra's own flags (--help, --cfg, --info, --multirun, --shell-completion) go to Hydra; an ordinary call
+composes in process, makes no output folder and changes no directory.
+"""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from tuneloom.config import build, compose, dotted_keys, unknown_override
+from tuneloom.errors import CONFIGURATION, ConfigError, TuneloomError
+
+VERBS = {
+    "doctor": ("tuneloom.launch.doctor", "Is this machine fit to train? One line each, with the fix."),
+    "ingest": ("tuneloom.data.ingest", "Raw records into a versioned dataset."),
+    "inspect": ("tuneloom.data.inspect", "Rows as the trainer sees them, mask in colour."),
+    "plan": ("tuneloom.launch.plan", "Memory, steps, disk and time, before anything starts."),
+    "train": ("tuneloom.launch.run", "Fine-tune or pretrain."),
+    "export": ("tuneloom.train.export", "A run's adapter or merged model, with its contract."),
+    "generate": ("tuneloom.evals.generate", "Answer a prompt with a base and an adapter."),
+    "evaluate": ("tuneloom.evals.runner", "Base against tuned on rows neither saw."),
+    "report": ("tuneloom.evals.report", "One self-contained report.html for a run."),
+}
+HYDRA_FLAGS = (
+    "--help", "--hydra-help", "--cfg", "-c", "--info", "-i", "--multirun", "-m", "--package", "-p",
+    "--resolve", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn",
+)  # fmt: skip
+
+# Nothing phones home unless asked.
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code of the contract."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else CONFIGURATION
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            raise ConfigError(f"verb: expected one of {', '.join(VERBS)}, got {verb!r}")
+        if any(a.split("=")[0] in HYDRA_FLAGS for a in rest):
+            return run_under_hydra(verb, rest)
+        return run(verb, rest)
+    except TuneloomError as error:
+        print(f"tuneloom {verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"tuneloom {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    """The list of verbs."""
+    lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        ["usage: tuneloom VERB [group=choice] [dotted.key=value]", "", *lines, "",
+         "tuneloom VERB --help shows its groups and keys; --cfg job prints the composed config."]
+    )  # fmt: skip
+
+
+def run(verb: str, rest: list[str]) -> int:
+    """Compose, validate and run in this process."""
+    config_dir, overrides = split_config_dir(rest)
+    module = importlib.import_module(VERBS[verb][0])
+    known = list(dotted_keys(module.CONFIG))
+    unknown_override(overrides, known)
+    mapping = compose(verb, overrides, config_dir=config_dir, known=known)
+    return int(module.main(build(module.CONFIG, mapping)))
+
+
+def split_config_dir(rest: list[str]) -> tuple[str | None, list[str]]:
+    """`--config-dir X` or `--config-dir=X` out of the arguments; other flags are refused."""
+    config_dir, overrides, pending = None, [], False
+    for argument in rest:
+        if pending:
+            config_dir, pending = argument, False
+        elif argument in ("--config-dir", "-cd"):
+            pending = True
+        elif argument.startswith("--config-dir="):
+            config_dir = argument.split("=", 1)[1]
+        elif argument.startswith("--"):
+            raise ConfigError(f"{argument}: unknown flag; keys are written key=value, without dashes")
+        else:
+            overrides.append(argument)
+    if pending or (config_dir and not os.path.isdir(config_dir)):
+        raise ConfigError(f"--config-dir: expected an existing folder, got {config_dir!r}")
+    return os.path.abspath(config_dir) if config_dir else None, overrides
+
+
+def run_under_hydra(verb: str, rest: list[str]) -> int:
+    """Hydra's own flags, sweeps and completion; each job of a sweep runs as an ordinary call would."""
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+
+    worst = 0
+
+    def task(composed: DictConfig) -> None:
+        nonlocal worst
+        mapping: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        module = importlib.import_module(VERBS[verb][0])
+        worst = max(worst, int(module.main(build(module.CONFIG, mapping))))
+
+    sys.argv = [f"tuneloom {verb}", *rest]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "0")
+    hydra.main(version_base="1.3", config_path="pkg://tuneloom.conf", config_name=verb)(task)()
+    return worst
