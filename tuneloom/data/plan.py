@@ -1,0 +1,250 @@
+"""The order of training: which rows make micro-batch after micro-batch, whatever the number of ranks.
+
+Epochs are permutations drawn from (seed, epoch) and laid end to end. Packed, that stream is cut into windows;
+each is packed with the rows that the window before could not place well, and its bins are shuffled. Step s
+takes bins [s * G, (s + 1) * G) with G = world * accumulation. Not packed, step s takes the next
+G * sequences rows. Either way the rows of a step depend on G alone, so 1 x 8 equals 2 x 4, and a small
+JSON state continues the stream exactly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tuneloom.data.packing import pack
+from tuneloom.errors import DataError
+
+FULL = 0.98
+"""Bins at least this full are sent; emptier ones wait for the next window, once."""
+CARRIED = 8
+"""At most 1/8 of a window waits, so a window always makes progress."""
+
+Lengths = Callable[[np.ndarray], np.ndarray]
+"""Row indices -> tokens of each (0: dropped); blocks until they are tokenised."""
+EMPTY = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What decides the order; `group` is G, micro-batches of one step over all ranks."""
+
+    seed: int
+    epochs: float | None
+    shuffle: bool
+    packing: bool
+    tokens: int
+    sequences: int
+    window: int
+    group: int
+
+
+def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The permutation of one epoch: (rows,) int64."""
+    if not shuffle:
+        return np.arange(rows)
+    return _generator(seed, epoch, 0).permutation(rows)
+
+
+def share(bins: list[np.ndarray], rank: int, world: int) -> list[np.ndarray]:
+    """Micro-batches of one rank, in order of accumulation: bin a * world + rank."""
+    return bins[rank::world]
+
+
+class Plan:
+    """Iterates over steps; `lengths` may block, everything else is arithmetic on all ranks alike."""
+
+    def __init__(self, rows: int, lengths: Lengths, config: PlanConfig) -> None:
+        assert rows > 0, rows
+        self.rows, self.config = rows, config
+        self.total = None if config.epochs is None else max(1, round(config.epochs * rows))
+        self._lengths = lengths
+        self._order: tuple[int, np.ndarray] = (-1, EMPTY)
+        self._window = 0  # windows opened before the current one
+        self._waiting = EMPTY  # rows carried into the current window
+        self._bins: list[np.ndarray] | None = None
+        self._carried = EMPTY  # rows the current window hands on
+        self._dropped = EMPTY
+        self._next = 0  # packed: next bin of the window; not packed: next row of the stream
+        self.dropped = EMPTY
+        """Rows of length 0 that the last step passed over, for the ledger."""
+
+    def next_step(self) -> list[np.ndarray]:
+        """The step's G micro-batches (row indices), the last ones empty at the very end; [] after it."""
+        passed: list[np.ndarray] = []
+        bins = self._packed_step(passed) if self.config.packing else self._padded_step(passed)
+        self.dropped = np.concatenate([EMPTY, *passed])
+        if not bins:
+            return []
+        return bins + [EMPTY] * (self.config.group - len(bins))
+
+    @property
+    def consumed(self) -> int:
+        """Rows of the stream that are trained on or dropped."""
+        if not self.config.packing:
+            return self._next
+        start = self._start(self._window) - len(self._waiting)
+        if self._bins is None:
+            return start
+        sent = sum(len(members) for members in self._bins[: self._next])
+        return start + sent + len(self._dropped) * (self._next == len(self._bins))
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's rows, 0 to 1; 0 while `epochs` is None (the stream has no end)."""
+        return self.consumed / self.total if self.total else 0.0
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.consumed / self.rows
+
+    def state(self) -> dict[str, Any]:
+        """Small JSON from which `restore` continues exactly."""
+        config = self.config
+        return {
+            "rows": self.rows,
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "packing": config.packing,
+            "size": config.tokens if config.packing else config.sequences,
+            "window": self._window,
+            "waiting": self._waiting.tolist(),
+            "opened": self._bins is not None,
+            "next": self._next,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; a DataError names what differs from the run that saved it."""
+        for key, mine in self.state().items():
+            if key in ("rows", "seed", "shuffle", "packing") and state[key] != mine:
+                raise DataError(
+                    f"resume: the checkpoint was made with {key}={state[key]}, this run has {mine}; "
+                    f"the order of rows would differ; restore the setting or start with resume=never"
+                )
+        self._window, self._next = state["window"], state["next"]
+        self._waiting = np.asarray(state["waiting"], np.int64)
+        self._bins = None
+        if state["opened"]:
+            self._open()
+            self._next = state["next"]
+
+    def _padded_step(self, passed: list[np.ndarray]) -> list[np.ndarray]:
+        """The next G * sequences rows that are not dropped, `sequences` to a micro-batch."""
+        wanted = self.config.group * self.config.sequences
+        rows, idle = EMPTY, 0
+        while len(rows) < wanted:
+            found = self._stream(self._next, self._next + wanted - len(rows))
+            if not len(found):
+                break
+            kept = self._lengths(found) > 0
+            passed.append(found[~kept])
+            rows = np.concatenate([rows, found[kept]])
+            self._next += len(found)
+            idle = 0 if kept.any() else idle + len(found)
+            self._refuse_all_dropped(idle)
+        return [
+            rows[i : i + self.config.sequences] for i in range(0, len(rows), self.config.sequences)
+        ]
+
+    def _packed_step(self, passed: list[np.ndarray]) -> list[np.ndarray]:
+        """The next G bins of the stream of windows."""
+        bins: list[np.ndarray] = []
+        idle = 0
+        while len(bins) < self.config.group:
+            if self._bins is None:
+                if self._ended():
+                    break
+                self._open()
+                passed.append(self._dropped)
+            assert self._bins is not None
+            taken = self._bins[self._next : self._next + self.config.group - len(bins)]
+            bins += taken
+            self._next += len(taken)
+            idle = 0 if self._bins else idle + len(self._dropped)
+            self._refuse_all_dropped(idle)
+            if self._next == len(self._bins):
+                self._window, self._waiting = self._window + 1, self._carried
+                self._bins, self._next = None, 0
+        return bins
+
+    def _ended(self) -> bool:
+        return self.total is not None and self._start(self._window) >= self.total
+
+    def _open(self) -> None:
+        """Pack the current window together with the rows that wait for it."""
+        fresh = self._stream(self._start(self._window), self._start(self._window + 1))
+        rows = np.concatenate([self._waiting, fresh])
+        lengths = np.asarray(self._lengths(rows), np.int64)
+        self._dropped = rows[lengths == 0]
+        waited = (np.arange(len(rows)) < len(self._waiting))[lengths > 0]
+        rows, lengths = rows[lengths > 0], lengths[lengths > 0]
+        bins = pack(lengths, self.config.tokens)
+        last = self.total is not None and self._start(self._window + 1) >= self.total
+        kept = set() if last else self._hold(bins, lengths, waited)
+        self._carried = np.concatenate([EMPTY, *(rows[bins[i]] for i in sorted(kept))])
+        sent = [rows[members] for i, members in enumerate(bins) if i not in kept]
+        self._bins, self._next = self._arranged(sent, bins, kept), 0
+
+    def _hold(self, bins: list[np.ndarray], lengths: np.ndarray, waited: np.ndarray) -> set[int]:
+        """Bins that wait for the next window: the emptiest first, none with a row that has waited."""
+        fill = np.array([lengths[members].sum() for members in bins]) / self.config.tokens
+        held: set[int] = set()
+        left = self.config.window // CARRIED
+        for index in np.argsort(fill, kind="stable").tolist():
+            if fill[index] >= FULL or len(bins[index]) > left:
+                break
+            if not waited[bins[index]].any():
+                held.add(index)
+                left -= len(bins[index])
+        return held
+
+    def _arranged(
+        self, sent: list[np.ndarray], bins: list[np.ndarray], kept: set[int]
+    ) -> list[np.ndarray]:
+        """Bins in the order they are trained: shuffled, or by their first row in the stream."""
+        if self.config.shuffle:
+            order = _generator(self.config.seed, self._window, 1).permutation(len(sent))
+        else:
+            firsts = [members[0] for i, members in enumerate(bins) if i not in kept]
+            order = np.argsort(np.asarray(firsts, np.int64), kind="stable")
+        return [sent[i] for i in order.tolist()]
+
+    def _start(self, window: int) -> int:
+        """Where a window starts in the stream. The first three are W/8, W/4 and W/2 rows long, so
+        that the first step does not wait for a whole window of long rows to be tokenised."""
+        width, start = max(1, self.config.window), 0
+        for early in range(min(window, 3)):
+            start += max(1, width >> (3 - early))
+        start += max(0, window - 3) * width
+        return start if self.total is None else min(start, self.total)
+
+    def _stream(self, start: int, stop: int) -> np.ndarray:
+        """Rows at stream positions [start, stop), across epochs, cut at the end of the run."""
+        stop = stop if self.total is None else min(stop, self.total)
+        pieces = [EMPTY]
+        while start < stop:
+            epoch, offset = divmod(start, self.rows)
+            taken = self._epoch(epoch)[offset : offset + stop - start]
+            pieces.append(taken)
+            start += len(taken)
+        return np.concatenate(pieces)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            config = self.config
+            self._order = (epoch, epoch_order(self.rows, config.seed, epoch, config.shuffle))
+        return self._order[1]
+
+    def _refuse_all_dropped(self, idle: int) -> None:
+        if idle >= self.rows:
+            raise DataError(
+                f"all {self.rows:,} rows are longer than batch.max_length and dropped; "
+                f"raise batch.max_length"
+            )
+
+
+def _generator(seed: int, index: int, purpose: int) -> np.random.Generator:
+    """PCG64 seeded from (seed, epoch or window, purpose): the same on every machine."""
+    return np.random.Generator(np.random.PCG64([seed, index, purpose]))
