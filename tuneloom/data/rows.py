@@ -29,6 +29,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
     def source(self, index: int) -> str: ...
+    def where(self, index: int) -> str: ...
 
 
 def open_rows(
@@ -63,7 +64,7 @@ class JsonlRows:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Record:
-        where = f"{self.path}:{self._lines[index]}"
+        where = self.where(index)
         raw = self._map[self._starts[index] : self._ends[index]]
         try:
             line = raw.decode()
@@ -76,6 +77,10 @@ class JsonlRows:
 
     def source(self, index: int) -> str:
         return self[index].source
+
+    def where(self, index: int) -> str:
+        """path:line, as messages name it."""
+        return f"{self.path}:{self._lines[index]}"
 
 
 def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
@@ -131,24 +136,28 @@ class DatasetRows:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        table, row, name = self._locate(index)
-        where = f"{self.path / name} row {row}"
+        table, row = self._locate(index)
+        where = self.where(index)
         record = parse(loads(table["record"][row].as_py(), where), where=where)
         return Record(
             table["id"][row].as_py(), record.content, table["source"][row].as_py(), record.kind
         )
 
     def source(self, index: int) -> str:
-        table, row, _ = self._locate(index)
+        table, row = self._locate(index)
         return str(table["source"][row].as_py())
 
-    def _locate(self, index: int) -> tuple[dict[str, Any], int, str]:
-        """The Arrow columns of the shard that holds `index`, the row in it, and its file name."""
+    def where(self, index: int) -> str:
+        """path/shard:row, as messages name it."""
         number = bisect.bisect_right(self._first, index) - 1
-        name = self._shards[number]["file"]
+        return f"{self.path / self._shards[number]['file']}:{index - self._first[number]}"
+
+    def _locate(self, index: int) -> tuple[dict[str, Any], int]:
+        """The Arrow columns of the shard that holds `index`, and the row in it."""
+        number = bisect.bisect_right(self._first, index) - 1
         if number not in self._tables:
-            self._tables[number] = _columns(self.path / name)
-        return self._tables[number], int(index) - self._first[number], name
+            self._tables[number] = _columns(self.path / self._shards[number]["file"])
+        return self._tables[number], int(index) - self._first[number]
 
 
 def _columns(path: Path) -> dict[str, Any]:
