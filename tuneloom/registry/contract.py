@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from tuneloom.config import Config
 from tuneloom.errors import DataError, RefusedError
-from tuneloom.registry.digests import template_digest, tokenizer_digest, weights_digest
+from tuneloom.registry.digests import template_digest, tokenizer_digest
 
 FILE = "contract.json"
+RANDOM = "random"
+"""Base digest of a model that was trained from random weights."""
 
 
 class Base(Config):
@@ -59,7 +61,7 @@ class Contract(Config):
     """Digest of the renderer that trained: template, masks, length limit."""
     max_length: int
     over_length: str
-    objective: str
+    objective: Literal["sft", "pretrain"]
     golden: list[Golden]
 
 
@@ -94,9 +96,8 @@ def check_base(contract: Contract, folder: str | Path, *, digest: str, given: st
         )
 
 
-def check_weights(contract: Contract, folder: str | Path) -> None:
+def check_weights(contract: Contract, folder: str | Path, *, digest: str) -> None:
     """Refuse a folder whose tensors are not the ones that were exported."""
-    digest = weights_digest(folder)
     if contract.weights != digest:
         raise RefusedError(
             f"{folder}: the weights have digest {digest[:16]}, but {FILE} says "
@@ -120,18 +121,25 @@ def check_renderings(
     contract: Contract,
     folder: str | Path,
     *,
-    prompt_ids: Callable[[dict[str, Any]], list[int]],
+    render: Callable[[dict[str, Any]], tuple[list[int], list[int]]],
 ) -> None:
-    """Render the golden conversations again and refuse when any token differs."""
+    """Render the golden conversations again and refuse when any token differs.
+
+    `render` gives a record's prompt ids and its whole ids, as in `Golden`.
+    """
     for number, golden in enumerate(contract.golden):
-        now = prompt_ids(golden.record)
-        if now != golden.prompt_ids:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(now, golden.prompt_ids, strict=False)) if a != b),
-                min(len(now), len(golden.prompt_ids)),
-            )
-            raise RefusedError(
-                f"{folder}: golden rendering {number} differs from token {at} on "
-                f"({golden.prompt_ids[at : at + 4]} when trained, {now[at : at + 4]} now); "
-                "the tokenizer or template is not the one that trained these weights"
-            )
+        for trained, now in zip(
+            (golden.prompt_ids, golden.ids), render(golden.record), strict=True
+        ):
+            if now != trained:
+                at = _first_difference(now, trained)
+                raise RefusedError(
+                    f"{folder}: golden rendering {number} differs from token {at} on "
+                    f"({trained[at : at + 4]} when trained, {now[at : at + 4]} now); "
+                    "the tokenizer or template is not the one that trained these weights"
+                )
+
+
+def _first_difference(one: list[int], other: list[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tuneloom.errors import DataError
 
 NONE = "none"
@@ -102,6 +104,24 @@ def _bytes_hash(tensor: Tensor) -> str:
         view[tensor.start : tensor.end] as part,
     ):
         return hashlib.sha256(part).hexdigest()
+
+
+def non_finite(folder: str | Path) -> list[str]:
+    """Names of float tensors that hold a NaN or an infinity."""
+    return [t.name for f in weight_files(folder) for t in tensors(f) if not _finite(t)]
+
+
+def _finite(tensor: Tensor) -> bool:
+    """False when any value has an exponent of all ones; other types than these are not floats."""
+    layout = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
+    if tensor.dtype not in layout or tensor.start == tensor.end:
+        return True
+    unit, exponent = layout[tensor.dtype]
+    count = (tensor.end - tensor.start) // np.dtype(unit).itemsize
+    bits = np.memmap(tensor.file, dtype=unit, mode="r", offset=tensor.start, shape=(count,))
+    step = 1 << 24  # 16 M values at a time: no copy of a whole embedding
+    parts = (bits[i : i + step] for i in range(0, count, step))
+    return not any(bool(((part & exponent) == exponent).any()) for part in parts)
 
 
 def tokenizer_digest(folder: str | Path) -> str:

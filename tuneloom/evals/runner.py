@@ -1,0 +1,312 @@
+"""`tuneloom evaluate run=runs/ID`: base against tuned on the same held-out rows, with intervals.
+
+Or without a run: `base=FOLDER adapter=FOLDER data.path=FILE`. Writes runs/ID/evals/TASK.json, and
+each row's answers beside it; `gate=true` ends with exit 6 unless tuned is better beyond the noise.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from tuneloom.config import Config
+from tuneloom.data.records import Format
+from tuneloom.errors import DONE, ConfigError, GateError
+from tuneloom.evals import baseline, evaluation, gate, score
+from tuneloom.evals.evaluation import Baseline, Evaluation
+from tuneloom.evals.model import Device, Dtype, Loaded, exported, load, resolve_run
+from tuneloom.evals.score import Marks, Sheet
+from tuneloom.evals.tasks import Row, as_row
+from tuneloom.registry.adapters import is_adapter
+
+SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+class EvaluateData(Config):
+    path: str | None = None
+    """Dataset folder or JSONL with the rows to score; with `run`, its dataset unless set."""
+    split: str = "test"
+    """Split of a dataset folder that is scored."""
+    train: str | None = None
+    """Split or JSONL that was trained on: for labels, baseline and the check for rows seen in
+    training. Without one, the split `train` of a dataset folder."""
+    format: Format = "auto"
+
+
+class EvaluateConfig(Config):
+    """Score what a run exported, or any adapter, against its base."""
+
+    run: str | None = None
+    base: str | None = None
+    """Folder or hub id of the base; with `run`, the one it was trained on."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    adapter: str | None = None
+    """What is compared with the base: an adapter folder, or a whole tuned model's."""
+    data: EvaluateData = EvaluateData()
+    task: str | None = None
+    """Name of the result; by default dataset and split."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Score this many rows, drawn by the seed; 0 is all."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    """By default two more than the longest right answer has."""
+    batch_tokens: Annotated[int, Field(gt=0)] = 4096
+    """Padded tokens of one batch; lower it when memory runs out."""
+    baseline: Literal["auto", "on", "off"] = "auto"
+    """TF-IDF and logistic regression: `auto` where scikit-learn is there, else says it is not."""
+    gate: bool = False
+    """Exit 6 unless tuned is better than base by more than the noise."""
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    """`auto`: that of training."""
+
+    @model_validator(mode="after")
+    def says_what_to_score(self) -> "EvaluateConfig":
+        alone = (self.base, self.adapter)
+        if self.run is None and None in (*alone, self.data.path):
+            raise ValueError("run: not set, so base=, adapter= and data.path= must all be")
+        if self.run is not None and any(alone):
+            raise ValueError("run, base, adapter: a run brings its own base and export; drop them")
+        if self.task is not None and not set(self.task) <= SAFE:
+            raise ValueError("task: expected letters, digits, dots, dashes and underscores")
+        return self
+
+
+CONFIG = EvaluateConfig
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored against what, on which rows."""
+
+    base: str | None
+    revision: str | None
+    tuned: str
+    run: Path | None
+    data: str
+    train: str | None
+
+
+def main(config: EvaluateConfig) -> int:
+    """Score, print, write, and judge when asked to."""
+    subject = find(config)
+    found, lines = evaluate(config, subject)
+    print(summary(found))
+    if subject.run is not None:
+        path = evaluation.write(subject.run, found)
+        rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        path.with_suffix(".rows.jsonl").write_text(rows, encoding="utf-8")
+        print(f"written to {path}")
+    if config.gate:
+        verdict = gate.judge(found)
+        print(f"gate: {'passed' if verdict.passed else 'failed'}: {verdict.reason}")
+        if not verdict.passed:
+            raise GateError(f"gate: {found.task}: {verdict.reason}")
+    return DONE
+
+
+def find(config: EvaluateConfig) -> Subject:
+    """Base, tuned weights and rows, from the run's own record where there is one."""
+    if config.run is None:
+        assert config.adapter is not None and config.data.path is not None
+        train = config.data.train
+        return Subject(config.base, config.revision, config.adapter, None, config.data.path, train)
+    run, trained = resolve_run(config.run)
+    model, data = trained["model"], trained["data"]
+    path = config.data.path or data["path"]
+    if config.data.path is None and not Path(path).is_dir():
+        raise ConfigError(
+            f"data.path: {config.run} was trained on the file {path}, which holds out no rows; "
+            "set data.path= to rows that were not trained on"
+        )
+    own = path == data["path"]
+    return Subject(
+        base=model["path"] if model["init"] == "pretrained" else None,
+        revision=model["revision"],
+        tuned=str(exported(run)),
+        run=run,
+        data=path,
+        train=config.data.train or (data["split"] if own else None),
+    )
+
+
+def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """The evaluation and its rows."""
+    from tuneloom.data.rows import open_rows
+
+    rows = open_rows(subject.data, split=config.data.split, format=config.data.format)
+    train = training_rows(config, subject)
+    tuned, base = load_both(config, subject)
+    sheet = score.prepare(
+        rows,
+        train,
+        tuned.renderer(),
+        limit=config.limit,
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+    )
+    after, before = mark_both(tuned, base, sheet, batch_tokens=config.batch_tokens)
+    known, missing = classical(config, sheet, train)
+    trained_on = {row.record.id for row in train}
+    tuned_name, base_name = subject.tuned, subject.base
+    found = Evaluation(
+        task=config.task or task_name(subject.data, config.data.split),
+        n=len(sheet.rows),
+        metric=sheet.metric,
+        base=score.side(base_name, sheet, before) if before and base_name else None,
+        tuned=score.side(tuned_name, sheet, after),
+        difference=score.difference(sheet, before, after, seed=config.seed) if before else {},
+        baseline=known,
+        baseline_missing=missing,
+        labels=score.by_label(sheet, before, after),
+        seen_in_training=sum(scored.row.record.id in trained_on for scored in sheet.rows),
+        left_out=sheet.left_out,
+        data={"path": subject.data, "split": config.data.split, "digest": rows.digest},
+        models=digests(tuned, base),
+        device=f"{tuned.device.type} {platform.machine()} {tuned.dtype}",
+        examples=score.examples(sheet, before, after, seed=config.seed),
+    )
+    return found, score.row_lines(sheet, before, after)
+
+
+def training_rows(config: EvaluateConfig, subject: Subject) -> list[Row]:
+    """The rows that were trained on, where it is known which those are."""
+    from tuneloom.data.rows import open_rows
+
+    path, split = subject.data, subject.train or "train"
+    if subject.train is not None and Path(subject.train).is_file():
+        path = subject.train
+    elif not Path(path).is_dir() or (subject.train is None and not _has_split(path, split)):
+        return []
+    rows = open_rows(path, split=split, format=config.data.format)
+    return [as_row(rows[i]) for i in range(len(rows))]
+
+
+def _has_split(path: str, split: str) -> bool:
+    manifest = Path(path, "manifest.json")
+    return manifest.exists() and split in json.loads(manifest.read_text("utf-8"))["splits"]
+
+
+def load_both(config: EvaluateConfig, subject: Subject) -> tuple[Loaded, Loaded | None]:
+    """The tuned model, and its base where that is another one; an adapter brings its base along."""
+    options: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
+    if is_adapter(subject.tuned):
+        assert subject.base is not None, "an adapter was trained on a pretrained base"
+        loaded = load(
+            subject.base,
+            adapter=subject.tuned,
+            revision=subject.revision,
+            key="base",
+            **options,
+        )
+        return loaded, None
+    tuned = load(subject.tuned, key="adapter", **options)
+    if subject.base is None:
+        return tuned, None
+    options["dtype"] = tuned.dtype
+    return tuned, load(subject.base, revision=subject.revision, key="base", **options)
+
+
+def mark_both(
+    tuned: Loaded, base: Loaded | None, sheet: Sheet, *, batch_tokens: int
+) -> tuple[Marks, Marks | None]:
+    """Marks of tuned and of base; with an adapter both are one model, the adapter on and off."""
+    models = 2 if base is not None or tuned.adapter is not None else 1
+    advance = _progress(models * len(sheet.rows) * (2 if sheet.answered else 1))
+    after = score.mark(tuned, sheet, batch_tokens=batch_tokens, advance=advance)
+    if base is not None:
+        return after, score.mark(base, sheet, batch_tokens=batch_tokens, advance=advance)
+    if tuned.adapter is None:
+        return after, None
+    with tuned.without_adapter():
+        return after, score.mark(tuned, sheet, batch_tokens=batch_tokens, advance=advance)
+
+
+def classical(
+    config: EvaluateConfig, sheet: Sheet, train: list[Row]
+) -> tuple[Baseline | None, str | None]:
+    """The baseline, or why there is none."""
+    if config.baseline == "off":
+        return None, "baseline=off"
+    if not sheet.labels or not sheet.answered:
+        return None, "the answers are no labels of the training rows"
+    if baseline.available():
+        return score.classical(sheet, train), None
+    if config.baseline == "on":
+        raise ConfigError(f"baseline: on, but {baseline.MISSING}")
+    return None, baseline.MISSING
+
+
+def digests(tuned: Loaded, base: Loaded | None) -> dict[str, str]:
+    """Which weights were scored: digests of base, tuned weights and renderer."""
+    found = {"renderer": tuned.renderer().digest}
+    if tuned.adapter is not None:
+        found["base"] = tuned.digest
+        if tuned.contract is not None:
+            found["tuned"] = tuned.contract.weights
+        return found
+    found["tuned"] = tuned.digest
+    if base is not None:
+        found["base"] = base.digest
+    return found
+
+
+def task_name(data: str, split: str) -> str:
+    """`debian-test` for datasets/debian@1f2e and split test; the stem of a JSONL."""
+    path = Path(data)
+    name = f"{path.name.split('@')[0]}-{split}" if path.is_dir() else path.stem
+    return "".join(c if c in SAFE else "-" for c in name)
+
+
+def _progress(total: int) -> Callable[[int], None]:
+    """A bar on a terminal, silence elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda count: None
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    bar.start()
+    task, left = bar.add_task("scoring", total=total), total
+
+    def advance(count: int) -> None:
+        nonlocal left
+        left -= count
+        bar.advance(task, count)
+        if left <= 0:
+            bar.stop()
+
+    return advance
+
+
+def summary(found: Evaluation) -> str:
+    """A small table for the terminal."""
+    lines = [f"{found.task}: {found.n} rows, {found.data['path']} ({found.data['split']})"]
+    head = f"  {'':10}{'label accuracy':>24}{'exact match':>24}{'loss/token':>12}"
+    lines.append(head)
+    for name, one in (("base", found.base), ("tuned", found.tuned)):
+        if one is not None:
+            label, match = score.shown(one.label_accuracy), score.shown(one.exact_match)
+            lines.append(f"  {name:10}{label:>24}{match:>24}{one.loss:>12.4f}")
+    if found.baseline is not None:
+        text = score.shown(found.baseline.label_accuracy)
+        lines.append(f"  {'baseline':10}{text:>24}  {found.baseline.method}")
+    elif found.baseline_missing:
+        lines.append(f"  baseline: none, {found.baseline_missing}")
+    for metric, change in found.difference.items():
+        p = "" if change.p_value is None else f", McNemar p = {change.p_value:.2g}"
+        lines.append(
+            f"  tuned - base, {metric.replace('_', ' ')}: {change.value:+.3f} "
+            f"[{change.low:+.3f}, {change.high:+.3f}]{p}"
+        )
+    if found.seen_in_training:
+        lines.append(f"  {found.seen_in_training} of these rows were trained on: not held out")
+    if found.left_out:
+        lines.append(f"  {found.left_out} rows of the split were not scored (over-length or limit)")
+    return "\n".join(lines)

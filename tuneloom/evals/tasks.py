@@ -1,0 +1,72 @@
+"""Rows to be scored: questions with their right answers, and the labels where answers are few."""
+
+import random
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tuneloom.data.records import Record
+
+MAX_LABELS = 100
+ROWS_A_LABEL = 5
+"""With fewer training rows than this a label, on average, answers are free text, no labels."""
+EDGES = string.punctuation + string.whitespace
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record as a task sees it; `answer` is None where there is nothing to answer (text)."""
+
+    record: Record
+    question: str
+    answer: str | None
+
+
+def as_row(record: Record) -> Row:
+    """Question and answer of a record; a chat that ends in no assistant's text has no answer."""
+    content = record.content
+    if "messages" in content:
+        *before, last = content["messages"]
+        if last["role"] != "assistant" or not last.get("content"):
+            return Row(record, _joined(content["messages"]), None)
+        return Row(record, _joined(before), last["content"])
+    if "completion" in content:
+        return Row(record, str(content["prompt"]), str(content["completion"]))
+    return Row(record, str(content.get("text", "")), None)
+
+
+def _joined(messages: Sequence[dict[str, object]]) -> str:
+    """The text of some turns, one under the other."""
+    return "\n".join(m["content"] for m in messages if isinstance(m.get("content"), str))  # type: ignore[misc]
+
+
+def choose(count: int, *, limit: int, seed: int) -> list[int]:
+    """Which rows of `count` are scored: all, or `limit` drawn by the seed, in their order."""
+    if not limit or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))
+
+
+def labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The distinct answers of training rows, most frequent first; none where answers are many."""
+    counts = Counter(row.answer.strip() for row in rows if row.answer is not None)
+    few = 2 <= len(counts) <= min(MAX_LABELS, len(rows) // ROWS_A_LABEL)
+    return tuple(label for label, _ in counts.most_common()) if few else ()
+
+
+def exact(text: str, answer: str) -> bool:
+    """The answer letter for letter, white space at its ends aside."""
+    return text.strip() == answer.strip()
+
+
+def named_label(text: str, labels: Sequence[str]) -> str | None:
+    """The label that a text's first line is, whatever its case and surrounding punctuation."""
+    first = text.strip().split("\n", 1)[0]
+    wanted = _plain(first)
+    return next((label for label in labels if _plain(label) == wanted), None)
+
+
+def _plain(text: str) -> str:
+    """Case and edge punctuation gone; where nothing is left, as for the label `?`, the text."""
+    return text.strip(EDGES).casefold() or text.strip()
