@@ -1,8 +1,8 @@
-"""Best-fit-decreasing bin packing on the histogram of lengths: examples into packs of a token budget.
+"""Best-fit-decreasing packing on the histogram of lengths: examples into packs of a budget.
 
-Equal lengths are placed in groups: a group either fills a group of bins that have exactly that room left,
-or the tightest that fit. A bit mask of the rooms in use answers "tightest room of at least v" in one
-big-integer operation, so 100,000 lengths take tens of milliseconds.
+Equal lengths are placed in groups: a group either fills a group of bins that have exactly that
+room left, or the tightest that fit. A bit mask of the rooms in use answers "tightest room of at
+least v" in one big-integer operation, so 100,000 lengths take tens of milliseconds.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     lengths = np.asarray(lengths, np.int64)
     if not len(lengths):
         return []
-    assert 0 < lengths.min() and lengths.max() <= budget, (lengths.min(), lengths.max(), budget)
+    assert lengths.min() > 0 and lengths.max() <= budget, (lengths.min(), lengths.max(), budget)
     order = np.argsort(-lengths, kind="stable")
     bins = _place(*np.unique(-lengths[order], return_counts=True), budget)
     by_bin = np.argsort(bins, kind="stable")

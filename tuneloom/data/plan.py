@@ -1,10 +1,10 @@
-"""The order of training: which rows make micro-batch after micro-batch, whatever the number of ranks.
+"""The order of training: which rows make each micro-batch, whatever the number of ranks.
 
-Epochs are permutations drawn from (seed, epoch) and laid end to end. Packed, that stream is cut into windows;
-each is packed with the rows that the window before could not place well, and its bins are shuffled. Step s
-takes bins [s * G, (s + 1) * G) with G = world * accumulation. Not packed, step s takes the next
-G * sequences rows. Either way the rows of a step depend on G alone, so 1 x 8 equals 2 x 4, and a small
-JSON state continues the stream exactly.
+Epochs are permutations drawn from (seed, epoch) and laid end to end. Packed, that stream is cut
+into windows; each is packed with the rows that the window before could not place well, and its
+bins are shuffled. Step s takes bins [s * G, (s + 1) * G) with G = world * accumulation. Not
+packed, step s takes the next G * sequences rows. Either way the rows of a step depend on G alone,
+so 1 x 8 equals 2 x 4, and a small JSON state continues the stream exactly.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def share(bins: list[np.ndarray], rank: int, world: int) -> list[np.ndarray]:
 
 
 class Plan:
-    """Iterates over steps; `lengths` may block, everything else is arithmetic on all ranks alike."""
+    """Iterates over steps; `lengths` may block, the rest is arithmetic, the same on all ranks."""
 
     def __init__(self, rows: int, lengths: Lengths, config: PlanConfig) -> None:
         assert rows > 0, rows
@@ -71,7 +71,7 @@ class Plan:
         """Rows of length 0 that the last step passed over, for the ledger."""
 
     def next_step(self) -> list[np.ndarray]:
-        """The step's G micro-batches (row indices), the last ones empty at the very end; [] after it."""
+        """The step's G micro-batches of row indices, empty ones at the very end; [] after it."""
         passed: list[np.ndarray] = []
         bins = self._packed_step(passed) if self.config.packing else self._padded_step(passed)
         self.dropped = np.concatenate([EMPTY, *passed])
@@ -120,8 +120,8 @@ class Plan:
         for key, mine in self.state().items():
             if key in ("rows", "seed", "shuffle", "packing") and state[key] != mine:
                 raise DataError(
-                    f"resume: the checkpoint was made with {key}={state[key]}, this run has {mine}; "
-                    f"the order of rows would differ; restore the setting or start with resume=never"
+                    f"resume: the checkpoint was made with {key}={state[key]}, this run has "
+                    f"{mine}, and the order of rows would differ; set it back or set resume=never"
                 )
         self._window, self._next = state["window"], state["next"]
         self._waiting = np.asarray(state["waiting"], np.int64)
@@ -188,7 +188,7 @@ class Plan:
         self._bins, self._next = self._arranged(sent, bins, kept), 0
 
     def _hold(self, bins: list[np.ndarray], lengths: np.ndarray, waited: np.ndarray) -> set[int]:
-        """Bins that wait for the next window: the emptiest first, none with a row that has waited."""
+        """Bins that wait for the next window: the emptiest, none with a row that has waited."""
         fill = np.array([lengths[members].sum() for members in bins]) / self.config.tokens
         held: set[int] = set()
         left = self.config.window // CARRIED

@@ -1,7 +1,7 @@
-"""One record of training data: a chat, a prompt with its completion, or a text, and the id of its content.
+"""One record of training data: a chat, a prompt with its completion, or a text, and its id.
 
-`parse(row)` checks a raw row and gives a `Record`; everything that cannot be trained on as it stands
-is a DataError with the place, never a traceback and never silently ignored.
+`parse(row)` checks a raw row and gives a `Record`; everything that cannot be trained on as it
+stands is a DataError with the place, never a traceback and never silently ignored.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def content_id(content: Any) -> str:
 
 
 def parse(obj: Any, format: Format = "auto", *, source: str = "", where: str = "") -> Record:
-    """Check one raw row; `where` (path:line) leads every message, `source` is the default source."""
+    """Check one raw row; `where` (path:line) leads messages, `source` is the default source."""
     where = where or source or "record"
     if not isinstance(obj, dict):
         raise DataError(f"{where}: expected a JSON object a row, got {_shown(obj)}")
@@ -81,7 +81,7 @@ def parse(obj: Any, format: Format = "auto", *, source: str = "", where: str = "
 
 
 def loads(line: str, where: str) -> Any:
-    """JSON of one line, or a DataError; refuses NaN, infinities and nesting Python cannot follow."""
+    """JSON of one line; refuses NaN, infinities and nesting that Python cannot follow."""
 
     def refuse(constant: str) -> None:
         raise DataError(f"{where}: {constant} is not JSON; write null or a number")
@@ -119,7 +119,7 @@ def _kind(obj: dict[str, Any], format: Format, where: str) -> Kind:
         raise DataError(f"{where}: {wanted} needs the key {missing[0]!r}, found {sorted(obj)}")
     if unknown:
         raise DataError(
-            f"{where}: unknown key {unknown[0]!r} beside {wanted}; move it under 'meta' or remove it"
+            f"{where}: unknown key {unknown[0]!r} beside {wanted}; put it under 'meta' or remove it"
         )
     return wanted
 

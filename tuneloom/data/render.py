@@ -2,7 +2,8 @@
 evaluation and serving, so that no token differs between them.
 
 Chat: the tokenizer's template, loss on each assistant message with its end-of-turn token.
-Prompt and completion: loss on the completion and the end-of-sequence token. Text: loss on all but the first.
+Prompt and completion: loss on the completion and the end-of-sequence token. Text: loss on all
+tokens but the first.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
-"""Raised when the same record would give other ids or masks; old token caches are then left alone."""
+"""Raised when the same record would give other ids or masks; old token caches are then unused."""
 Objective = Literal["sft", "pretrain"]
 OverLength = Literal["drop", "truncate", "error"]
 
@@ -32,7 +33,7 @@ OverLength = Literal["drop", "truncate", "error"]
 class Example:
     """ids: (L,) int32; target: (L,) bool, target[i] means that token i is predicted with loss.
 
-    `tokens` and `targets` count the example before it was cut to max_length; a dropped one has L = 0.
+    `tokens` and `targets` count it before it was cut to max_length; a dropped one has L = 0.
     """
 
     ids: np.ndarray
@@ -142,8 +143,8 @@ class Renderer:
         end = self.tokenizer.eos_token
         if end not in self.codec.aliases:
             raise DataError(
-                f"{name_of(self.tokenizer)}: no end-of-sequence token, so the model would never learn "
-                f"to stop; set eos_token in tokenizer_config.json"
+                f"{name_of(self.tokenizer)}: no end-of-sequence token, so the model would never "
+                f"learn to stop; set eos_token in tokenizer_config.json"
             )
         return str(end)
 
@@ -182,8 +183,8 @@ class Renderer:
             return Example(ids, target, tokens, targets)
         if self.over_length == "error":
             raise DataError(
-                f"{name}: {tokens:,} tokens, batch.max_length is {limit:,} and batch.over_length is "
-                f"error; raise the one or set the other to drop or truncate"
+                f"{name}: {tokens:,} tokens, batch.max_length is {limit:,} and batch.over_length "
+                f"is error; raise the one or set the other to drop or truncate"
             )
         kept = self.over_length == "truncate" and bool(target[:limit].any())
         size = limit if kept else 0

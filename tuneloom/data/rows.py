@@ -1,6 +1,6 @@
-"""The rows of a dataset folder or of a raw JSONL file: len, random access, and a digest of the content.
+"""The rows of a dataset folder or of a raw JSONL file: len, random access, and a digest.
 
-A raw file is memory-mapped and one line is parsed at a time; a dataset folder is read through Arrow.
+A raw file is memory-mapped and one line is parsed at a time; a dataset is read through Arrow.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from tuneloom.data.records import Format, Record, loads, parse
 from tuneloom.errors import DataError
 
 LONGEST_ROW = 4 * 2**20
-"""Bytes; a row of 4 MiB is about a million tokens, longer ones are nearly always a broken export."""
+"""Bytes; a row of 4 MiB is about a million tokens, a longer one most often a broken export."""
 CHUNK = 2**20
 
 
@@ -104,8 +104,8 @@ def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     longest = kept[lengths[kept].argmax()]
     if lengths[longest] > LONGEST_ROW:
         raise DataError(
-            f"{path}:{longest + 1}: the row has {lengths[longest]:,} bytes, at most {LONGEST_ROW:,} "
-            f"are read; split or remove it"
+            f"{path}:{longest + 1}: the row has {lengths[longest]:,} bytes, at most "
+            f"{LONGEST_ROW:,} are read; split or remove it"
         )
     return starts[kept], ends[kept], (kept + 1).astype(np.int32), sha.hexdigest()
 

@@ -1,7 +1,8 @@
 """One file of the token cache: examples of some rows as Arrow columns, named by their own checksum.
 
-A shard is written to a temporary file, fsynced and renamed to `<number>-<sha256>.arrow`, so a file under
-that name is whole, and a reader proves it by hashing what it maps. Nothing in it is code (no pickle).
+A shard is written to a temporary file, fsynced and renamed to `<number>-<sha256>.arrow`, so a file
+under that name is whole, and a reader proves it by hashing what it maps. Nothing in it is code (no
+pickle).
 """
 
 import hashlib

@@ -1,9 +1,10 @@
 """Where the assistant's answers lie in a chat that a Hugging Face template rendered.
 
-A template with `{% generation %}` says so itself. For any other, the text before answer i is the rendering
-of messages[:i] with the generation prompt, and the text up to its end is the rendering of messages[:i+1]; both
-must be prefixes of the whole conversation, or the template is refused by name. An answer ends with its
-end-of-turn token: the last control token of its part when only whitespace follows it, else its part's end.
+A template with `{% generation %}` says so itself. For any other, the text before answer i is the
+rendering of messages[:i] with the generation prompt, and the text up to its end is the rendering of
+messages[:i+1]; both must be prefixes of the whole conversation, or the template is refused by name.
+An answer ends with its end-of-turn token: the last control token of its part when only whitespace
+follows it (ChatML's newline is not trained), else with its part.
 """
 
 import hashlib
@@ -59,14 +60,14 @@ class ChatTemplate:
         return self._codec.marked(text, _marks(turns))
 
     def prompt(self, content: dict[str, Any], upto: int) -> str:
-        """messages[:upto] and the generation prompt, sealed, with the same cuts as `conversation`."""
+        """messages[:upto] and the generation prompt, sealed, cut like `conversation`."""
         messages, tools = self._inputs(content)
         text, turns = self._turns(messages[:upto], tools, prompt=True)
         cuts = [Turn(turn.start, turn.end, False) for turn in turns]
         return self._codec.marked(text, _marks(cuts))
 
     def _inputs(self, content: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
-        """Messages and tools as templates want them, with control strings in them marked as text."""
+        """Messages and tools as templates want them, control strings in them marked as text."""
         messages = [_template_message(message) for message in content["messages"]]
         return self._protect(messages), self._protect(content.get("tools") or None)
 
@@ -95,21 +96,27 @@ class ChatTemplate:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) != len(answers):
             raise DataError(
-                f"{self.name}: {{% generation %}} marks {len(spans)} spans for {len(answers)} assistant "
-                f"messages; put each assistant message in one generation block"
+                f"{self.name}: {{% generation %}} marks {len(spans)} spans for {len(answers)} "
+                f"assistant messages; put each assistant message in one generation block"
             )
         turns = []
         for index, (start, end) in zip(answers, spans, strict=True):
             tail = messages[index].get("content", "").strip()[-20:]
             if tail not in text[start:end]:
                 raise DataError(
-                    f"{self.name}: the {{% generation %}} block of message {index} does not hold its "
-                    f"content (a block inside a macro is misplaced by Jinja); move it out of the macro"
+                    f"{self.name}: the {{% generation %}} block of message {index} does not "
+                    f"hold its content (Jinja misplaces a block inside a macro); move it out"
                 )
-            if self.end_of_turn and text.startswith(self.end_of_turn, end):
-                end += len(self.end_of_turn)
-            turns.append(Turn(start, end, flags[index] is not False))
+            turns.append(Turn(start, self._with_end_of_turn(text, end), flags[index] is not False))
         return text, turns
+
+    def _with_end_of_turn(self, text: str, end: int) -> int:
+        """`end` of a generation block, moved behind an end-of-turn token that was left outside."""
+        if not self.end_of_turn or not text.startswith(self.end_of_turn, end):
+            return end
+        end += len(self.end_of_turn)
+        blank = len(text) - end - len(text[end:].lstrip())
+        return end + blank if self.end_of_turn in self._codec.swallows else end
 
     def _prefix_turns(
         self, messages: list[Any], tools: Any, flags: list[bool | None], *, prompt: bool
@@ -124,8 +131,9 @@ class ChatTemplate:
             train = flags[index] is not False
             if train and not prompt and (start is None or end is None):
                 raise DataError(
-                    f"{self.name}: rewrites earlier messages as the chat goes on (message {index} of "
-                    f"{len(messages)} is not where its prefix ends), so no mask is right; {WAY_OUT}"
+                    f"{self.name}: rewrites earlier messages as the chat goes on (message {index} "
+                    f"of {len(messages)} is not where its prefix ends), so no mask is right; "
+                    f"{WAY_OUT}"
                 )
             if start is not None:
                 turns.append(Turn(start, end, train))
@@ -159,8 +167,9 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        typed_render: Any = render_jinja_template  # annotated as str, gives texts and spans
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = typed_render(
                 conversations=[messages],
                 tools=tools,
                 chat_template=self._tokenizer.get_chat_template(tools=tools),
@@ -170,13 +179,13 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(f"{self.name}: cannot render this chat: {error}") from error
-        return texts[0], spans[0] if spans else []
+        return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]] if spans else []
 
     def _variables(self) -> dict[str, Any]:
         return {**self._tokenizer.special_tokens_map, "strftime_now": TODAY.strftime}
 
     def _find_end_of_turn(self) -> str | None:
-        """The control token after the answer of a two-message chat; None if the template has none."""
+        """The control token after the answer of a two-message chat, if there is one."""
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:
             text, _ = self._render(chat, None, prompt=False)
@@ -201,7 +210,8 @@ def _template_call(call: dict[str, Any]) -> dict[str, Any]:
             function["arguments"] = json.loads(function["arguments"])
         except ValueError:
             raise DataError(
-                f"tool call {function['name']}: arguments are not JSON: {function['arguments'][:60]!r}"
+                f"tool call {function['name']}: arguments are not JSON: "
+                f"{function['arguments'][:60]!r}"
             ) from None
     return {**call, "function": function}
 

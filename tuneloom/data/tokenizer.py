@@ -1,10 +1,11 @@
-"""A tokenizer in which text from a record can never become a control token, and spans survive encoding.
+"""A tokenizer in which text from a record never becomes a control token, and spans survive.
 
 The codec is a copy of the tokenizer whose control tokens are spelled with Unicode noncharacters
-(an alias each, same id). `protect` marks control strings inside content, `seal` turns the template's own
-ones into aliases, so `<|im_end|>` typed by a user is encoded as the ten characters that it is.
-START, END and CUT are extra tokens that end up in no output: they tell where answers lie and keep merges
-from crossing the place where generation starts, so a prompt's ids are a prefix of the trained ids.
+(an alias each, same id). `protect` marks control strings inside content, `seal` turns the
+template's own ones into aliases, so `<|im_end|>` typed by a user is encoded as the ten characters
+that it is. START, END and CUT are extra tokens that end up in no output: they tell where answers
+lie and keep merges from crossing the place where generation starts, so that a prompt's ids are a
+prefix of the trained ids.
 """
 
 import hashlib
@@ -23,23 +24,36 @@ if TYPE_CHECKING:
 
 ALIAS_OPEN, ALIAS_CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd5"
 START, END, CUT = "\ufdd2", "\ufdd3", "\ufdd4"
+GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 PIPED = re.compile(r"<[|｜].*[|｜]>")
-"""Looks like control: also guarded where the tokenizer does not call it special (Phi's <|tool|>)."""
+"""Looks like control: guarded even where the tokenizer does not call it special (<|tool|>)."""
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
     """The fast tokenizer of a folder or hub id; DataError when it has none or cannot be reached."""
-    from transformers import AutoTokenizer
-
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         raise DataError(f"{path}: no tokenizer files; copy tokenizer.json of the base model there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = _loader(path).from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise DataError(f"{path}: no tokenizer could be loaded ({first})") from error
     _backend(tokenizer)
     return tokenizer
+
+
+def _loader(path: str) -> Any:
+    """AutoTokenizer; or, where it would end there anyhow, the class that imports no torch (4 s)."""
+    config = Path(path) / "tokenizer_config.json"
+    if config.is_file():
+        plain = json.loads(config.read_text()).get("tokenizer_class") in GENERIC_CLASSES
+        if plain and (Path(path) / "tokenizer.json").is_file():
+            from transformers import TokenizersBackend
+
+            return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def name_of(tokenizer: Any) -> str:
@@ -58,7 +72,7 @@ def _backend(tokenizer: Any) -> Any:
 
 
 class Codec:
-    """Text with aliases and marks -> ids; immutable after construction, safe to share by threads."""
+    """Text with aliases and marks -> ids; immutable, so threads may share it."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str = "") -> None:
         from tokenizers import AddedToken, Tokenizer
@@ -77,7 +91,7 @@ class Codec:
         self.aliases = {
             token["content"]: f"{ALIAS_OPEN}{token['id']}{ALIAS_CLOSE}" for token in control
         }
-        self._swallows = {token["content"] for token in control if token["rstrip"]}
+        self.swallows = {token["content"] for token in control if token["rstrip"]}
         longest_first = sorted(self.aliases, key=len, reverse=True)
         # An empty alternation would match everywhere, so a tokenizer without control tokens gets
         # a pattern that matches nothing.
@@ -86,7 +100,10 @@ class Codec:
         self._core.add_special_tokens(
             [AddedToken(mark, special=True, normalized=False) for mark in (START, END, CUT)]
         )
-        self.start, self.end, self.cut = (self._core.token_to_id(m) for m in (START, END, CUT))
+        self.start, self.end, self.cut = (
+            int(self._core.token_to_id(m) or 0) for m in (START, END, CUT)
+        )
+        assert 0 < self.start < self.end < self.cut
         for content, alias in self.aliases.items():
             assert self._core.token_to_id(alias) == tokenizer.convert_tokens_to_ids(content), (
                 content
@@ -102,7 +119,7 @@ class Codec:
         return self.control.sub(lambda m: self.aliases[m.group()], text).replace(GUARD, "")
 
     def marked(self, text: str, marks: Sequence[tuple[int, str]]) -> str:
-        """Seal `text` with each mark put before the character at its position (positions ascend)."""
+        """Seal `text`, each mark put before the character at its position (positions ascend)."""
         pieces, previous = [], 0
         for position, mark in marks:
             pieces += [self.seal(text[previous:position]), mark]
@@ -113,12 +130,10 @@ class Codec:
 
     def end_of_control(self, text: str, start: int, stop: int) -> int | None:
         """Where the last control token of text[start:stop] ends, if only whitespace follows it."""
-        last = None
-        for last in self.control.finditer(text, start, stop):
-            pass
-        if last is None or text[last.end() : stop].strip():
+        found = list(self.control.finditer(text, start, stop))
+        if not found or text[found[-1].end() : stop].strip():
             return None
-        return stop if last.group() in self._swallows else last.end()
+        return stop if found[-1].group() in self.swallows else found[-1].end()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """ids int32 (L,) of each sealed text, marks included, no token added."""
@@ -126,7 +141,7 @@ class Codec:
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def _prepends_a_space(self) -> bool:
-        """Whether each segment after a special token gets a space (SentencePiece's dummy prefix)."""
+        """Whether a segment after a special token gets a space (SentencePiece's dummy prefix)."""
         cut, plain = self.encode([f"a{CUT}x", "a x"])
         return bool(np.array_equal(cut[cut != self.cut], plain))
 

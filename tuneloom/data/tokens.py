@@ -1,10 +1,10 @@
 """The token cache: rows are rendered once, by one thread of global rank 0, and read by every rank.
 
-The folder's name is a digest of the rows, the tokenizer, the template and the options, so an earlier run's
-work, finished or not, is taken up. Rows are written in the order in which the first epoch needs them, in shards
-that start small: the first step waits for the first window, not for the dataset. Construct the
-store on the writer first, let the other ranks pass a barrier, then construct theirs: the writer clears the
-error of an earlier attempt.
+The folder's name is a digest of the rows, the tokenizer, the template and the options, so an
+earlier run's work, finished or not, is taken up. Rows are written in the order in which the first
+epoch needs them, in shards that start small: the first step waits for the first window, not for
+the dataset. Construct the store on the writer first, let the other ranks pass a barrier, then
+construct theirs: the writer clears the error of an earlier attempt.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ FIRST_SHARD, SHARD = 64, 1024
 MOST_SHARDS = 4096
 """Each shard is one memory map; Linux allows 65,530 a process."""
 ENOUGH_ROWS = 1000
-"""Rows seen before the share of lost answer tokens is judged (or all rows, when there are fewer)."""
+"""Rows seen before the share of lost answer tokens is judged (or all, when there are fewer)."""
 POLL_SECONDS = 0.05
 STALL_SECONDS = 1800.0
 """A reader gives up when no shard has come for this long: the writer is gone without a word."""
@@ -47,6 +47,17 @@ class Seen:
     """Target tokens before any cut."""
     lost: int = 0
     """Target tokens that over-length rows lose."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """(n,) int32 each: tokens before the cut, tokens kept (0: dropped), target tokens kept, and the
+    index of the row's source in `TokenStore.sources`."""
+
+    tokens: np.ndarray
+    kept: np.ndarray
+    trained: np.ndarray
+    sources: np.ndarray
 
 
 class TokenStore:
@@ -70,7 +81,11 @@ class TokenStore:
         self._files: set[str] = set()
         self._shard = np.full(len(rows), -1, np.int32)
         self._position = np.zeros(len(rows), np.int32)
-        self._length = np.zeros(len(rows), np.int32)
+        self._length, self._tokens, self._trained, self._source = (
+            np.zeros(len(rows), np.int32) for _ in range(4)
+        )
+        self.sources: list[str] = []
+        """Names that `Facts.sources` counts by."""
         self.seen = Seen()
         self._changed = threading.Condition(threading.RLock())
         self._error: Exception | None = None
@@ -117,13 +132,11 @@ class TokenStore:
         """Why a row is not trained on; empty for a row that is."""
         return self._at(row)[0].text("dropped", self._position[row])
 
-    def counts(self, row: int) -> tuple[int, int, int]:
-        """Tokens before the cut, tokens kept, target tokens kept."""
-        shard, position = self._at(row)
-        return (
-            int(shard.tokens[position]),
-            int(shard.lengths[position]),
-            int(shard.trained[position]),
+    def facts(self, rows: np.ndarray) -> Facts:
+        """What the ledger books for these rows."""
+        self._wait(rows)
+        return Facts(
+            self._tokens[rows], self._length[rows], self._trained[rows], self._source[rows]
         )
 
     def _at(self, row: int) -> tuple[shards.Shard, int]:
@@ -147,8 +160,8 @@ class TokenStore:
                 self._changed.wait(POLL_SECONDS)
             if time.monotonic() - last > STALL_SECONDS:
                 raise DataError(
-                    f"{self.folder}: no new tokens for {STALL_SECONDS:.0f} s; is rank 0 alive, and is "
-                    f"this folder on a disk that all nodes share?"
+                    f"{self.folder}: no new tokens for {STALL_SECONDS:.0f} s; is rank 0 alive, and "
+                    f"is this folder on a disk that all nodes share?"
                 )
 
     def _raise_if_failed(self) -> None:
@@ -160,7 +173,7 @@ class TokenStore:
             raise (DataError if error["data"] else RuntimeError)(error["message"])
 
     def _scan(self, *, repair: bool = False) -> None:
-        """Take in shards that are new in the folder; with `repair`, remove those that are damaged."""
+        """Take in shards that are new in the folder; with `repair`, remove damaged ones."""
         if not self.folder.exists():
             return
         with self._changed:
@@ -180,6 +193,9 @@ class TokenStore:
             rows = shard.rows[fresh]
             self._position[rows] = fresh
             self._length[rows] = shard.lengths[fresh]
+            self._tokens[rows] = shard.tokens[fresh]
+            self._trained[rows] = shard.trained[fresh]
+            self._source[rows] = self._codes(shard)[fresh]
             self._shards.append(shard)
             self._files.add(path.name)
             # Last, because readers of other threads look at it without the lock.
@@ -190,6 +206,12 @@ class TokenStore:
             self.seen.targets += int(shard.targets[fresh].sum())
             self.seen.lost += int((shard.targets[fresh] - shard.trained[fresh]).sum())
             self._changed.notify_all()
+
+    def _codes(self, shard: shards.Shard) -> np.ndarray:
+        """The source of each row of a shard as an index into `sources`: (n,)."""
+        names = np.asarray(shard.table["source"].to_pylist(), object)
+        self.sources += [name for name in dict.fromkeys(names) if name not in self.sources]
+        return np.asarray([self.sources.index(name) for name in names], np.int32)
 
     def _guarded(self) -> None:
         """The writer thread: what goes wrong here is raised where tokens are waited for."""
@@ -254,8 +276,8 @@ class TokenStore:
         if seen.lost > self._limit * seen.targets:
             self._error = DataError(
                 f"batch.max_lost_answer_tokens: at most {self._limit:.2%} of answer tokens may be "
-                f"lost, but {seen.lost / seen.targets:.2%} ({seen.lost:,} of {seen.targets:,} in the first "
-                f"{seen.rows:,} rows) are, in rows longer than batch.max_length="
+                f"lost, but {seen.lost / seen.targets:.2%} ({seen.lost:,} of {seen.targets:,} in the "
+                f"first {seen.rows:,} rows) are, in rows longer than batch.max_length="
                 f"{self.renderer.max_length}; raise batch.max_length or this limit"
             )
             raise self._error
