@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # Chosen before Triton is imported, hence a process of its own.
-NUMERICS = ["linear_cross_entropy"]
+NUMERICS = ["linear_cross_entropy", "elementwise"]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
