@@ -1,9 +1,12 @@
 """The process group: who this rank is, what all ranks agree on, one place for every collective."""
 
+import logging
 import os
 import random
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ def start(*, timeout_seconds: int = 1800) -> World:
     if "MASTER_PORT" not in os.environ:
         assert size == 1, "MASTER_PORT is unset with several ranks"
         os.environ["MASTER_PORT"] = "0"
+    quiet_libraries()
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -49,6 +53,17 @@ def start(*, timeout_seconds: int = 1800) -> World:
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
         )
     return World(rank, size, local_rank, device)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of libraries are noise in a log that several ranks write."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def stop() -> None:
@@ -93,7 +108,7 @@ def gather_objects(value: object) -> list[object]:
     return values
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value on all ranks."""
     if dist.get_world_size() == 1:
         return value

@@ -38,14 +38,12 @@ class Witness:
         self._gradients: dict[str, float] = {}
         self._update: dict[str, Any] | None = None
         self._before: tuple[str, Tensor] | None = None
-        self._layers = 0
         self._documents: list[int] = []
-        self._attention_per_micro = 0
         attention.CALLS.clear()
 
-    def saw_micro_batch(self, documents: int) -> None:
-        """Called after each forward and backward of the watched steps."""
-        self._documents.append(documents)
+    def saw_micro_batches(self, documents: list[int]) -> None:
+        """Documents in each micro-batch of a step that is about to run."""
+        self._documents += documents
 
     def before_step(self) -> None:
         """Between the last backward and the optimizer step of the watched step; collective."""

@@ -7,6 +7,7 @@ into exposure.parquet: record_id, step, rank, tokens, target_tokens.
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,22 +24,26 @@ class Exposure:
     def __init__(self, folder: Path) -> None:
         self.parts = folder / "exposure"
         self.target = folder / "exposure.parquet"
-        self._columns: list[list[object]] = [[] for _ in SCHEMA]
+        self._tables: list[pa.Table] = []
 
-    def add(self, record_id: str, step: int, rank: int, tokens: int, target_tokens: int) -> None:
-        values = (record_id, step, rank, tokens, target_tokens)
-        for column, value in zip(self._columns, values, strict=True):
-            column.append(value)
+    def add(
+        self, ids: list[str], step: int, ranks: np.ndarray, tokens: np.ndarray, targets: np.ndarray
+    ) -> None:
+        """One step's examples; arrays are (n,) and in the order of `ids`."""
+        columns = (ids, [step] * len(ids), ranks, tokens, targets)
+        self._tables.append(
+            pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+        )
 
     def flush(self, step: int) -> None:
         """Write what was buffered up to and including `step` as one part."""
-        if not self._columns[0]:
+        if not self._tables:
             return
         self.parts.mkdir(exist_ok=True)
         aside = self.parts / f".step-{step:06d}.tmp"
-        pq.write_table(pa.table(self._columns, schema=SCHEMA), aside)
+        pq.write_table(pa.concat_tables(self._tables), aside)
         aside.rename(self.parts / f"step-{step:06d}.parquet")
-        self._columns = [[] for _ in SCHEMA]
+        self._tables = []
 
     def rewind(self, step: int) -> None:
         """Forget every row of steps after `step`."""

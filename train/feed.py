@@ -1,4 +1,4 @@
-"""The data of a run on one rank: tokens, plan, this rank's micro-batches, and the record of who saw what."""
+"""The data of a run on one rank: tokens, plan, this rank's micro-batches, and the account of who saw what."""
 
 from pathlib import Path
 from typing import Any
@@ -6,15 +6,13 @@ from typing import Any
 import numpy as np
 
 from tuneloom.data.ledger import Ledger
-from tuneloom.data.packing import pack
-from tuneloom.data.plan import Plan
+from tuneloom.data.plan import Plan, PlanConfig, epoch_order, share
 from tuneloom.data.render import Renderer
 from tuneloom.data.rows import Rows, open_rows
 from tuneloom.data.tokens import TokenStore
-from tuneloom.errors import DataError
 from tuneloom.train.batches import MicroBatch, collate
 from tuneloom.train.config import TrainConfig
-from tuneloom.train.distributed import World
+from tuneloom.train.distributed import World, barrier
 from tuneloom.train.exposure import Exposure
 
 
@@ -23,59 +21,71 @@ class Feed:
 
     def __init__(self, config: TrainConfig, tokenizer: Any, world: World, accumulation: int) -> None:
         self.config, self.world, self.accumulation = config, world, accumulation
-        batch = config.batch
-        self.rows: Rows = open_rows(
-            config.data.path, config.data.split, config.data.format, verify=world.first
-        )
+        batch, data = config.batch, config.data
+        self.rows: Rows = open_rows(data.path, data.split, data.format, verify=world.first)
         self.renderer = renderer(config, tokenizer)
-        self.store = store(config, self.rows, self.renderer, world)
-        self.plan = Plan(
-            len(self.rows),
-            self.store.lengths,
-            epochs=config.epochs,
-            seed=config.seed,
-            shuffle=batch.shuffle,
-            packing=batch.packing,
-            tokens=batch.tokens,
-            sequences=batch.sequences,
-            window=batch.window,
-            micro_batches=world.size * accumulation,
-        )
+        order = epoch_order(len(self.rows), config.seed, 0, batch.shuffle)
+        self.store = make_store(config, self.rows, self.renderer, order, world)
+        self.plan = Plan(len(self.rows), self.store.lengths, PlanConfig(
+            seed=config.seed, epochs=config.epochs, shuffle=batch.shuffle, packing=batch.packing,
+            tokens=batch.tokens, sequences=batch.sequences, window=batch.window,
+            group=world.size * accumulation,
+        ))  # fmt: skip
         self.ledger = Ledger()
 
-    def next_step(self) -> list[np.ndarray] | None:
-        """Row indices of every micro-batch of the step, all ranks'; None when the epochs are over."""
+    def next_step(self) -> list[np.ndarray]:
+        """Row indices of every micro-batch of the step, all ranks'; empty when the epochs are over."""
         return self.plan.next_step()
 
     def mine(self, bins: list[np.ndarray]) -> list[MicroBatch]:
-        """This rank's micro-batches, moved to its device."""
-        own = bins[self.world.rank :: self.world.size] if self.config.batch.packing else _dealt(
-            bins, self.world, self.accumulation
-        )  # fmt: skip
-        return [self.collated(rows) for rows in own]
+        """This rank's micro-batches on its device."""
+        return [self._collated(rows) for rows in share(bins, self.world.rank, self.world.size)]
 
-    def collated(self, rows: np.ndarray) -> MicroBatch:
+    def _collated(self, rows: np.ndarray) -> MicroBatch:
         examples = [self.store.example(int(row)) for row in rows]
         return collate(list(rows), examples, packing=self.config.batch.packing).to(self.world.device)
 
+    def account(self, bins: list[np.ndarray], step: int, padded: int, exposure: Exposure) -> None:
+        """Book one step of all ranks on the ledger and the exposure record; rank 0 only."""
+        rows = np.concatenate(bins)
+        ranks = np.repeat(np.arange(len(bins)) % self.world.size, [len(b) for b in bins])
+        facts = self.store.facts(rows)
+        ids = [self.store.record_id(row) for row in rows.tolist()]
+        exposure.add(ids, step, ranks, facts.kept, facts.trained)
+        self.ledger.count(rows, self.store, padded=padded)
+        self.ledger.count(self.plan.dropped, self.store)
 
-def _dealt(bins: list[np.ndarray], world: World, accumulation: int) -> list[np.ndarray]:
-    return bins[world.rank :: world.size]
+    def state(self) -> dict[str, Any]:
+        return {"plan": self.plan.state(), "ledger": self.ledger.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.plan.restore(state["plan"])
+        self.ledger.restore(state["ledger"])
+
+    def close(self) -> None:
+        self.store.close()
 
 
 def renderer(config: TrainConfig, tokenizer: Any) -> Renderer:
     """The one renderer of training, validation and samples."""
+    batch = config.batch
     return Renderer(
-        tokenizer,
-        config.objective.kind,
-        max_length=config.batch.max_length,
-        over_length=config.batch.over_length,
+        tokenizer, config.objective.kind, max_length=batch.max_length, over_length=batch.over_length
     )
 
 
-def store(config: TrainConfig, rows: Rows, render: Renderer, world: World) -> TokenStore:
-    """Tokens of `rows`, tokenised once by rank 0 into a cache beside the runs."""
-    raise DataError("not wired")
+def make_store(
+    config: TrainConfig, rows: Rows, render: Renderer, order: np.ndarray, world: World
+) -> TokenStore:
+    """Tokens of `rows`, made once by rank 0 in a cache that the runs under `run.root` share; collective."""
 
+    def construct() -> TokenStore:
+        return TokenStore(
+            Path(config.run.root) / ".tokens", rows, render, order, writer=world.first,
+            max_lost_answer_tokens=config.batch.max_lost_answer_tokens,
+        )  # fmt: skip
 
-__all__ = ["Exposure", "Feed", "Path", "pack"]
+    if world.first:
+        store = construct()
+    barrier()
+    return store if world.first else construct()

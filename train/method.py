@@ -31,7 +31,7 @@ def apply(network: nn.Module, method: MethodConfig) -> nn.Module:
         use_rslora=method.rslora,
     )
     causal: Any = network
-    if getattr(causal, "is_gradient_checkpointing", False) or method.kind == "qlora":
+    if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
         # Frozen embeddings would leave recomputed layers without an input that requires grad.
         causal.enable_input_require_grads()
     return get_peft_model(causal, config, autocast_adapter_dtype=False)

@@ -161,7 +161,12 @@ def _build_op(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer 
 
 
 def _quiet() -> None:
-    """DeepSpeed logs every setting at INFO on every rank."""
+    """DeepSpeed logs every setting at INFO on every rank, and compiles a CPU all-reduce at first use.
+
+    That op takes 25 s and a C++ compiler, and sums in another order than gloo; gloo it is.
+    """
+    import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,7 +1,7 @@
 """Prepared blocks merged on disk into unique rows in the order of their ids, in little memory.
 
-Each block is one Arrow file sorted by id. A range of ids is read from all of them at once (memory
-maps, no copy), sorted, and of equal ids the first source and line is kept.
+Each block is one Arrow file of 256 batches, by the first byte of the id. The same few batches of all
+blocks are read together and sorted, and of equal ids the most trusted source's first line is kept.
 """
 
 import math
@@ -12,61 +12,56 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-RANGE_BYTES = 96 << 20
-SHARED = [("id", "ascending"), ("source", "ascending"), ("line", "ascending")]
+BATCHES = 256
+RANGE_BYTES = 64 << 20
+IN_ORDER = [("id", "ascending"), ("rank", "ascending"), ("source", "ascending"), ("line", "ascending")]
 
 
 class Spill:
-    """The prepared blocks of one ingest on disk."""
+    """The rows of one ingest on disk: blocks as they were prepared, then ranges of unique rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bytes = 0
-        self.files: list[Path] = []
 
-    def add(self, number: int, table: pa.Table) -> None:
-        """Write one block's rows, which are sorted by id."""
-        path = self.folder / f"block-{number:07d}.arrow"
-        write(path, table)
-        self.files.append(path)
-        self.bytes += table.nbytes
-
-    def keep(self, number: int, table: pa.Table) -> pa.Table:
-        """Write a range of unique rows; returns it as a table over the memory map."""
-        path = self.folder / f"unique-{number:07d}.arrow"
-        write(path, table)
-        return read(path)
+    def block(self, number: int) -> Path:
+        """Where a block's file lies."""
+        return self.folder / f"block-{number:07d}.arrow"
 
     def ranges(self) -> Iterator[pa.Table]:
-        """All rows, one range of ids after the other, each sorted by id, source, line."""
-        tables = [read(path) for path in self.files]
-        starts = [prefixes(table) for table in tables]
-        count = max(1, math.ceil(self.bytes / RANGE_BYTES))
-        edges = [int(i * (1 << 64) / count) for i in range(1, count)]
-        cuts = [
-            [0, *np.searchsorted(s, np.array(edges, np.uint64)).tolist(), len(s)] for s in starts
-        ]
-        for i in range(count):
-            parts = [t.slice(c[i], c[i + 1] - c[i]) for t, c in zip(tables, cuts, strict=True)]
-            joined = pa.concat_tables(parts)
-            yield joined.take(pc.sort_indices(joined, sort_keys=SHARED))
+        """All rows, one range of ids after the other, each in order."""
+        files = [pa.OSFile(str(path)) for path in sorted(self.folder.glob("block-*.arrow"))]
+        readers = [pa.ipc.open_file(file) for file in files]
+        size = sum(file.size() for file in files)
+        count = min(BATCHES, max(1, math.ceil(size / RANGE_BYTES)))
+        edges = [i * BATCHES // count for i in range(count + 1)]
+        for first, last in zip(edges[:-1], edges[1:], strict=True):
+            batches = [reader.get_batch(i) for reader in readers for i in range(first, last)]
+            table = pa.Table.from_batches(batches).combine_chunks()
+            yield table.take(pc.sort_indices(table, sort_keys=IN_ORDER))
+
+    def keep(self, number: int, table: pa.Table) -> None:
+        """Write a range of unique rows for the second pass."""
+        path = self.folder / f"unique-{number:07d}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+
+    def unique(self) -> Iterator[pa.Table]:
+        """The ranges that were kept, in order."""
+        for path in sorted(self.folder.glob("unique-*.arrow")):
+            with pa.OSFile(str(path)) as file:
+                yield pa.ipc.open_file(file).read_all()
 
 
-def write(path: Path, table: pa.Table) -> None:
-    """A table as one Arrow file of one batch."""
+def write_block(path: Path, table: pa.Table) -> None:
+    """A table that is sorted by id, as 256 batches."""
+    digits = pc.utf8_slice_codeunits(table["id"], 0, 2).to_pylist()
+    prefixes = np.array([int(pair, 16) for pair in digits], dtype=np.int64)
+    cuts = np.searchsorted(prefixes, np.arange(BATCHES + 1))
+    whole = table.combine_chunks().to_batches()
+    batch = whole[0] if whole else pa.RecordBatch.from_pylist([], schema=table.schema)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-
-
-def read(path: Path) -> pa.Table:
-    """An Arrow file as a table over the memory map."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def prefixes(table: pa.Table) -> np.ndarray:
-    """(N,) uint64: the first 16 hex digits of each id, in the table's order."""
-    short = pc.utf8_slice_codeunits(table["id"], 0, 16).to_pylist()
-    return np.array([int(digits, 16) for digits in short], dtype=np.uint64)
+        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+            writer.write_batch(batch.slice(int(start), int(end - start)))
 
 
 def first_of_each(table: pa.Table) -> np.ndarray:

@@ -1,11 +1,17 @@
 """What `tuneloom ingest` may be told: the recipe of one dataset, checked before a row is read."""
 
+import datetime
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tuneloom.config import Config
+from tuneloom.data.dedupe import NearConfig
+from tuneloom.data.provenance import SourceInfo, Use
+from tuneloom.data.quality import QualityConfig
+from tuneloom.data.redact import PrivacyConfig
+from tuneloom.data.sanitise import SanitiseConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -47,6 +53,22 @@ class Recipe(Config):
     """Template of what must not be on both sides of a split; None takes the record's input."""
     label: str | None = None
     """Template of the class that splits are balanced over; None balances nothing."""
+    subject: str | None = None
+    """Template that names the person a row is about; kept as a hash, for erasure."""
+    sanitise: SanitiseConfig = SanitiseConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    quality: QualityConfig = QualityConfig()
+    near: NearConfig = NearConfig()
+    conflicts: Literal["list", "quarantine"] = "list"
+    """Rows that answer one question differently: counted only, or set aside."""
+    provenance: list[SourceInfo] = []
+    """Owner, licence, consent and trust of the sources."""
+    use: Use = "commercial"
+    """What a model tuned on this dataset is for; blockers are listed in the manifest."""
+    as_of: datetime.date | None = None
+    """The day on which consent must be in force; None does not look at dates."""
+    licence_action: Literal["list", "drop", "fail"] = "list"
+    """What happens to rows whose source does not allow the use."""
     split: SplitConfig = SplitConfig()
     within: WithinConfig | None = None
     max_rejected: Fraction = 0.01

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ class ShardWriter:
 
     def add(self, table: pa.Table) -> None:
         """Append rows; shards are cut at row counts, so memory ranges do not show in the files."""
-        table = table.select(COLUMNS)
-        for column in ("id", "source", "meta"):
-            for value in table[column].to_pylist():
-                self.digest.update(value.encode("utf-8") + b"\n")
+        table = table.select(COLUMNS).combine_chunks()
+        for column, digest in self.digests.items():
+            for value in table[column].chunks:
+                digest.update(pc.binary_length(value).to_numpy(zero_copy_only=False).tobytes())
+                digest.update(pc.binary_join(value.cast(pa.binary()), b"").as_py())
         self.waiting.append(table)
         self.waiting_rows += len(table)
         self.rows += len(table)
@@ -105,3 +107,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return manifest
+
+
+def read_column(folder: Path, manifest: dict[str, Any], split: str, column: str) -> Iterator[str]:
+    """One column of one split, in order."""
+    for shard in manifest["splits"][split]["shards"]:
+        yield from pq.read_table(folder / shard["file"], columns=[column])[column].to_pylist()

@@ -1,0 +1,36 @@
+"""Train without Ray: torchrun --nproc-per-node 2 -m tuneloom.train experiment=demo run.id=my-run
+
+Also one process: python -m tuneloom.train ...; the same config, data order and losses as `tuneloom train`.
+"""
+
+import os
+import sys
+import time
+
+from tuneloom.config import build, compose, dotted_keys, unknown_override
+from tuneloom.errors import TuneloomError
+from tuneloom.train.config import TrainConfig
+
+
+def main(overrides: list[str]) -> int:
+    """Compose conf/train.yaml, leave its `launch` to torchrun, train as the rank of the environment."""
+    os.environ.setdefault("TUNELOOM_STARTED", str(time.time()))
+    known = [*dotted_keys(TrainConfig), "launch"]
+    try:
+        unknown_override([o for o in overrides if not o.startswith("launch.")], known)
+        mapping = compose("train", overrides, known=known)
+        del mapping["launch"]
+        config = build(TrainConfig, mapping)
+
+        from tuneloom.train.loop import fit
+
+        fit(config, launcher={"kind": "torchrun"})
+    except TuneloomError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"tuneloom train: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

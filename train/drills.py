@@ -1,0 +1,68 @@
+"""The first-checkpoint drill: what was saved is opened by a fresh process while training goes on.
+
+Empty adapters (trl#4416: 40 bytes) and weights that load but answer otherwise are found at the first
+checkpoint, not after the last.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tuneloom.errors import TrainingError
+from tuneloom.train import distributed, weights
+
+if TYPE_CHECKING:
+    from tuneloom.train.session import Session
+
+PROBE_TOKENS = 32
+
+
+class FirstCheckpoint:
+    """Saves weights and live logits in runs/<id>/drill and starts the process that compares them."""
+
+    def __init__(self, session: "Session") -> None:
+        self.world, self.folder = session.world, session.folder / "drill"
+        self.step = session.step
+        self._process: subprocess.Popen[str] | None = None
+        generator = torch.Generator().manual_seed(session.config.seed)
+        ids = torch.randint(0, session.vocabulary, (1, PROBE_TOKENS), generator=generator)
+        logits = weights.live_logits(session.network, ids, self.world.device)
+        weights.save(session.network, session.tokenizer, self.folder, self.world)
+        if self.world.first:
+            facts: dict[str, Any] = {
+                "step": self.step,
+                "base": str(session.base.resolve()),
+                "dtype": session.config.model.dtype,
+                "method": session.config.method.kind,
+                "double_quantisation": session.config.method.double_quantisation,
+            }
+            weights.store_probe(self.folder, ids, logits, facts)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tuneloom.train.drill", str(self.folder)],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+
+    def verdict(self) -> None:
+        """Wait for the comparison; raises TrainingError on all ranks when it failed."""
+        fault = None
+        if self._process is not None:
+            _, errors = self._process.communicate()
+            fault = _fault(self.folder / "drill.json", errors)
+        fault = distributed.broadcast_object(fault)
+        if fault:
+            raise TrainingError(
+                f"train.drill: the checkpoint of step {self.step}, opened by a fresh process, {fault}; "
+                f"its files are in {self.folder}"
+            )
+
+
+def _fault(path: Path, errors: str) -> str | None:
+    if not path.exists():
+        last = (errors.strip().splitlines() or ["no output"])[-1]
+        return f"could not be read: {last}"
+    verdict = json.loads(path.read_text(encoding="utf-8"))
+    return None if verdict["ok"] else f"gives other logits ({json.dumps(verdict)})"

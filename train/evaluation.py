@@ -1,0 +1,86 @@
+"""Validation loss and samples during training, on the live, possibly sharded, model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tuneloom.data.packing import pack
+from tuneloom.data.rows import open_rows
+from tuneloom.train import distributed, samples
+from tuneloom.train.batches import collate
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.distributed import World
+from tuneloom.train.feed import make_store, renderer
+from tuneloom.train.loss import loss_sum
+
+
+class Validation:
+    """The first `train.validation_rows` rows of the validation split, tokenised once."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, world: World) -> None:
+        self.config, self.world, self.tokenizer = config, world, tokenizer
+        self.rows: Any = self._open()
+        if not self.rows:
+            return
+        self.renderer = renderer(config, tokenizer)
+        count = min(len(self.rows), config.train.validation_rows)
+        self.order = np.arange(count)
+        self.store = make_store(config, self.rows, self.renderer, self.order, world)
+
+    def _open(self) -> Any:
+        data = self.config.data
+        if data.validation is None:
+            return None
+        path = Path(data.validation)
+        if path.suffix == ".jsonl" or path.is_dir():
+            return open_rows(path, "train", data.format)
+        if Path(data.path).is_dir():
+            return open_rows(data.path, data.validation, data.format, verify=self.world.first)
+        return None
+
+    @torch.no_grad()
+    def loss(self, engine: Any) -> float:
+        """-log p per target token over all validation rows; the same on all ranks; collective."""
+        lengths = self.store.lengths(self.order)
+        kept = self.order[lengths > 0]
+        budget = self.config.batch.tokens if self.config.batch.packing else self.config.batch.max_length
+        bins = [kept[members] for members in pack(lengths[lengths > 0], budget)]
+        bins += [np.empty(0, np.int64)] * (-len(bins) % self.world.size)
+        engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64)
+        for rows in bins[self.world.rank :: self.world.size]:
+            micro = collate(list(rows), [self.store.example(int(r)) for r in rows], packing=True)
+            totals[0] += float(loss_sum(engine, micro.to(self.world.device)))
+            totals[1] += micro.target_tokens
+        engine.train()
+        distributed.sum_over_ranks(totals)
+        return float(totals[0] / totals[1])
+
+    def sample(self, engine: Any, path: Path, step: int) -> None:
+        """Answer the first prompts on every rank alike; rank 0 writes them."""
+        if self.config.objective.kind == "pretrain":
+            return
+        records = [self.rows[int(i)] for i in self.order[: self.config.train.samples]]
+        prompts = [self.renderer.prompt_ids(record) for record in records]
+        if not prompts:
+            return
+        stops = {int(self.tokenizer.eos_token_id)}
+        answers = samples.answer(
+            engine.module, prompts, stops=stops, max_tokens=self.config.train.sample_tokens,
+            device=self.world.device,
+        )  # fmt: skip
+        if self.world.first:
+            samples.append(path, step, [
+                {
+                    "prompt": self.tokenizer.decode(prompt),
+                    "answer": self.tokenizer.decode(answer, skip_special_tokens=True),
+                    "expected": self.renderer.answer(record),
+                }
+                for prompt, answer, record in zip(prompts, answers, records, strict=True)
+            ])  # fmt: skip
+
+    def close(self) -> None:
+        if self.rows:
+            self.store.close()

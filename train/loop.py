@@ -1,0 +1,101 @@
+"""The training loop: read this first. Set-up is `Session.prepare`, in dependency order; then one flat loop."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tuneloom.errors import Stopped, TrainingError
+from tuneloom.train import distributed, runs
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.loss import loss_sum
+from tuneloom.train.schedule import lr_at
+from tuneloom.train.session import Session
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run was."""
+
+    run_id: str
+    steps: int
+    loss: float
+
+
+def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outcome:
+    """Train as this rank of the process group that the environment names; collective.
+
+    Raises Stopped after a save that a signal asked for, TrainingError when the run failed.
+    """
+    world = distributed.start()
+    config = distributed.broadcast_object(runs.with_id(config))
+    session = Session(config, world, launcher or {})
+    try:
+        session.prepare()
+        return loop(session)
+    except BaseException as error:
+        session.abandon(error)
+        raise
+    finally:
+        session.close()
+        distributed.stop()
+
+
+def loop(s: Session) -> Outcome:
+    """Step until the epochs or steps are over, or until asked to stop."""
+    config, world, engine, clock = s.config, s.world, s.engine, s.clock
+    bad_steps, loss = 0, math.nan
+    clock.switch("productive")
+    while True:
+        # what is due between steps
+        if s.due(config.train.validate_every):
+            s.validate()
+        if s.due(config.train.sample_every):
+            s.sample()
+        if s.due(config.checkpoint.every):
+            s.save()
+        if s.ended_early or s.step == s.last_step:
+            break
+
+        # all micro-batches of the step, and what every rank agrees on
+        started, progress = time.time(), s.progress()
+        with clock.phase("data"):
+            bins = s.feed.next_step()
+            micros = s.feed.mine(bins)
+        if not bins:
+            break
+        tally = s.agree(micros)
+
+        # forward and backward of each: token losses, summed, over the whole step's target tokens.
+        # DeepSpeed averages gradients over ranks, hence times world; it must not divide by accumulation.
+        lr = s.set_lr(lr_at(s.step, progress, config.optim))
+        total = torch.zeros((), dtype=torch.float32, device=world.device)
+        for index, micro in enumerate(micros):
+            micro_loss = loss_sum(engine, micro)
+            engine.backward(micro_loss * (world.size / tally.target_tokens), scale_wrt_gas=False)
+            total += micro_loss.detach()
+            if index + 1 < len(micros):
+                engine.step()  # counts the micro-batch; the optimizer steps after the last
+
+        # the optimizer step, refused on all ranks alike when it is not finite
+        with s.watching():
+            grad_norm, applied = s.optimizer_step()
+        s.step += 1
+        loss = float(distributed.sum_over_ranks(total)) / tally.target_tokens
+        bad_steps = 0 if applied and math.isfinite(loss) else bad_steps + 1
+        s.record(bins, loss=loss, grad_norm=grad_norm, lr=lr, tally=tally, applied=applied,
+                 seconds=time.time() - started)  # fmt: skip
+        if bad_steps > config.train.max_bad_steps:
+            raise TrainingError(
+                f"train.max_bad_steps: {bad_steps} steps in a row were not finite, the last was step "
+                f"{s.step}; lower optim.lr, or look at their rows in exposure/"
+            )
+
+        # asked to stop: all ranks know since they agreed, all save this step
+        if tally.stop:
+            s.save()
+            raise Stopped(f"stopped after step {s.step} on a signal; the same command resumes it")
+    s.finish(loss)
+    return Outcome(str(config.run.id), s.step, loss)

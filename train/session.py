@@ -1,0 +1,407 @@
+"""Everything a run holds on one rank, made in dependency order, and the few things its loop asks for."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
+from tuneloom.registry.digests import weights_digest
+from tuneloom.train import (
+    checkpoint,
+    distributed,
+    effects,
+    evaluation,
+    flops,
+    method,
+    model,
+    probe,
+    runs,
+    weights,
+    zero,
+)
+from tuneloom.train.batches import MicroBatch
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.distributed import World
+from tuneloom.train.drills import FirstCheckpoint
+from tuneloom.train.exposure import Exposure
+from tuneloom.train.feed import Feed
+from tuneloom.train.metrics import Clock, Metrics, Progress, Tracker, peak_memory_gib
+from tuneloom.train.signals import StopFlag
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over all ranks of one step."""
+
+    target_tokens: int
+    tokens: int
+    square_tokens: int
+    padded: int
+    stop: bool
+
+
+class Session:
+    """One run on one rank. `prepare` is collective; attributes that only rank 0 has are None elsewhere."""
+
+    engine: Any
+    feed: Feed
+
+    def __init__(self, config: TrainConfig, world: World, launcher: dict[str, Any]) -> None:
+        self.config, self.world, self.launcher = config, world, launcher
+        self.folder = runs.folder_of(config)
+        self.clock = Clock()
+        self.step = 0
+        self.last_step = config.steps if config.steps is not None else -1
+        self.ended_early = False
+        self._lock: IO[str] | None = None
+        self._saved_step = -1
+        self._evaluated_step = self._sampled_step = -1
+        self._best, self._worse = math.inf, 0
+        self.metrics: Metrics | None = None
+        self.progress_line: Progress | None = None
+        self.exposure: Exposure | None = None
+        self.stop: StopFlag | None = None
+        self.witness: effects.Witness | None = None
+        self.drill: FirstCheckpoint | None = None
+
+    def prepare(self) -> None:
+        """Seed, run folder, tokenizer, model, method, engine, data, resume, metrics."""
+        config, world = self.config, self.world
+        distributed.seed_everything(config.seed)
+        self._on_first(self._claim)
+        self.stop = StopFlag(self.folder, first=world.first)
+
+        # what to resume from decides how the engine is built
+        found = self._resume_point()
+        accumulation = self._accumulation(found)
+        universal = None
+        if found and not found.same_layout(world.size, config.zero.stage):
+            universal = self._on_first(lambda: checkpoint.to_universal(found))
+        settings = zero.deepspeed_config(
+            config, world, accumulation=accumulation, universal=universal is not None
+        )
+
+        # model and method; adapters are made after the seed, alike on every rank
+        base = self._on_first(lambda: model.locate(config.model))
+        self.base = base
+        self.tokenizer = model.load_tokenizer(base)
+        with zero.partitioned_init(settings):
+            network = model.load(base, config.model, config.method, world.device, seed=config.seed)
+            self.patched = _patch(network) if config.model.kernels else {}
+            self.recomputing = model.checkpoint_activations(network, config.model)
+            torch.manual_seed(config.seed)
+            network = method.apply(network, config.method)
+        network.train()
+        self.shape = flops.shape_of(network, frozen=config.method.kind != "full")
+        self.engine = zero.build_engine(network, config, settings)
+        self.network: nn.Module = self.engine.module
+
+        # data; then the proof that packs are isolated, before a step is taken
+        self.feed = Feed(config, self.tokenizer, world, accumulation)
+        self.validation = evaluation.Validation(config, self.tokenizer, world)
+        if config.batch.packing and config.train.probe:
+            probe.isolation(self.network, self.vocabulary, world.device, seed=config.seed)
+        torch.manual_seed(config.seed + world.rank)  # dropout differs by rank
+
+        if world.first:
+            self._record_run(found)
+            self.exposure = Exposure(self.folder)
+        if found:
+            checkpoint.restore(self.engine, found, world, universal=universal)
+            self._restore(found)
+        self._open_metrics()
+        if self.step < config.train.effects_step:
+            self.witness = effects.Witness(config, self.engine, world)
+        distributed.barrier()
+
+    # set-up, in pieces
+
+    def _on_first(self, work: Any) -> Any:
+        """Rank 0's result on all ranks; its error is every rank's error."""
+        outcome: Any = None
+        if self.world.first:
+            try:
+                outcome = work()
+            except TuneloomError as error:
+                outcome = error
+        outcome = distributed.broadcast_object(outcome)
+        if isinstance(outcome, TuneloomError):
+            raise outcome
+        return outcome
+
+    def _claim(self) -> None:
+        self._lock = runs.claim(self.config)
+
+    def _resume_point(self) -> checkpoint.Found | None:
+        config, root = self.config, self.folder / "checkpoints"
+        if config.resume in ("auto", "never"):
+            return self._on_first(lambda: checkpoint.newest(root) if config.resume == "auto" else None)
+        return self._on_first(lambda: checkpoint.opened(Path(config.resume)))
+
+    def _accumulation(self, found: checkpoint.Found | None) -> int:
+        """Micro-batches of this rank a step; a resumed run keeps its global batch on any world size."""
+        if found is None:
+            return self.config.batch.accumulation
+        group = int(found.trainer["group"])
+        if group % self.world.size:
+            raise ConfigError(
+                f"launch.workers: the run takes {group} micro-batches a step, which {self.world.size} "
+                f"ranks cannot share evenly; use a divisor of {group}"
+            )
+        return group // self.world.size
+
+    def _record_run(self, found: checkpoint.Found | None) -> None:
+        config = self.config
+        facts = {
+            "launcher": self.launcher,
+            "world_size": self.world.size,
+            "device": _device_name(self.world.device),
+            "base": {
+                "path": str(self.base),
+                "digest": None if config.model.init == "random" else weights_digest(self.base),
+            },
+            "dataset": {
+                "path": config.data.path, "digest": self.feed.rows.digest, "rows": len(self.feed.rows),
+                "renderer": self.feed.renderer.digest,
+            },
+            "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
+            "resumed_from": found.folder.name if found else None,
+        }  # fmt: skip
+        self.facts = facts
+        runs.record(config, facts)
+
+    def _restore(self, found: checkpoint.Found) -> None:
+        self.step = self._saved_step = found.step
+        self.feed.restore(found.trainer["feed"])
+        self._best, self._worse = found.trainer["best"], found.trainer["worse"]
+        if self.exposure is not None:
+            self.exposure.rewind(found.step)
+            print(f"resumed {found.folder.name} of {self.config.run.id}", flush=True)
+
+    def _open_metrics(self) -> None:
+        if not self.world.first:
+            return
+        tracker = Tracker(
+            self.config.tracker, self.folder, str(self.config.run.id), runs.plain(self.config)
+        )
+        self.metrics = Metrics(self.folder, tracker)
+        self.clock.lost(self.metrics.open_at(self.step))
+        self.progress_line = Progress()
+
+    @property
+    def vocabulary(self) -> int:
+        config: Any = self.network.config
+        return int(config.get_text_config().vocab_size)
+
+    # what the loop asks for
+
+    def due(self, every: int) -> bool:
+        """True at multiples of `every`; never at step 0, never when 0."""
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+    def progress(self) -> float:
+        """Share of the run that is done, by rows or by steps, whichever ends first."""
+        by_steps = self.step / self.config.steps if self.config.steps else 0.0
+        return max(by_steps, self.feed.plan.progress)
+
+    def agree(self, micros: list[MicroBatch]) -> Tally:
+        """Sum the step's tokens over ranks; one small CPU collective that also carries the stop flag."""
+        assert self.stop is not None
+        if self.witness is not None:
+            self.witness.saw_micro_batches([len(m.rows) for m in micros])
+        values = [
+            sum(m.target_tokens for m in micros), sum(m.tokens for m in micros),
+            sum(m.square_tokens for m in micros), sum(m.padded for m in micros), int(self.stop.asked()),
+        ]  # fmt: skip
+        summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+        target, tokens, square, padded, stop = (int(v) for v in summed)
+        assert target > 0, "a step without target tokens: the renderer refuses such rows"
+        return Tally(target, tokens, square, padded, stop > 0)
+
+    def set_lr(self, factor: float) -> float:
+        """Scale every group's base learning rate; returns that of the first group."""
+        groups = self.engine.optimizer.param_groups
+        for group in groups:
+            group.setdefault("base_lr", group["lr"])
+            group["lr"] = group["base_lr"] * factor
+        return float(groups[0]["lr"])
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the optimizer step: evidence for effects.json at the watched step."""
+        if self.witness is None or self.step + 1 != self.config.train.effects_step:
+            yield
+            return
+        self.witness.before_step()
+        yield
+        self.witness.after_step()
+        receipts = self.witness.receipts()
+        if self.world.first:
+            extra = {"step": self.step + 1, "kernels": self.patched, "layers_recomputing": self.recomputing}
+            runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
+        effects.refuse_idle(receipts)
+        self.witness = None
+
+    def optimizer_step(self) -> tuple[float, bool]:
+        """Step, and say the gradient norm and whether it was applied: non-finite gradients are not."""
+        engine = self.engine
+        if self.config.zero.stage == 0 and self.config.model.dtype == "fp32":
+            return self._plain_step()
+        skipped = engine.skipped_steps
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan, engine.skipped_steps == skipped
+
+    def _plain_step(self) -> tuple[float, bool]:
+        """Without ZeRO in fp32 DeepSpeed neither reports a norm nor refuses a NaN, so both happen here."""
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        limit = self.config.optim.clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None
+        self.engine.step()
+        return norm, math.isfinite(norm)
+
+    def record(
+        self, bins: list[np.ndarray], *, loss: float, grad_norm: float, lr: float, tally: Tally,
+        applied: bool, seconds: float,
+    ) -> None:  # fmt: skip
+        """Ledger, exposure, metrics and the progress line, on rank 0."""
+        if self.metrics is None or self.progress_line is None or self.exposure is None:
+            return
+        self.feed.account(bins, self.step, tally.padded, self.exposure)
+        row = {
+            "step": self.step,
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+            "train/target_tokens": tally.target_tokens,
+            "train/epoch": round(self.feed.plan.epoch, 6),
+            "train/skipped": int(not applied),
+            "speed/tokens_per_second": tally.tokens / seconds,
+            "speed/padding": tally.padded / (tally.padded + tally.tokens),
+            "memory/peak_gib": peak_memory_gib(self.world.device),
+        }
+        peak = flops.peak_flops(self.world.device)
+        if peak is not None:
+            work = self.shape.step(
+                tokens=tally.tokens, target_tokens=tally.target_tokens, square_tokens=tally.square_tokens
+            )
+            row["speed/mfu"] = work / (seconds * peak * self.world.size)
+        self.metrics.write(row | self.clock.row())
+        self.progress_line.show(row, self.progress())
+
+    def validate(self) -> None:
+        """Loss per target token on validation rows; counts towards an early stop."""
+        if self._evaluated_step == self.step or not self.validation.rows:
+            return
+        self._evaluated_step = self.step
+        with self.clock.phase("evaluation"):
+            loss = self.validation.loss(self.engine)
+        better = loss < self._best
+        self._best, self._worse = (loss, 0) if better else (self._best, self._worse + 1)
+        patience = self.config.train.patience
+        self.ended_early = patience > 0 and self._worse >= patience
+        if self.metrics is not None:
+            self.metrics.write({"step": self.step, "eval/loss": loss})
+            print(f"step {self.step:>6}  validation loss {loss:.4f}", flush=True)
+
+    def sample(self) -> None:
+        """Answers to a few validation prompts, into samples.jsonl."""
+        if self._sampled_step == self.step or not self.validation.rows:
+            return
+        self._sampled_step = self.step
+        with self.clock.phase("evaluation"):
+            self.validation.sample(self.engine, self.folder / "samples.jsonl", self.step)
+
+    def save(self) -> None:
+        """A checkpoint of this step, once; the first one is drilled."""
+        if self._saved_step == self.step:
+            return
+        with self.clock.phase("checkpoint"):
+            if self.exposure is not None:
+                self.exposure.flush(self.step)
+            checkpoint.save(
+                self.engine, self.folder / "checkpoints", self.world,
+                step=self.step, zero_stage=self.config.zero.stage, trainer=self._state(),
+                adapters_only=self.config.method.kind != "full",
+                digests={"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
+                keep=self.config.checkpoint.keep,
+            )  # fmt: skip
+            self._saved_step = self.step
+            if self.config.train.drill and self.drill is None:
+                self.drill = FirstCheckpoint(self)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "group": self.world.size * self.feed.accumulation,
+            "feed": self.feed.state(),
+            "best": self._best,
+            "worse": self._worse,
+        }
+
+    def finish(self, loss: float) -> None:
+        """After the last step: validation, samples, checkpoint, weights, receipts; the run is done."""
+        if self.step == 0:
+            raise TrainingError("nothing was trained: the run ended at step 0; look at data.path and epochs")
+        self.validate()
+        self.sample()
+        self.save()
+        with self.clock.phase("checkpoint"):
+            weights.save(self.network, self.tokenizer, self.folder / "weights", self.world)
+        if self.drill is not None:
+            with self.clock.phase("checkpoint"):
+                self.drill.verdict()
+        if self.world.first:
+            assert self.exposure is not None
+            self.exposure.finish(self.step)
+            self.feed.ledger.check(rows=self.feed.plan.consumed)
+            self.feed.ledger.write(self.folder / "ledger.json")
+            self.clock.switch("productive")
+            total = sum(self.clock.total.values())
+            shares = {phase: seconds / total for phase, seconds in self.clock.total.items()}
+            runs.update(self.folder, {
+                "state": "done", "steps": self.step, "loss": loss, "seconds": total, "time": shares,
+            })  # fmt: skip
+        distributed.barrier()
+
+    def abandon(self, error: BaseException) -> None:
+        """Say in run.json how it ended, where that can still be said."""
+        if self.world.first and self._lock is not None and (self.folder / "run.json").exists():
+            state = "stopped" if isinstance(error, Stopped) else "failed"
+            runs.update(self.folder, {"state": state, "error": str(error).splitlines()[0:1]})
+
+    def close(self) -> None:
+        """Give back files, signals and the tracker."""
+        if hasattr(self, "feed"):
+            self.feed.close()
+        if hasattr(self, "validation"):
+            self.validation.close()
+        if self.progress_line is not None:
+            self.progress_line.close()
+        if self.metrics is not None:
+            self.metrics.tracker.finish()
+        if self.stop is not None:
+            self.stop.clear()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _patch(network: nn.Module) -> dict[str, Any]:
+    from tuneloom.kernels.patch import patch
+
+    return dict(patch(network).report)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
