@@ -112,24 +112,19 @@ def prepare(
     )
 
 
-def mark(loaded: Loaded, sheet: Sheet, *, batch_tokens: int, advance: Advance) -> Marks:
+def mark(loaded: Loaded, sheet: Sheet, *, batch_tokens: int | None, advance: Advance) -> Marks:
     """Answer every row and take its loss."""
     start = time.perf_counter()
-    loss = decode.losses(
+    reading = decode.read(
         loaded,
         [(scored.ids, scored.target) for scored in sheet.rows],
+        prompt_lengths=[len(scored.prompt) for scored in sheet.rows],
         batch_tokens=batch_tokens,
         advance=advance,
     )
     texts: list[str] = []
     if sheet.answered:
-        texts = decode.answers(
-            loaded,
-            [scored.prompt for scored in sheet.rows],
-            max_new_tokens=sheet.max_new_tokens,
-            batch_tokens=batch_tokens,
-            advance=advance,
-        )
+        texts = _answers(loaded, sheet, reading, batch_tokens=batch_tokens, advance=advance)
     pairs = [
         (text, scored.row.answer or "") for text, scored in zip(texts, sheet.rows, strict=False)
     ]
@@ -137,9 +132,33 @@ def mark(loaded: Loaded, sheet: Sheet, *, batch_tokens: int, advance: Advance) -
         answers=texts,
         exact=np.array([exact(text, answer) for text, answer in pairs], np.bool_),
         label=np.array([_names(text, answer, sheet.labels) for text, answer in pairs], np.bool_),
-        loss=loss,
+        loss=reading.loss,
         seconds=time.perf_counter() - start,
     )
+
+
+def _answers(
+    loaded: Loaded,
+    sheet: Sheet,
+    reading: decode.Reading,
+    *,
+    batch_tokens: int | None,
+    advance: Advance,
+) -> list[str]:
+    """Greedy answers: the right one where the reading followed it, else generated."""
+    texts = [scored.row.answer or "" for scored in sheet.rows]
+    astray = [i for i, followed in enumerate(reading.followed) if not followed]
+    found = decode.answers(
+        loaded,
+        [sheet.rows[i].prompt for i in astray],
+        max_new_tokens=sheet.max_new_tokens,
+        batch_tokens=batch_tokens,
+        advance=advance,
+    )
+    for index, text in zip(astray, found, strict=True):
+        texts[index] = text
+    advance(len(sheet.rows) - len(astray))
+    return texts
 
 
 def _names(text: str, answer: str, labels: Sequence[str]) -> bool:

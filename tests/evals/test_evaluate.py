@@ -1,0 +1,189 @@
+"""evaluate and generate through the command, on an adapter that was trained."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneloom.cli import main
+from tuneloom.evals import evaluation, gate
+from tuneloom.evals.evaluation import Evaluation
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: dict[str, Path]) -> Evaluation:
+    code = main(
+        ["evaluate", f"run={trained['run']}", f"data.path={trained['test']}",
+         f"data.train={trained['train']}", "task=kinds", "device=cpu"]
+    )  # fmt: skip
+    assert code == 0
+    return evaluation.read(trained["run"] / "evals" / "kinds.json")
+
+
+def changed(found: Evaluation, **values: Any) -> Evaluation:
+    return found.model_copy(update=values)
+
+
+def test_base_and_tuned_are_scored_on_the_same_rows(evaluated: Evaluation) -> None:
+    assert evaluated.base is not None
+    assert evaluated.n == 60 and evaluated.metric == "label_accuracy"
+    assert evaluated.base.target_tokens == evaluated.tuned.target_tokens
+    assert evaluated.tuned.label_accuracy is not None
+    assert evaluated.base.label_accuracy is not None
+    assert evaluated.tuned.label_accuracy.value > 0.4 > evaluated.base.label_accuracy.value
+    assert evaluated.tuned.loss < evaluated.base.loss
+    assert evaluated.seen_in_training == 0
+
+
+def test_each_rows_answers_stand_beside_the_summary(
+    evaluated: Evaluation, trained: dict[str, Path]
+) -> None:
+    lines = (trained["run"] / "evals" / "kinds.rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == evaluated.n
+    right = sum(row["tuned"].strip() == row["answer"] for row in rows)
+    assert evaluated.tuned.exact_match is not None
+    assert right == evaluated.tuned.exact_match.correct
+    loss = sum(row["tuned_loss"] for row in rows) / evaluated.tuned.target_tokens
+    assert loss == pytest.approx(evaluated.tuned.loss, abs=1e-4)
+
+
+def test_counts_by_label_add_up(evaluated: Evaluation) -> None:
+    assert evaluated.tuned.label_accuracy is not None
+    assert sum(label.n for label in evaluated.labels) == evaluated.n
+    tuned = sum(label.tuned for label in evaluated.labels)
+    assert tuned == evaluated.tuned.label_accuracy.correct
+
+
+def test_the_baseline_is_printed_or_its_absence_explained(evaluated: Evaluation) -> None:
+    assert (evaluated.baseline is None) == (evaluated.baseline_missing is not None)
+
+
+def test_a_gain_beyond_the_noise_passes_the_gate(evaluated: Evaluation) -> None:
+    verdict = gate.judge(evaluated)
+    assert verdict.passed and "label accuracy changed by +0." in verdict.reason
+
+
+def test_the_gate_refuses_noise_and_rows_that_were_trained_on(evaluated: Evaluation) -> None:
+    gain = evaluated.difference["label_accuracy"]
+    noise = gain.model_copy(update={"value": 0.02, "low": -0.03, "high": 0.07, "p_value": 0.5})
+    thin = gain.model_copy(update={"p_value": 0.25})
+    for difference in (noise, thin):
+        found = changed(evaluated, difference={"label_accuracy": difference})
+        assert "not better by more than the noise" in gate.judge(found).reason
+    seen = gate.judge(changed(evaluated, seen_in_training=3))
+    assert not seen.passed and "3 of 60 rows were trained on" in seen.reason
+
+
+def test_a_loss_passes_when_it_falls(evaluated: Evaluation) -> None:
+    assert gate.judge(changed(evaluated, metric="loss")).passed
+    rise = evaluated.difference["loss"].model_copy(update={"value": 0.2, "low": 0.1, "high": 0.3})
+    assert not gate.judge(changed(evaluated, metric="loss", difference={"loss": rise})).passed
+
+
+def test_rows_that_were_trained_on_are_told_and_fail_the_gate_with_exit_6(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        ["evaluate", f"run={trained['run']}", f"data.path={trained['train']}", "limit=40",
+         f"data.train={trained['train']}", "task=seen", "baseline=off", "gate=true",
+         "device=cpu"]
+    )  # fmt: skip
+    assert code == 6
+    printed = capsys.readouterr()
+    assert "40 of these rows were trained on" in printed.out
+    assert "gate: seen: 40 of 40 rows were trained on" in printed.err
+
+
+def test_an_adapter_on_another_base_is_refused_with_both_digests(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuneloom.registry.digests import weights_digest
+    from tuneloom.testing import tiny_model
+
+    other = tiny_model(tmp_path / "other", seed=1)
+    adapter = trained["run"] / "export" / "adapter"
+    for verb in (
+        ["generate", f"model.path={other}", "prompt=cat"],
+        ["evaluate", f"base={other}", f"data.path={trained['test']}"],
+    ):
+        assert main([*verb, f"adapter={adapter}", "device=cpu"]) == 4
+        message = capsys.readouterr().err
+        assert weights_digest(other)[:16] in message
+        assert weights_digest(trained["base"])[:16] in message
+
+
+def test_a_changed_template_beside_the_adapter_is_refused(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = Path(shutil.copytree(trained["run"] / "export" / "adapter", tmp_path / "adapter"))
+    template = adapter / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>\n", "<|end|>"))
+    code = main(
+        ["generate", f"model.path={trained['base']}", f"adapter={adapter}", "prompt=cat",
+         "device=cpu"]
+    )  # fmt: skip
+    assert code == 4
+    assert "trained with a template of digest" in capsys.readouterr().err
+
+
+def test_an_adapter_given_as_base_is_a_configuration_error(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = trained["run"] / "export" / "adapter"
+    assert main(["generate", f"model.path={adapter}", "prompt=cat"]) == 2
+    assert "is an adapter, not a base" in capsys.readouterr().err
+
+
+def test_a_foreign_adapter_runs_and_says_that_its_base_is_unchecked(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = trained["run"] / "weights"
+    code = main(
+        ["generate", f"model.path={trained['base']}", f"adapter={weights}", "prompt=cat",
+         "max_new_tokens=2", "device=cpu"]
+    )  # fmt: skip
+    assert code == 0
+    assert "the base is not checked" in capsys.readouterr().err
+
+
+def test_records_are_answered_in_their_order(trained: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    code = main(
+        ["generate", f"run={trained['run']}", f"data.path={trained['test']}", "limit=7",
+         f"out={out}", "max_new_tokens=6", "device=cpu"]
+    )  # fmt: skip
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    scored = trained["run"] / "evals" / "kinds.rows.jsonl"
+    assert code == 0 and len(answers) == 7
+    if scored.exists():
+        rows = [json.loads(line) for line in scored.read_text().splitlines()][:7]
+        assert [a["id"] for a in answers] == [row["id"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "prompt=hi"], "set run=runs/ID"),
+        (["generate", "run=nowhere", "prompt=hi"], "no config.yaml"),
+        (["generate", "run=a", "prompt=hi", "data.path=b"], "exactly one of the two"),
+        (["evaluate", "base=b"], "run: not set"),
+        (["evaluate", "run=a", "base=b"], "drop them"),
+        (["evaluate", "run=a", "task=../x"], "task: expected"),
+        (["evaluate", "run=a", "limt=3"], "did you mean 'limit'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_on_a_raw_file_asks_for_held_out_rows(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", f"run={trained['run']}"]) == 2
+    assert "holds out no rows" in capsys.readouterr().err

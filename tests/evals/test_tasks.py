@@ -1,0 +1,72 @@
+"""What is asked of a record, which answers are labels, and when an answer is right."""
+
+from typing import Any
+
+import pytest
+
+from tuneloom.data.records import parse
+from tuneloom.evals import baseline
+from tuneloom.evals.tasks import Row, as_row, choose, exact, labels_of, named_label
+
+CHAT: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2"},
+    ]
+}
+
+
+def rows_of(answers: list[str]) -> list[Row]:
+    pairs = enumerate(answers)
+    return [as_row(parse({"prompt": f"question {i}", "completion": a})) for i, a in pairs]
+
+
+def test_the_last_assistant_turn_is_the_answer_and_all_before_it_the_question() -> None:
+    row = as_row(parse(CHAT))
+    assert (row.question, row.answer) == ("Be brief.\nOne?\n1\nTwo?", "2")
+
+
+def test_a_chat_that_ends_with_the_user_and_a_text_have_no_answer() -> None:
+    assert as_row(parse({"messages": CHAT["messages"][:-1]})).answer is None
+    assert as_row(parse({"text": "just text"})).answer is None
+
+
+def test_few_distinct_answers_are_labels_and_many_are_not() -> None:
+    assert labels_of(rows_of(["perl", "python", "perl "] * 5)) == ("perl", "python")
+    assert labels_of(rows_of([f"answer {i}" for i in range(30)])) == ()
+    assert labels_of(rows_of(["always"] * 30)) == ()
+    assert labels_of([]) == ()
+
+
+def test_a_label_counts_in_any_case_and_punctuation_but_not_inside_a_sentence() -> None:
+    labels = ("perl", "web", "c++")
+    assert named_label(" Perl.\nbecause", labels) == "perl"
+    assert named_label("**web**", labels) == "web"
+    assert named_label("C++", labels) == "c++"
+    assert named_label("not perl", labels) is None
+    assert named_label("", labels) is None
+
+
+def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
+    assert exact(" perl\n", "perl")
+    assert not exact("Perl", "perl")
+    assert not exact("per l", "perl")
+
+
+def test_rows_are_drawn_by_the_seed_without_repeats() -> None:
+    drawn = choose(100, limit=10, seed=1)
+    assert drawn == choose(100, limit=10, seed=1) != choose(100, limit=10, seed=2)
+    assert len(set(drawn)) == 10 and drawn == sorted(drawn)
+    assert choose(5, limit=0, seed=0) == choose(5, limit=9, seed=0) == [0, 1, 2, 3, 4]
+
+
+def test_the_baseline_learns_what_words_tell() -> None:
+    pytest.importorskip("sklearn")
+    learnt = [(f"module for perl number {i}", "perl") for i in range(20)]
+    learnt += [(f"python library number {i}", "python") for i in range(20)]
+    questions, answers = zip(*learnt, strict=True)
+    asked = ["a new perl module", "another python library"]
+    assert baseline.predict(questions, answers, asked=asked) == ["perl", "python"]
