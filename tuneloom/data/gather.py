@@ -1,9 +1,11 @@
 """Prepared blocks merged on disk into unique rows in the order of their ids, in little memory.
 
-Each block is one Arrow file of 256 batches, by the first byte of the id. The same few batches of all
-blocks are read together and sorted, and of equal ids the most trusted source's first line is kept.
+Each block is one Arrow file of 256 batches, by the first byte of the id. The same few batches of
+all blocks are read together and sorted, and of equal ids the most trusted source's first line is
+kept.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,12 @@ import pyarrow.compute as pc
 
 BATCHES = 256
 RANGE_BYTES = 64 << 20
-IN_ORDER = [("id", "ascending"), ("rank", "ascending"), ("source", "ascending"), ("line", "ascending")]
+IN_ORDER = [
+    ("id", "ascending"),
+    ("rank", "ascending"),
+    ("source", "ascending"),
+    ("line", "ascending"),
+]
 
 
 class Spill:
@@ -34,7 +41,7 @@ class Spill:
         size = sum(file.size() for file in files)
         count = min(BATCHES, max(1, math.ceil(size / RANGE_BYTES)))
         edges = [i * BATCHES // count for i in range(count + 1)]
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in itertools.pairwise(edges):
             batches = [reader.get_batch(i) for reader in readers for i in range(first, last)]
             table = pa.Table.from_batches(batches).combine_chunks()
             yield table.take(pc.sort_indices(table, sort_keys=IN_ORDER))
@@ -60,8 +67,8 @@ def write_block(path: Path, table: pa.Table) -> None:
     whole = table.combine_chunks().to_batches()
     batch = whole[0] if whole else pa.RecordBatch.from_pylist([], schema=table.schema)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
-            writer.write_batch(batch.slice(int(start), int(end - start)))
+        for start, end in itertools.pairwise(cuts.tolist()):
+            writer.write_batch(batch.slice(start, end - start))
 
 
 def first_of_each(table: pa.Table) -> np.ndarray:

@@ -7,7 +7,7 @@ Shapes known without a recipe: messages (OpenAI), conversations (ShareGPT), inst
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tuneloom.data.template import as_text, compile_template, walk
+from tuneloom.data.fields import as_text, compile_template, walk
 from tuneloom.errors import ConfigError
 
 Content = dict[str, Any]
@@ -76,7 +76,8 @@ def _choose(node: Mapping[str, Any], key: str) -> Build:
 def recognise(row: Mapping[str, Any]) -> Content:
     """The content of a row in one of the common shapes; raises UnknownShape."""
     if "messages" in row:
-        return {"messages": row["messages"]}
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        return {"messages": row["messages"]} | tools
     if "conversations" in row:
         return {"messages": _sharegpt(row)}
     if "instruction" in row and "output" in row:

@@ -1,8 +1,8 @@
 """One block of raw rows into prepared rows and rejects: a pure function, run in any process.
 
-A row is parsed, mapped to a record, checked, sanitised, freed of secrets and personal data, and only
-then named by its id: rows that differ in nothing but a mail address become duplicates here. Rows come
-back as an Arrow table sorted by id; `gather.py` merges the tables of all blocks.
+A row is parsed, mapped to a record, checked, sanitised, freed of secrets and personal data, and
+only then named by its id: rows that differ in nothing but a mail address become duplicates here.
+Rows come back as an Arrow table sorted by id; `gather.py` merges the tables of all blocks.
 """
 
 import hashlib
@@ -15,21 +15,23 @@ from typing import Any
 import pyarrow as pa
 
 from tuneloom.data import records
+from tuneloom.data.dedupe import signature
+from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import UnknownShape, mapper
 from tuneloom.data.provenance import Provenance
-from tuneloom.data.quality import weakness
+from tuneloom.data.quality import texts, weakness
 from tuneloom.data.readers import Block
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.redact import DropRow, Redactor, excerpt_redactor
 from tuneloom.data.sanitise import CONTROLS, sanitise
 from tuneloom.data.schema import Reject, check, is_plain
-from tuneloom.data.template import MissingField, compile_template
 from tuneloom.errors import DataError
 
 ROW = pa.schema([
     ("id", pa.string()), ("record", pa.string()), ("source", pa.string()), ("meta", pa.string()),
     ("line", pa.int64()), ("rank", pa.int32()), ("key", pa.uint64()), ("asked", pa.uint64()),
     ("answer", pa.uint64()), ("label", pa.string()), ("weak", pa.string()),
+    ("signature", pa.binary()),
 ])  # fmt: skip
 EXCERPT = 200
 canonical = json.JSONEncoder(
@@ -63,7 +65,9 @@ class Preparer:
         self.content = mapper(recipe.record)
         self.key = compile_template(recipe.key, key="data.key") if recipe.key else None
         self.label = compile_template(recipe.label, key="data.label") if recipe.label else None
-        self.subject = compile_template(recipe.subject, key="data.subject") if recipe.subject else None
+        self.subject = (
+            compile_template(recipe.subject, key="data.subject") if recipe.subject else None
+        )
         self.provenance = Provenance(recipe.provenance)
         self.redactor = Redactor(recipe.privacy)
 
@@ -85,7 +89,9 @@ class Preparer:
         done.table = pa.Table.from_arrays(arrays, schema=ROW)
         return done
 
-    def row(self, raw: bytes | Reject | dict[str, Any], source: str, line: int, done: Prepared) -> tuple[Any, ...]:
+    def row(
+        self, raw: bytes | Reject | dict[str, Any], source: str, line: int, done: Prepared
+    ) -> tuple[Any, ...]:
         """One raw row as a prepared row in the order of ROW; raises Reject or DropRow."""
         fields = self.parse(raw)
         content, key, label, subject = self.mapped(fields)
@@ -111,10 +117,12 @@ class Preparer:
         if findings:
             meta["pii"] = findings
             done.found.update(finding["entity"] for finding in findings)
-        entry = self.provenance.of(source)
+        near = self.recipe.near
         return (
-            hashlib.sha256(encoded).hexdigest(), record, source, canonical(meta), line, entry.rank,
-            key_number, hash64(question), hash64(answer), label, weakness(content, self.recipe.quality),
+            hashlib.sha256(encoded).hexdigest(), record, source, canonical(meta), line,
+            self.provenance.of(source).rank, key_number, hash64(question), hash64(answer), label,
+            weakness(content, self.recipe.quality),
+            signature("\n".join(texts(content)), near) if near.action != "off" else None,
         )  # fmt: skip
 
     def parse(self, raw: bytes | Reject | dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +135,9 @@ class Preparer:
             raise Reject("too_long", f"{len(raw):,} bytes, over data.max_row_bytes")
         return parse_line(raw)
 
-    def mapped(self, fields: dict[str, Any]) -> tuple[dict[str, Any], str | None, str | None, str | None]:
+    def mapped(
+        self, fields: dict[str, Any]
+    ) -> tuple[dict[str, Any], str | None, str | None, str | None]:
         """Content, split key, label and subject of a raw row; raises Reject."""
         try:
             return (
@@ -141,7 +151,9 @@ class Preparer:
         except UnknownShape as unknown:
             raise Reject("unknown_shape", str(unknown)) from None
 
-    def clean(self, content: dict[str, Any]) -> tuple[dict[str, Any], set[str], list[dict[str, Any]]]:
+    def clean(
+        self, content: dict[str, Any]
+    ) -> tuple[dict[str, Any], set[str], list[dict[str, Any]]]:
         """Sanitised and redacted content, what was changed, what was found."""
         changed: set[str] = set()
         findings: list[dict[str, Any]] = []
@@ -173,7 +185,7 @@ def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:
 
 
 def _parsed(content: dict[str, Any]) -> dict[str, Any]:
-    """A record with tools, calls or other rare parts: checked by the code that training reads it with."""
+    """A record with tools, calls or other rare parts: checked by the code that training uses."""
     try:
         return dict(records.parse(content).content)
     except DataError as error:
@@ -239,7 +251,9 @@ def asked_and_answered(content: Mapping[str, Any]) -> tuple[str, str]:
     return content["text"], ""
 
 
-def excerpt(raw: bytes | Reject | dict[str, Any], source: str, line: int, reject: Reject) -> dict[str, Any]:
+def excerpt(
+    raw: bytes | Reject | dict[str, Any], source: str, line: int, reject: Reject
+) -> dict[str, Any]:
     """What rejected.jsonl says of a row: its start is masked, whatever the recipe keeps."""
     if isinstance(raw, dict):
         start = json.dumps(raw, ensure_ascii=False, default=str)[: 8 * EXCERPT]

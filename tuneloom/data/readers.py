@@ -1,75 +1,205 @@
-"""Raw files as numbered blocks of rows, in constant memory, in an order that no machine changes."""
+"""Rows of raw files in numbered blocks, in constant memory, in an order that no machine changes.
 
-import glob
-import os
+JSONL goes to the workers as lines; CSV, TSV, Parquet, Arrow, JSON and plain text are parsed here.
+"""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
+from tuneloom.data.schema import Reject
+from tuneloom.data.sources import Source
+from tuneloom.data.streams import Counted
 from tuneloom.errors import DataError
 
 BLOCK_BYTES = 4 << 20
-SUFFIXES = (".jsonl", ".ndjson")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One raw file: where it is, and its name below what all files have in common."""
-
-    path: str
-    name: str
+BLOCK_ROWS = 2_000
+LARGEST_JSON = 256 << 20
+"""Bytes of one .json file, which has to be read whole; JSONL has no such limit."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of one source; `first` is the number of its first line, from 1."""
+    """Whole lines of one source, or its parsed rows; `first` is the number of the first, from 1."""
 
     number: int
     source: str
     first: int
-    lines: bytes
+    lines: bytes = b""
+    rows: list[Row | Reject] | None = None
+
+    def without_rows(self) -> "Block":
+        """The same block for book-keeping, its rows let go."""
+        return Block(self.number, self.source, self.first)
 
 
-def find_sources(patterns: list[str]) -> list[Source]:
-    """Every file the patterns mean, sorted by name; a name is the same wherever the folder lies."""
-    paths = sorted({str(Path(p).absolute()) for pattern in patterns for p in _expand(pattern)})
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return sorted(
-        (Source(path, os.path.relpath(path, common)) for path in paths), key=lambda s: s.name
-    )
+@dataclass(frozen=True)
+class Passed:
+    """A source was read to its end: its digest and size, as it lies on disk."""
+
+    source: str
+    sha256: str
+    bytes: int
 
 
-def _expand(pattern: str) -> list[str]:
-    """Files of a folder, of a glob, or the one file."""
-    if os.path.isdir(pattern):
-        found = [str(p) for p in Path(pattern).rglob("*") if p.name.endswith(SUFFIXES)]
-    else:
-        found = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-    if not found:
-        raise DataError(f"source: no file at {pattern!r}; give files, a folder or a quoted glob")
-    return found
-
-
-def blocks(sources: list[Source]) -> Iterator[Block]:
-    """All lines of all sources, a few MB at a time; numbers rise in the order of names."""
+def read_blocks(sources: list[Source], passed: list[Passed]) -> Iterator[Block]:
+    """All rows of all sources, in the order of names; `passed` grows by every source read."""
     number = 0
     for source in sources:
         first = 1
-        for lines in _whole_lines(source.path):
-            yield Block(number, source.name, first, lines)
-            number += 1
-            first += lines.count(b"\n")
+        with Counted(source) as stream:
+            if source.kind == "lines":
+                for lines in _whole_lines(stream):
+                    yield Block(number, source.name, first, lines)
+                    number += 1
+                    first += lines.count(b"\n")
+            else:
+                for rows in _grouped(READERS[source.kind](stream, source)):
+                    yield Block(number, source.name, first, rows=rows)
+                    number += 1
+                    first += len(rows)
+            passed.append(Passed(source.name, *stream.finish()))
 
 
-def _whole_lines(path: str) -> Iterator[bytes]:
+def _whole_lines(stream: Counted) -> Iterator[bytes]:
     """The file in pieces that end at a line's end; a line longer than a piece stays whole."""
     rest: list[bytes] = []
-    with open(path, "rb") as file:
-        while piece := file.read(BLOCK_BYTES):
-            cut = piece.rfind(b"\n") + 1
-            if cut:
-                yield b"".join([*rest, piece[:cut]])
-                rest = []
-            rest.append(piece[cut:])
+    while piece := stream.read(BLOCK_BYTES):
+        cut = piece.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*rest, piece[:cut]])
+            rest = []
+        rest.append(piece[cut:])
     if last := b"".join(rest):
         yield last
+
+
+def _grouped(rows: Iterator[Row | Reject]) -> Iterator[list[Row | Reject]]:
+    """Rows in lists of a block's length."""
+    group: list[Row | Reject] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == BLOCK_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _csv(stream: Counted, source: Source) -> Iterator[Row | Reject]:
+    """Rows under a header, which shows what parts the cells; a row of another width is a reject."""
+    text = io.TextIOWrapper(
+        io.BufferedReader(stream), "utf-8-sig", errors="surrogateescape", newline=""
+    )
+    start = text.readline()
+    csv.field_size_limit(64 << 20)
+    reader = csv.reader(itertools.chain([start], text), delimiter=max(",;\t|", key=start.count))
+    header = next(reader, [])
+    if len(set(header)) < len(header):
+        raise DataError(f"{source.name}: a column stands twice in the header {header}; rename one")
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Reject("invalid_csv", str(error))
+            continue
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            yield Reject("invalid_csv", f"{len(cells)} cells under a header of {len(header)}")
+        elif any(map(_undecoded, cells)):
+            yield Reject("invalid_utf8", "a cell is not UTF-8")
+        else:
+            yield {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+
+
+def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
+    """One array of rows, or an object whose only list holds them."""
+    data = stream.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise DataError(f"{source.name}: over {LARGEST_JSON >> 20} MiB for one JSON; write JSONL")
+    try:
+        value = json.loads(data.removeprefix(codecs.BOM_UTF8))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source.name}: not JSON ({error})") from None
+    if isinstance(value, dict):
+        lists = [inner for inner in value.values() if isinstance(inner, list)]
+        value = lists[0] if len(lists) == 1 and "messages" not in value else [value]
+    for row in value if isinstance(value, list) else [value]:
+        yield (
+            row
+            if isinstance(row, dict)
+            else Reject("not_an_object", f"expected an object, got {type(row).__name__}")
+        )
+
+
+def _parquet(stream: Counted, source: Source) -> Iterator[Row | Reject]:
+    """Row groups, one batch at a time; Parquet must be sought in, so a remote one is copied."""
+    import pyarrow.parquet as pq
+
+    with _seekable(stream, source) as file:
+        for batch in pq.ParquetFile(file).iter_batches(BLOCK_ROWS):
+            yield from batch.to_pylist()
+
+
+def _arrow(stream: Counted, source: Source) -> Iterator[Row | Reject]:
+    """Arrow streams, as Hugging Face datasets writes them, and Arrow files."""
+    import pyarrow as pa
+
+    with _seekable(stream, source) as file:
+        try:
+            reader = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            file.seek(0)
+            whole = pa.ipc.open_file(file)
+            reader = (whole.get_batch(i) for i in range(whole.num_record_batches))
+        for batch in reader:
+            for start in range(0, len(batch), BLOCK_ROWS):
+                yield from batch.slice(start, BLOCK_ROWS).to_pylist()
+
+
+def _seekable(stream: Counted, source: Source) -> IO[bytes]:
+    """The source as a file that can be sought in: itself, or a copy without its compression."""
+    if source.compression is None and source.path.startswith("file://"):
+        return Path(source.path.removeprefix("file://")).open("rb")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the reader that asked for it
+    while piece := stream.read(BLOCK_BYTES):
+        copy.write(piece)
+    copy.seek(0)
+    return copy
+
+
+def _undecoded(text: str) -> bool:
+    """True where a byte that is not UTF-8 was kept as half of a surrogate pair."""
+    return not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def _paragraph(lines: list[str]) -> Row | Reject:
+    text = "\n".join(lines)
+    return Reject("invalid_utf8", "not UTF-8") if _undecoded(text) else {"text": text}
+
+
+def _text(stream: Counted, source: Source) -> Iterator[Row | Reject]:
+    """Paragraphs, parted by blank lines, as `{"text": ...}`."""
+    paragraph: list[str] = []
+    for line in io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", errors="surrogateescape"):
+        if line.strip():
+            paragraph.append(line.rstrip("\n"))
+        elif paragraph:
+            yield _paragraph(paragraph)
+            paragraph = []
+    if paragraph:
+        yield _paragraph(paragraph)
+
+
+READERS = {"csv": _csv, "json": _json, "parquet": _parquet, "arrow": _arrow, "text": _text}

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-MESSAGE_KEYS = frozenset({"role", "content", "name", "train", "tool_calls", "tool_call_id"})
 
 
 class Reject(ValueError):
@@ -28,6 +27,13 @@ def check(content: Mapping[str, Any]) -> None:
         raise Reject("unknown_shape", f"a record with the fields {sorted(content)}")
 
 
+def is_plain(content: Mapping[str, Any]) -> bool:
+    """True for a record of nothing but roles and texts, about which `check` has said all."""
+    if content.keys() == {"messages"}:
+        return all(message.keys() == {"role", "content"} for message in content["messages"])
+    return content.keys() in ({"prompt", "completion"}, {"text"})
+
+
 def _check_messages(messages: Any) -> None:
     """A non-empty list of turns, at least one of them an answer."""
     if not isinstance(messages, list):
@@ -36,8 +42,6 @@ def _check_messages(messages: Any) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise Reject("wrong_type", f"messages.{index}: expected an object")
-        if unknown := message.keys() - MESSAGE_KEYS:
-            raise Reject("unknown_field", f"messages.{index}: unknown field {min(unknown)!r}")
         if message.get("role") not in ROLES:
             raise Reject(
                 "unknown_role", f"messages.{index}.role: {str(message.get('role'))[:40]!r}"

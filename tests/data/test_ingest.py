@@ -1,0 +1,395 @@
+"""Ingest as a user sees it: files in, a dataset folder out, every row accounted for."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tuneloom.config import build
+from tuneloom.data.ingest import ingest
+from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.records import parse
+from tuneloom.data.rows import open_rows
+from tuneloom.errors import ConfigError, DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+def run(tmp_path: Path, source: Any, root: str = "datasets", workers: int = 1, **data: Any) -> Path:
+    mapping = {"data": {"name": "d", **data}, "source": source, "workers": workers}
+    return ingest(build(IngestConfig, mapping | {"root": str(tmp_path / root)}))
+
+
+def write(path: Path, lines: list[str | bytes | dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = [
+        x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
+        for x in lines
+    ]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return str(path)
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def rows(folder: Path, split: str) -> list[dict[str, Any]]:
+    shards = manifest(folder)["splits"][split]["shards"]
+    return [row for shard in shards for row in pq.read_table(folder / shard["file"]).to_pylist()]
+
+
+def all_rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for split in SPLITS for row in rows(folder, split)]
+
+
+def accounted(counts: dict[str, Any]) -> int:
+    fates = ("rejected", "deduplicated", "quarantined")
+    return int(counts["kept"] + sum(sum(counts[fate].values()) for fate in fates))
+
+
+SHAPES: list[tuple[str, bytes]] = [
+    ("invalid_utf8", b'{"text": "caf\xe9"}'),
+    ("invalid_json", b'{"text": "cut off'),
+    ("lone_surrogate", b'{"text": "half \\ud800 a pair"}'),
+    ("duplicate_key", b'{"text": "one", "text": "two"}'),
+    ("not_finite", b'{"text": "a", "score": NaN}'),
+    ("not_an_object", b'["text"]'),
+    ("unknown_shape", b'{"title": "no payload"}'),
+    ("wrong_type", b'{"messages": null}'),
+    ("wrong_type", b'{"text": 7}'),
+    ("too_long", b'{"text": "' + b"x" * 1_100_000 + b'"}'),
+    ("empty", b'{"text": "   "}'),
+    ("empty", b'{"text": "\\u0000\\u200b"}'),
+    ("no_answer", b'{"messages": [{"role": "user", "content": "hello?"}]}'),
+    ("unknown_role", b'{"messages": [{"role": "robot", "content": "beep"}]}'),
+    ("invalid_json", b"[" * 3000),
+    ("invalid_json", b'{"text": "a", "n": ' + b"9" * 5000 + b"}"),
+    ("invalid_record", b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": [3]}]}'),
+]
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"), SHAPES, ids=[f"{r}-{i}" for i, (r, _) in enumerate(SHAPES)]
+)
+def test_a_broken_row_is_rejected_with_its_line_and_reason(
+    tmp_path: Path, reason: str, line: bytes
+) -> None:
+    source = write(tmp_path / "raw.jsonl", [chat("a?", "b"), line, chat("c?", "d")])
+    folder = run(tmp_path, source, max_rejected=0.5)
+    rejected = [json.loads(x) for x in (folder / "rejected.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["reason"]) for r in rejected] == [(2, reason)]
+    assert len(rejected[0]["start"]) <= 200
+    assert len(all_rows(folder)) == 2
+
+
+def test_good_rows_are_the_same_bytes_beside_bad_ones(tmp_path: Path) -> None:
+    good = [chat(f"question {i}", f"answer {i}") for i in range(50)]
+    dirty = [x for i, row in enumerate(good) for x in (row, SHAPES[i % len(SHAPES)][1])]
+    clean = run(tmp_path, write(tmp_path / "clean" / "raw.jsonl", good), root="clean_out")
+    mixed = run(tmp_path, write(tmp_path / "dirty" / "raw.jsonl", dirty), max_rejected=1.0)
+    contents = [[(r["id"], r["record"]) for r in all_rows(folder)] for folder in (clean, mixed)]
+    assert contents[0] == contents[1]
+
+
+def test_too_many_rejects_end_the_ingest_with_a_table_of_reasons(tmp_path: Path) -> None:
+    lines = [chat(f"q{i}", "a") for i in range(97)] + ["{", "{", '{"text": ""}']
+    with pytest.raises(DataError, match=r"3 of 100 rows were rejected, over 1.00%") as caught:
+        run(tmp_path, write(tmp_path / "raw.jsonl", lines))
+    assert caught.value.exit_code == 3
+    assert "invalid_json" in str(caught.value)
+    assert not list((tmp_path / "datasets").glob("*")), "a refused ingest must leave nothing behind"
+
+
+def test_an_empty_file_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        run(tmp_path, write(tmp_path / "raw.jsonl", []))
+
+
+def test_blank_lines_crlf_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "raw.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n   \n{"text": "two"}')
+    folder = run(tmp_path, str(path))
+    assert manifest(folder)["counts"]["in"] == 2
+    assert sorted(json.loads(r["meta"])["line"] for r in all_rows(folder)) == [1, 4]
+
+
+def test_training_reads_every_row_that_ingest_keeps(tmp_path: Path) -> None:
+    lines = [chat(f"q{i}", f"a{i}") for i in range(40)]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    lines.append({"messages": [{"role": "user", "content": "x"},
+                               {"role": "assistant", "content": "", "tool_calls": [call]}]})  # fmt: skip
+    folder = run(
+        tmp_path,
+        write(tmp_path / "raw.jsonl", lines),
+        split={"train": 1.0, "validation": 0, "test": 0},
+    )
+    opened = open_rows(folder)
+    assert len(opened) == 41
+    for i in range(len(opened)):
+        assert opened[i].id == parse(opened[i].content).id
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": json_values}
+)
+raw_rows = st.one_of(
+    st.fixed_dictionaries({"messages": st.lists(turns, max_size=4)}),
+    st.fixed_dictionaries({"text": st.text(alphabet=st.characters(), max_size=30)}),
+    st.fixed_dictionaries({"prompt": st.text(max_size=5), "completion": st.text(max_size=5)}),
+    st.fixed_dictionaries({"instruction": json_values, "output": json_values}),
+    json_values,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(raw_rows | st.binary(max_size=40), min_size=1, max_size=30))
+def test_rows_in_are_kept_rejected_deduplicated_or_quarantined(
+    tmp_path: Path, raw: list[Any]
+) -> None:
+    lines = [
+        x.replace(b"\n", b" ") if isinstance(x, bytes) else json.dumps(x).encode() for x in raw
+    ]
+    expected = sum(1 for line in lines if line.strip().removeprefix(b"\xef\xbb\xbf"))
+    source = write(tmp_path / "raw.jsonl", lines)
+    if not expected:
+        return
+    folder = run(tmp_path, source, max_rejected=1.0, conflicts="quarantine")
+    counts = manifest(folder)["counts"]
+    assert counts["in"] == expected == accounted(counts)
+    kept = all_rows(folder)
+    assert len(kept) == counts["kept"] == len({row["id"] for row in kept})
+    for row in kept:
+        assert parse(json.loads(row["record"])).id == row["id"]
+
+
+def fuzzed(count: int, seed: int) -> list[bytes]:
+    """Rows with bytes flipped, cut, doubled and inserted."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        row = bytearray(
+            json.dumps(chat(f"question {i} ünï", f"answer {i}"), ensure_ascii=False).encode()
+        )
+        for _ in range(rng.randrange(4)):
+            at = rng.randrange(len(row))
+            match rng.randrange(4):
+                case 0:
+                    row[at] = rng.randrange(256)
+                case 1:
+                    del row[at : at + rng.randrange(1, 20)]
+                case 2:
+                    row[at:at] = row[at : at + 9]
+                case 3:
+                    row[at:at] = rng.choice(
+                        [b"\\ud800", b"\x00", b"NaN", b"[" * 50, b'"', b"\\u0000"]
+                    )
+            row = row or bytearray(b"{")
+        made.append(bytes(row).replace(b"\n", b" "))
+    return made
+
+
+def test_a_hundred_thousand_fuzzed_rows_raise_nothing_and_add_up(tmp_path: Path) -> None:
+    lines = fuzzed(100_000, seed=1)
+    folder = run(tmp_path, write(tmp_path / "raw.jsonl", lines), max_rejected=1.0)
+    counts = manifest(folder)["counts"]
+    assert counts["in"] == sum(1 for line in lines if line.strip()) == accounted(counts)
+    assert sum(counts["rejected"].values()) > 10_000
+    assert counts["kept"] > 10_000
+
+
+def corpus(folder: Path) -> Path:
+    rng = random.Random(3)
+    for name in ("a.jsonl", "sub/b.jsonl", "c.jsonl"):
+        lines: list[Any] = [chat(f"{name} question {i}", f"answer {i % 7}") for i in range(400)]
+        lines += [chat(f"shared question {i}", "same answer") for i in range(100)]
+        lines += ["{"]
+        rng.shuffle(lines)
+        write(folder / name, lines)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "timing.json"}
+
+
+def test_the_same_bytes_whatever_the_workers_the_order_and_the_place(tmp_path: Path) -> None:
+    here, there = corpus(tmp_path / "here"), corpus(tmp_path / "elsewhere" / "deeper")
+    one = run(tmp_path, str(here), root="one")
+    two = run(tmp_path, str(there), root="two", workers=2)
+    files = [str(here / n) for n in ("c.jsonl", "sub/b.jsonl", "a.jsonl")]
+    three = run(tmp_path, files, root="three", workers=4)
+    assert one.name == two.name == three.name
+    assert tree(one) == tree(two) == tree(three)
+    assert manifest(one)["counts"]["deduplicated"] == {"exact": 200}
+
+
+def test_the_same_bytes_in_another_time_zone_and_locale(tmp_path: Path) -> None:
+    here = corpus(tmp_path / "here")
+    one = run(tmp_path, str(here), root="one")
+    code = (
+        "from tuneloom.config import build; from tuneloom.data.ingest import ingest; "
+        "from tuneloom.data.recipe import IngestConfig; "
+        f"print(ingest(build(IngestConfig, {{'data': {{'name': 'd'}}, 'source': {str(here)!r}, "
+        f"'root': {str(tmp_path / 'two')!r}}})))"
+    )
+    environment = {**os.environ, "TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert tree(one) == tree(Path(done.stdout.strip()))
+
+
+def test_the_link_points_at_the_newest_version(tmp_path: Path) -> None:
+    source = write(tmp_path / "raw.jsonl", [chat("a", "b")])
+    first = run(tmp_path, source)
+    write(tmp_path / "raw.jsonl", [chat("a", "c")])
+    second = run(tmp_path, source)
+    link = tmp_path / "datasets" / "d"
+    assert first != second
+    assert link.resolve() == second.resolve()
+    assert os.readlink(link) == second.name, "relative, so the folder can be moved"
+
+
+def test_rows_of_one_key_share_a_split_and_labels_are_balanced(tmp_path: Path) -> None:
+    lines = [
+        {"text": f"row {i}", "who": f"user{i // 4}", "kind": f"k{i // 4 % 5}"} for i in range(4000)
+    ]
+    split = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    folder = run(
+        tmp_path, write(tmp_path / "raw.jsonl", lines), key="{who}", label="{kind}", split=split
+    )
+    sides: dict[str, set[str]] = {}
+    for name in SPLITS:
+        for row in rows(folder, name):
+            sides.setdefault(json.loads(row["meta"])["key"], set()).add(name)
+    assert len(sides) == 1000
+    assert all(len(side) == 1 for side in sides.values())
+    for by_split in manifest(folder)["labels"].values():
+        assert by_split == {"train": 640, "validation": 80, "test": 80}
+
+
+def test_without_labels_a_row_keeps_its_split_when_others_come(tmp_path: Path) -> None:
+    few = run(
+        tmp_path, write(tmp_path / "a.jsonl", [{"text": f"t{i}"} for i in range(500)]), root="a"
+    )
+    many = run(
+        tmp_path, write(tmp_path / "b.jsonl", [{"text": f"t{i}"} for i in range(900)]), root="b"
+    )
+    place = {r["id"]: s for s in SPLITS for r in rows(many, s)}
+    assert all(place[r["id"]] == s for s in SPLITS for r in rows(few, s))
+
+
+def test_within_keeps_only_the_keys_of_the_other_datasets_split(tmp_path: Path) -> None:
+    lines = [{"name": f"n{i}", "about": f"about {i}", "kind": f"k{i % 3}"} for i in range(600)]
+    source = write(tmp_path / "raw.jsonl", lines)
+    answers = {"prompt": "{name}", "completion": "{kind}"}
+    task = run(tmp_path, source, root="task", record=answers, key="{name}", label="{kind}")
+    text = run(tmp_path, source, root="text", record={"text": "{about}"}, key="{name}",
+               within={"dataset": str(task), "split": "train"}, split={"seed": 1})  # fmt: skip
+    train = {json.loads(r["meta"])["key"] for r in rows(task, "train")}
+    assert {json.loads(r["meta"])["key"] for r in all_rows(text)} == train
+    counts = manifest(text)["counts"]
+    assert counts["quarantined"] == {"held_out": 600 - len(train)}
+    assert manifest(text)["created_from"][0] == {"dataset": task.name, "split": "train"}
+
+
+def test_conflicting_answers_are_set_aside_together(tmp_path: Path) -> None:
+    lines = [chat("same?", "yes"), chat("same?", "no"), chat("other?", "yes")]
+    source = write(tmp_path / "raw.jsonl", lines)
+    folder = run(tmp_path, source, conflicts="quarantine")
+    assert manifest(folder)["counts"]["quarantined"] == {"label_conflict": 2}
+    aside = pq.read_table(folder / "set_aside.parquet").to_pylist()
+    assert sorted(json.loads(a["record"])["messages"][1]["content"] for a in aside) == ["no", "yes"]
+    listed = run(tmp_path, source, root="listed")
+    assert manifest(listed)["label_conflicts"] == 2
+    assert manifest(listed)["counts"]["kept"] == 3
+
+
+def test_of_equal_rows_the_most_trusted_source_is_kept(tmp_path: Path) -> None:
+    write(tmp_path / "raw" / "a_crowd.jsonl", [chat("q", "a")])
+    write(tmp_path / "raw" / "b_expert.jsonl", [chat("q", "a")])
+    provenance = [{"match": "b_*", "trust": 90}, {"match": "*", "trust": 10}]
+    folder = run(tmp_path, str(tmp_path / "raw"), provenance=provenance)
+    assert [row["source"] for row in all_rows(folder)] == ["b_expert.jsonl"]
+    aside = pq.read_table(folder / "set_aside.parquet").to_pylist()
+    assert [(a["source"], a["reason"]) for a in aside] == [("a_crowd.jsonl", "exact")]
+
+
+def test_weak_rows_are_set_aside_with_the_reason(tmp_path: Path) -> None:
+    lines = [chat("q1", "N/A"), chat("q2", "x"), chat("q3", "spam " * 500), chat("q4", "Привет, как дела"),
+             chat("q5", "A good answer.")]  # fmt: skip
+    quality = {"min_answer_characters": 2, "scripts": ["latin"]}
+    folder = run(tmp_path, write(tmp_path / "raw.jsonl", lines), quality=quality)
+    expected = {"placeholder": 1, "short": 1, "repetition": 1, "script": 1}
+    assert manifest(folder)["counts"]["quarantined"] == expected
+    assert manifest(folder)["counts"]["kept"] == 1
+
+
+def test_sources_that_do_not_allow_the_use_are_listed_dropped_or_refused(tmp_path: Path) -> None:
+    write(tmp_path / "raw" / "free.jsonl", [chat("a", "b"), chat("c", "d")])
+    write(tmp_path / "raw" / "nc.jsonl", [chat("e", "f")])
+    write(tmp_path / "raw" / "old.jsonl", [chat("g", "h")])
+    provenance = [
+        {"match": "free*", "licence": "CC-BY-4.0"},
+        {"match": "nc*", "licence": "CC-BY-NC-4.0"},
+        {"match": "old*", "licence": "MIT", "consent": "consent", "consent_until": "2025-01-31"},
+    ]
+    options = {"provenance": provenance, "as_of": "2025-06-01"}
+    listed = manifest(run(tmp_path, str(tmp_path / "raw"), **options))["licence"]
+    assert listed["effective"] == "CC-BY-4.0 AND CC-BY-NC-4.0 AND MIT"
+    assert [b["source"] for b in listed["blockers"]] == ["nc.jsonl", "old.jsonl"]
+    assert listed["rows_to_drop"] == 2
+    dropped = manifest(run(tmp_path, str(tmp_path / "raw"), licence_action="drop", **options))
+    assert dropped["counts"]["quarantined"] == {"licence": 2}
+    assert dropped["licence"]["effective"] == "CC-BY-4.0"
+    assert dropped["licence"]["blockers"] == []
+    with pytest.raises(DataError, match="2 rows do not allow commercial use"):
+        run(tmp_path, str(tmp_path / "raw"), licence_action="fail", **options)
+    research = manifest(run(tmp_path, str(tmp_path / "raw"), use="research", **options))["licence"]
+    assert [b["source"] for b in research["blockers"]] == ["old.jsonl"]
+
+
+def test_a_name_that_is_no_folder_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.name"):
+        run(tmp_path, write(tmp_path / "raw.jsonl", [chat("a", "b")]), name="../../etc")
+
+
+def test_a_damaged_gzip_is_a_sentence_and_a_bomb_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(
+        "".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(9999)).encode()
+    )
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-2000])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cannot be uncompressed"):
+        run(tmp_path, str(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * (300 << 20), 1))
+    with pytest.raises(DataError, match="as a bomb does"):
+        run(tmp_path, str(tmp_path / "bomb.jsonl.gz"))

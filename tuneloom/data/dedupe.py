@@ -1,0 +1,137 @@
+"""Near-duplicates: MinHash over word shingles, bands to find candidates, clusters by union-find.
+
+Signatures are made where rows are prepared, in every process; banding runs over the kept rows in
+the order of their ids, so the clusters are the same for any number of processes.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tuneloom.config import Config
+from tuneloom.errors import ConfigError
+
+PERMUTATIONS = 128
+SEED = 20261
+WORD = re.compile(r"\w+")
+
+
+class NearConfig(Config):
+    action: Literal["off", "drop", "group"] = "off"
+    """`drop` keeps the most trusted row of a cluster; `group` keeps all of it in one split."""
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
+    """Jaccard similarity of word shingles from which two rows are near-duplicates."""
+    shingle: Annotated[int, Field(ge=1, le=16)] = 5
+    """Words a shingle."""
+    engine: Literal["rensa", "datasketch"] = "rensa"
+    """rensa is Rust; datasketch is the pure Python fallback, about 20 times slower."""
+
+
+def shingles(text: str, size: int) -> list[str]:
+    """Runs of `size` lower-case words; of a shorter text the whole."""
+    words = WORD.findall(text.lower())
+    if len(words) <= size:
+        return [" ".join(words)]
+    return [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
+
+
+def signature(text: str, config: NearConfig) -> bytes:
+    """128 little-endian uint32 (512 bytes)."""
+    tokens = shingles(text, config.shingle)
+    if config.engine == "rensa":
+        sketch = _rensa()(num_perm=PERMUTATIONS, seed=SEED)
+        sketch.update(tokens)
+        return np.array(sketch.digest(), dtype="<u4").tobytes()
+    sketch = _datasketch()(num_perm=PERMUTATIONS, seed=SEED)
+    sketch.update_batch([token.encode("utf-8") for token in tokens])
+    return np.asarray(sketch.hashvalues, dtype="<u4").tobytes()
+
+
+def _rensa() -> Any:
+    try:
+        from rensa import RMinHash
+    except ImportError:
+        raise ConfigError(
+            "data.near.engine: rensa is not installed; pip install 'tuneloom[dedupe]'"
+        ) from None
+    return RMinHash
+
+
+def _datasketch() -> Any:
+    try:
+        from datasketch import MinHash
+    except ImportError:
+        raise ConfigError(
+            "data.near.engine: datasketch is not installed; pip install 'tuneloom[dedupe]'"
+        ) from None
+    return MinHash
+
+
+def rows_a_band(threshold: float) -> int:
+    """The widest bands that still find a pair at the threshold with 99 % probability."""
+    fitting = [
+        width
+        for width in range(1, 33)
+        if 1.0 - (1.0 - threshold**width) ** (PERMUTATIONS // width) >= 0.99
+    ]
+    return max(fitting, default=1)
+
+
+def clusters(signatures: np.ndarray, rank: np.ndarray, config: NearConfig) -> np.ndarray:
+    """(N,) int64: of each row the row that stands for its cluster; its own index where it has none.
+
+    signatures: (N, 128) uint32, may be a memory map; rank: (N,) int, the smallest stands for its
+    cluster, then the first. Within a band's bucket every row is compared with the bucket's first
+    and with the one before it.
+    """
+    count = len(signatures)
+    parent = np.arange(count)
+    width = rows_a_band(config.threshold)
+    for band in range(PERMUTATIONS // width):
+        hashes = np.zeros(count, dtype=np.uint64)
+        for column in range(band * width, (band + 1) * width):
+            hashes = (hashes ^ signatures[:, column]) * np.uint64(0x9E3779B97F4A7C15)
+            hashes ^= hashes >> np.uint64(29)
+        order = np.argsort(hashes, kind="stable")
+        same = hashes[order][1:] == hashes[order][:-1]
+        starts = np.maximum.accumulate(np.where(np.append(True, ~same), np.arange(count), 0))
+        later = np.flatnonzero(np.append(False, same))
+        pairs = [(order[later], order[later - 1]), (order[later], order[starts[later]])]
+        for left, right in pairs:
+            for a, b in _similar(signatures, left, right, config.threshold):
+                _union(parent, int(a), int(b))
+    roots = parent
+    while (roots[roots] != roots).any():
+        roots = roots[roots]
+    best = np.lexsort((np.arange(count), rank, roots))
+    first = np.append(True, roots[best][1:] != roots[best][:-1]) if count else np.array([], bool)
+    leader = np.empty(count, dtype=np.int64)
+    leader[best] = best[np.maximum.accumulate(np.where(first, np.arange(count), 0))]
+    return leader
+
+
+def _similar(
+    signatures: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float
+) -> Iterable[tuple[int, int]]:
+    """Pairs whose signatures agree in at least `threshold` of 128 places, 10,000 at a time."""
+    for start in range(0, len(left), 10_000):
+        a, b = left[start : start + 10_000], right[start : start + 10_000]
+        agree = (signatures[a] == signatures[b]).mean(axis=1) >= threshold
+        yield from zip(a[agree].tolist(), b[agree].tolist(), strict=True)
+
+
+def _root(parent: np.ndarray, row: int) -> int:
+    """The root of a row's tree, whose path is shortened on the way."""
+    while parent[row] != row:
+        parent[row] = parent[parent[row]]
+        row = int(parent[row])
+    return row
+
+
+def _union(parent: np.ndarray, a: int, b: int) -> None:
+    """Join two trees under the smaller root, so that the order of pairs does not show."""
+    low, high = sorted((_root(parent, a), _root(parent, b)))
+    parent[high] = low

@@ -1,0 +1,94 @@
+"""Is a record worth learning from? Weak ones are set aside with the reason, never lost."""
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tuneloom.config import Config
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Script = Literal["latin", "greek", "cyrillic", "hebrew", "arabic", "devanagari", "thai", "han",
+                 "kana", "hangul"]  # fmt: skip
+# Blocks that hold the letters in everyday use (Unicode 15, Blocks.txt).
+SCRIPTS: dict[Script, re.Pattern[str]] = {
+    "latin": re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]"),
+    "greek": re.compile("[\u0370-\u03ff\u1f00-\u1fff]"),
+    "cyrillic": re.compile("[\u0400-\u052f]"),
+    "hebrew": re.compile("[\u05d0-\u05ea]"),
+    "arabic": re.compile("[\u0620-\u064a\u0671-\u06d3\u0750-\u077f]"),
+    "devanagari": re.compile("[\u0900-\u097f]"),
+    "thai": re.compile("[\u0e01-\u0e4e]"),
+    "han": re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"),
+    "kana": re.compile("[\u3041-\u30ff]"),
+    "hangul": re.compile("[\uac00-\ud7a3\u1100-\u11ff]"),
+}
+PLACEHOLDER = re.compile(
+    r"^\W*(?:n/?a|none|null|nan|todo|tbd|test|\.{2,}|lorem ipsum.*|-+)\W*$", re.IGNORECASE
+)
+
+
+class QualityConfig(Config):
+    min_answer_characters: Annotated[int, Field(ge=0)] = 1
+    """Shorter answers are set aside as `short`."""
+    max_characters: Annotated[int, Field(gt=0)] = 200_000
+    """Longer records are set aside as `long`."""
+    max_repetition: Share = 0.9
+    """Share of a text of 400 characters or more that compression finds to be repetition."""
+    placeholders: bool = True
+    """Set answers such as N/A, TODO or null aside as `placeholder`."""
+    scripts: list[Script] = []
+    """Scripts that letters may be of, such as [latin, greek]; empty allows all. A record with more
+    than a fifth of its letters outside them is set aside as `script`."""
+
+
+def weakness(content: Mapping[str, Any], config: QualityConfig) -> str | None:
+    """The first thing that is wrong with a record, by name, or None."""
+    answer = answer_of(content)
+    if len(answer.strip()) < config.min_answer_characters:
+        return "short"
+    if config.placeholders and len(answer) < 80 and PLACEHOLDER.match(answer):
+        return "placeholder"
+    text = "\n".join(texts(content))
+    if len(text) > config.max_characters:
+        return "long"
+    if len(text) >= 400 and repetition(text) > config.max_repetition:
+        return "repetition"
+    if config.scripts and foreign_share(text, config.scripts) > 0.2:
+        return "script"
+    return None
+
+
+def answer_of(content: Mapping[str, Any]) -> str:
+    """The text that is learnt: the last assistant turn, the completion, or the text itself."""
+    if "messages" in content:
+        turns = [turn for turn in content["messages"] if turn["role"] == "assistant"]
+        return turns[-1].get("content") or "(tool call)"
+    return str(content.get("completion", content.get("text", "")))
+
+
+def texts(content: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of a record, turn by turn."""
+    for turn in content.get("messages", []):
+        yield turn.get("content") or ""
+    for name in ("prompt", "completion", "text"):
+        if name in content:
+            yield content[name]
+
+
+def repetition(text: str) -> float:
+    """Share of a text that zlib saves: 0.5 for prose, above 0.9 where one phrase comes again.
+
+    The first 4,000 characters speak for the rest; level 1 takes 15 us for 1 KB.
+    """
+    data = text[:4000].encode("utf-8")
+    return 1.0 - len(zlib.compress(data, 1)) / len(data)
+
+
+def foreign_share(text: str, scripts: list[Script]) -> float:
+    """Share of letters of a known script that are of none of `scripts`."""
+    counted = {name: len(pattern.findall(text)) for name, pattern in SCRIPTS.items()}
+    total = sum(counted.values())
+    return sum(n for name, n in counted.items() if name not in scripts) / total if total else 0.0

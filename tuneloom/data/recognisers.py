@@ -1,0 +1,287 @@
+"""Personal data that has a form: mails, phones, cards, IBANs, addresses of machines, national ids.
+
+Each recogniser is a cheap look, a pattern, and a check of what was found (checksum, length,
+range); a number whose checksum lets one in ten pass also needs a word nearby that says what it is.
+Names and street addresses have no form, and nothing here finds them.
+How well each does: benchmarks/pii.py.
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import phonenumbers
+
+NEAR = 48
+"""Characters before a number in which its context word must stand."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One piece of personal data in a text: where it is, not what it is."""
+
+    entity: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """`check` takes the match; one of `words` must stand before it, and `unless` must not."""
+
+    entity: str
+    look: str
+    pattern: re.Pattern[str]
+    check: Callable[[str], bool] = lambda _: True
+    words: tuple[str, ...] = ()
+    unless: re.Pattern[str] | None = None
+
+    def find(self, text: str, lowered: str) -> Iterator[Finding]:
+        """Every match that holds up."""
+        if self.words and not any(word.strip() in lowered for word in self.words):
+            return
+        for match in self.pattern.finditer(text):
+            start, end = match.span(match.lastgroup or 0)
+            if self.words and not self.named(lowered[max(0, start - NEAR) : start]):
+                continue
+            if self.unless and self.unless.search(text[max(0, start - NEAR) : start]):
+                continue
+            if self.check(text[start:end]):
+                yield Finding(self.entity, start, end)
+
+    def named(self, before: str) -> bool:
+        """True when one of the words begins a word of the text before; ` tel` is not in `hotel`."""
+        return any(word in " " + WORD_EDGE.sub(" ", before) for word in self.words)
+
+
+WORD_EDGE = re.compile(r"\W+")
+
+
+def digits_of(text: str) -> list[int]:
+    """The digits in a text, without what groups them."""
+    return [int(c) for c in text if c.isdigit()]
+
+
+def luhn(text: str) -> bool:
+    """Payment cards: an issuer's range and length, and Luhn's checksum."""
+    digits = digits_of(text)
+    doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
+    total = sum(digits[-1::-2]) + sum(doubled)
+    issued = CARD_NUMBERS.fullmatch("".join(map(str, digits))) is not None
+    return issued and total % 10 == 0 and len(set(digits)) > 1
+
+
+# Issuers and their lengths, or one number in ten of any 16 digits would do: Visa, Mastercard,
+# American Express, Diners, Discover, JCB, UnionPay, Maestro (ranges as the schemes publish them).
+CARD_NUMBERS = re.compile(
+    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}"
+    r"|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|6(?:011|5\d\d|4[4-9]\d)\d{12}"
+    r"|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17}"
+    r"|(?:5018|5020|5038|5893|6304|6759|676[1-3])\d{8,15}"
+)
+
+
+IBAN_LENGTH = {
+    "AD": 24, "AE": 23, "AT": 20, "BE": 16, "BG": 22, "CH": 21, "CY": 28, "CZ": 24, "DE": 22,
+    "DK": 18, "EE": 20, "ES": 24, "FI": 18, "FR": 27, "GB": 22, "GR": 27, "HR": 21, "HU": 28,
+    "IE": 22, "IL": 23, "IS": 26, "IT": 27, "LI": 21, "LT": 20, "LU": 20, "LV": 21, "MC": 27,
+    "MT": 31, "NL": 18, "NO": 15, "PL": 28, "PT": 25, "RO": 24, "SA": 24, "SE": 24, "SI": 19,
+    "SK": 24, "SM": 27, "TR": 26, "UA": 29,
+}  # fmt: skip
+
+
+def iban(text: str) -> bool:
+    """ISO 13616: the country's length, and 1 modulo 97."""
+    plain = text.replace(" ", "")
+    if len(plain) != IBAN_LENGTH.get(plain[:2]):
+        return False
+    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
+
+
+def address(text: str) -> bool:
+    """An IP address that could be a person's: not a loopback, not 0.0.0.0."""
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return not (found.is_loopback or found.is_unspecified or found.is_multicast)
+
+
+def phone(text: str) -> bool:
+    """A number that its country could give out (libphonenumber)."""
+    for region in (None, "US", "GB", "DE", "FR", "ES", "IT", "NL"):
+        if region is None and not text.startswith(("+", "00")):
+            continue
+        try:
+            number = re.sub(r"^00", "+", text) if region is None else text
+            if phonenumbers.is_valid_number(phonenumbers.parse(number, region)):
+                return True
+        except phonenumbers.NumberParseException:
+            continue
+    return False
+
+
+def us_ssn(text: str) -> bool:
+    """Social Security: areas 000, 666 and 900-999, group 00 and serial 0000 are never given out."""
+    area, group, serial = re.split(r"[- ]", text)
+    return area not in ("000", "666") and area < "900" and group != "00" and serial != "0000"
+
+
+def uk_nhs(text: str) -> bool:
+    """Ten digits, modulo 11."""
+    d = digits_of(text)
+    return len(d) == 10 and (11 - sum(d[i] * (10 - i) for i in range(9)) % 11) % 11 == d[9]
+
+
+def de_tax(text: str) -> bool:
+    """Steuer-Identifikationsnummer: eleven digits, ISO 7064 mod 11,10; no leading zero."""
+    d, product = digits_of(text), 10
+    for digit in d[:-1]:
+        product = ((digit + product - 1) % 10 + 1) * 2 % 11
+    return len(d) == 11 and d[0] != 0 and (11 - product) % 10 == d[-1]
+
+
+def fr_nir(text: str) -> bool:
+    """Numéro de sécurité sociale: thirteen characters and their complement modulo 97."""
+    plain = re.sub(r"\D", "", text.upper().replace("2A", "19").replace("2B", "18"))
+    return len(plain) == 15 and 97 - int(plain[:13]) % 97 == int(plain[13:])
+
+
+def es_dni(text: str) -> bool:
+    """DNI and NIE: a letter that is the number modulo 23."""
+    plain = text.upper().replace("-", "").replace(" ", "")
+    number = plain[:-1].translate(str.maketrans("XYZ", "012"))
+    return "TRWAGMYFPDXBNJZSQVHLCKE"[int(number) % 23] == plain[-1]
+
+
+ODD = dict(zip("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+               [1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20,
+                11, 3, 6, 8, 12, 14, 16, 10, 22, 25, 24, 23], strict=True))  # fmt: skip
+
+
+def it_cf(text: str) -> bool:
+    """Codice fiscale: sixteen characters, the last a checksum over odd and even places."""
+    plain = text.upper()
+    even = sum(int(c) if c.isdigit() else ord(c) - 65 for c in plain[1:15:2])
+    return chr(65 + (sum(ODD[c] for c in plain[0:15:2]) + even) % 26) == plain[15]
+
+
+def nl_bsn(text: str) -> bool:
+    """Burgerservicenummer: nine digits, the eleven test."""
+    d = digits_of(text)
+    return len(d) == 9 and any(d) and (sum(d[i] * (9 - i) for i in range(8)) - d[8]) % 11 == 0
+
+
+def pl_pesel(text: str) -> bool:
+    """PESEL: eleven digits, weights 1 3 7 9, and a birth date inside."""
+    d = digits_of(text)
+    total = sum(x * w for x, w in zip(d, (1, 3, 7, 9, 1, 3, 7, 9, 1, 3), strict=False))
+    return (
+        len(d) == 11 and (10 - total % 10) % 10 == d[10] and (d[2] * 10 + d[3]) % 20 in range(1, 13)
+    )
+
+
+# What a text must hold before any pattern of a group is tried; each look is made once a text.
+LOOKS: dict[str, Callable[[str], object]] = {
+    "at": lambda text: "@" in text,
+    "digits": re.compile(r"\d[\d ().\-/A-Z]{4,}\d").search,
+    "dotted": re.compile(r"\d\.\d{1,3}\.\d").search,
+    "colons": re.compile(r"::|[0-9a-fA-F]:[0-9a-fA-F]{1,4}:").search,
+    "dashed": re.compile(r"\d-\d\d-\d").search,
+    "international": lambda text: "+" in text or "00" in text,
+    "fiscal": re.compile(r"\d\d[A-EHLMPR-T]\d\d[A-Z]\d{3}").search,
+}
+
+
+PHONE_WORDS = (
+    "phone", " tel", " mobil", " call", " fax", "whatsapp", " sms", " handy", " ruf", "anruf",
+    " appel", " portable", " llam", " móvil", " cell", " chiam", " bel ", " bellen",
+)  # fmt: skip
+
+RECOGNISERS = [
+    Recogniser(
+        "email", "at",
+        re.compile(
+            r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])"
+        ),
+    ),
+    Recogniser("iban", "digits", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}\b"), iban),
+    Recogniser(
+        "card", "digits", re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,]?\d)"), luhn
+    ),
+    Recogniser(
+        "ip", "dotted",
+        re.compile(r"(?<![\w.])(?<![A-Za-z]-)(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\w|-(?!\d+\.))"),
+        address,
+        unless=re.compile(r"(?:\bv|version|release|build|firmware|section|§|oid)\W{0,3}$", re.I),
+    ),
+    Recogniser(
+        "ip", "colons",
+        re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])"), address,
+    ),
+    Recogniser("us_ssn", "dashed", re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])"), us_ssn),
+    Recogniser(
+        "uk_nhs", "digits", re.compile(r"(?<!\d)\d{3}[ -]?\d{3}[ -]?\d{4}(?!\d)"), uk_nhs, (" nhs",)
+    ),
+    Recogniser(
+        "uk_nino", "digits",
+        re.compile(
+            r"\b(?!BG|GB|KN|NK|NT|TN|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]"
+            r" ?\d{2} ?\d{2} ?\d{2} ?[A-D]\b"
+        ),
+    ),
+    Recogniser(
+        "de_tax", "digits", re.compile(r"(?<!\d)\d{2} ?\d{3} ?\d{3} ?\d{3}(?!\d)"), de_tax,
+        (" steuer", "idnr", " tin ", " tax"),
+    ),
+    Recogniser(
+        "fr_nir", "digits",
+        re.compile(
+            r"(?<!\d)[12] ?\d{2} ?(?:0[1-9]|1[0-2]|[2-9]\d) ?(?:\d{2}|2[AB])"
+            r" ?\d{3} ?\d{3} ?\d{2}(?!\d)"
+        ),
+        fr_nir,
+    ),
+    Recogniser(
+        "es_dni", "digits", re.compile(r"\b(?:\d{8}|[XYZ]-?\d{7})[- ]?[A-HJ-NP-TV-Z]\b"), es_dni
+    ),
+    Recogniser(
+        "it_cf", "fiscal",
+        re.compile(r"\b[A-Z]{6}\d{2}[A-EHLMPR-T]\d{2}[A-Z]\d{3}[A-Z]\b"), it_cf,
+    ),
+    Recogniser(
+        "nl_bsn", "digits", re.compile(r"(?<!\d)\d{4}[. ]?\d{2}[. ]?\d{3}(?!\d)"), nl_bsn,
+        (" bsn", " burgerservice", " sofi"),
+    ),
+    Recogniser(
+        "pl_pesel", "digits", re.compile(r"(?<!\d)\d{11}(?!\d)"), pl_pesel, (" pesel",)
+    ),
+    Recogniser(
+        "phone", "international",
+        re.compile(r"(?<![\w+.,-])(?:\+|00)[1-9](?:[ ().\-/]{0,2}\d){6,13}(?![\w]|[.,-]\d)"), phone,
+    ),
+    Recogniser(
+        "phone", "digits",
+        re.compile(r"(?<![\w+.,-])\(?\d(?:[ ().\-/]{0,2}\d){6,13}(?![\w]|[.,-]\d)"), phone,
+        PHONE_WORDS,
+    ),
+]  # fmt: skip
+ENTITIES = sorted({recogniser.entity for recogniser in RECOGNISERS})
+
+
+def find(text: str, recognisers: list[Recogniser]) -> list[Finding]:
+    """What stands in the text, in its order; where two overlap the earlier recogniser has it."""
+    seen = {name for name, look in LOOKS.items() if look(text)} | {"always"}
+    lowered = text.lower() if len(seen) > 1 else ""
+    if len(lowered) != len(
+        text
+    ):  # one character in a million lowers to two; then places would shift
+        lowered = text
+    taken: list[Finding] = []
+    for recogniser in recognisers:
+        if recogniser.look in seen:
+            for found in recogniser.find(text, lowered):
+                if all(found.end <= other.start or found.start >= other.end for other in taken):
+                    taken.append(found)
+    return sorted(taken, key=lambda finding: finding.start)

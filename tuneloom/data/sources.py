@@ -1,0 +1,69 @@
+"""The raw files that a pattern means: local or remote, each with a name that no machine changes."""
+
+import os
+from dataclasses import dataclass
+
+import fsspec
+
+from tuneloom.errors import DataError
+
+FORMATS = {
+    ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".md": "text",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+PAPERWORK = ("dataset_info.json", "state.json", "dataset_dict.json", "README.md")
+"""Files beside the data in a Hugging Face datasets folder."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One raw file: where it is, its name below what all files share, how it is read."""
+
+    path: str
+    name: str
+    kind: str
+    compression: str | None
+
+
+def find_sources(patterns: list[str]) -> list[Source]:
+    """Every file the patterns mean, sorted by name; a name is the same wherever the folder lies."""
+    paths = sorted({path for pattern in patterns for path in _expand(pattern)})
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return sorted((_source(path, common) for path in paths), key=lambda source: source.name)
+
+
+def _expand(pattern: str) -> list[str]:
+    """Files of a folder (those of a known kind), of a glob, or the one file, as full addresses."""
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    if filesystem.isdir(path):
+        found = [p for p in filesystem.find(path) if _kind(p) and not _hidden(p, path)]
+    elif filesystem.exists(path):
+        found = [path]
+    else:
+        found = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
+    if not found:
+        raise DataError(f"source: no file at {pattern!r}; give files, a folder or a quoted glob")
+    return [filesystem.unstrip_protocol(p) for p in found]
+
+
+def _hidden(path: str, folder: str) -> bool:
+    """Below a folder or in a file whose name starts with a dot or is a dataset's own paperwork."""
+    parts = os.path.relpath(path, folder).split(os.sep)
+    return any(part.startswith(".") for part in parts) or parts[-1] in PAPERWORK
+
+
+def _kind(path: str) -> str | None:
+    stem, suffix = os.path.splitext(path.lower())
+    return FORMATS.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
+
+
+def _source(path: str, common: str) -> Source:
+    kind = _kind(path)
+    if kind is None:
+        raise DataError(
+            f"source: {path} is of no kind that is read here ({', '.join(FORMATS)}, each also "
+            f"{', '.join(COMPRESSIONS)}); unpack archives first"
+        )
+    compression = COMPRESSIONS.get(os.path.splitext(path.lower())[1])
+    return Source(path, os.path.relpath(path, common), kind, compression)

@@ -1,0 +1,81 @@
+"""A raw file as a stream of plain bytes, hashed as it passes, refusing to grow like a bomb."""
+
+import hashlib
+import io
+from typing import Any
+
+import fsspec
+
+from tuneloom.data.sources import Source
+from tuneloom.errors import DataError
+
+MAX_EXPANSION = 200
+"""Times that a compressed file may grow; text stays below 20, a bomb is near deflate's 1,000."""
+
+
+class Counted(io.RawIOBase):
+    """A source's bytes, uncompressed; its digest is of the file as it lies there."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.raw = fsspec.open(source.path, "rb").open()
+        self.sha, self.read_raw, self.given = hashlib.sha256(), 0, 0
+        opener = fsspec.compression.compr.get(source.compression) if source.compression else None
+        self.plain: Any = opener(_Hashing(self), mode="rb") if opener else None
+
+    def __enter__(self) -> "Counted":
+        return self
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes; raises DataError for a bomb or a broken stream."""
+        if self.plain is None:
+            data = self.take(size)
+        else:
+            try:
+                data = self.plain.read(size)
+            except Exception as error:
+                raise DataError(f"{self.source.name}: cannot be uncompressed ({error})") from error
+        self.given += len(data)
+        if self.given > MAX_EXPANSION * max(self.read_raw, 1 << 20):
+            raise DataError(
+                f"{self.source.name}: grows more than {MAX_EXPANSION} times when uncompressed, "
+                "as a bomb does; unpack it yourself if it is meant"
+            )
+        return bytes(data)
+
+    def take(self, size: int) -> bytes:
+        """The file's own bytes, counted and hashed."""
+        data = bytes(self.raw.read(size))
+        self.sha.update(data)
+        self.read_raw += len(data)
+        return data
+
+    def finish(self) -> tuple[str, int]:
+        """sha256 and size of the whole file, read to its end."""
+        while self.take(1 << 20):
+            pass
+        return self.sha.hexdigest(), self.read_raw
+
+    def __exit__(self, *_: object) -> None:
+        self.raw.close()
+
+
+class _Hashing(io.RawIOBase):
+    """What a decompressor reads from."""
+
+    def __init__(self, counted: Counted) -> None:
+        self.counted = counted
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self.counted.take(size)
