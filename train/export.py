@@ -237,6 +237,8 @@ def load_base(folder: Path, *, dtype: str, quantised: bool, double_quantisation:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
+    from tuneloom.train.model import keep_unpacked
+
     logging.disable_progress_bar()
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     options: dict[str, Any] = {"dtype": precision, "use_safetensors": True}
@@ -248,4 +250,6 @@ def load_base(folder: Path, *, dtype: str, quantised: bool, double_quantisation:
             bnb_4bit_use_double_quant=double_quantisation,
             bnb_4bit_compute_dtype=precision,
         )
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+    network = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+    keep_unpacked(network)
+    return network

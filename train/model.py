@@ -110,7 +110,21 @@ def load(
         raise
     network.config.use_cache = False
     choose_attention(network, model)
-    return network if method.kind == "qlora" else network.to(device)
+    if method.kind == "qlora":
+        keep_unpacked(network)
+        return network
+    return network.to(device)
+
+
+def keep_unpacked(network: nn.Module) -> None:
+    """Stop bitsandbytes from packing NF4 weights for its CPU inference kernel (AVX512-BF16).
+
+    0.50.2 packs at the first forward in eval mode without gradients, never unpacks, and gradients
+    of later training steps are wrong: their sum was 82,020 in place of 189,277 (test_export.py).
+    """
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def choose_attention(network: nn.Module, model: ModelConfig) -> attention.Choice:
