@@ -46,7 +46,10 @@ def open_rows(
         raise DataError(f"{path}: no such file or folder{_near(path)}; set data.path")
     if path.suffix in (".parquet", ".csv", ".tsv", ".gz", ".zst", ".zip"):
         raise DataError(f"{path}: expected JSONL or a dataset folder; run tuneloom ingest on it")
-    return JsonlRows(path, format)
+    try:
+        return JsonlRows(path, format)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 class JsonlRows:

@@ -10,6 +10,7 @@ follows it (ChatML's newline is not trained), else with its part.
 import hashlib
 import json
 import re
+import threading
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY = date(2024, 7, 26)
 """What `strftime_now` answers (Llama 3.1's own default date): ids may not change at midnight."""
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+RENDERING = threading.Lock()
 WAY_OUT = (
     "set `train: false` on every assistant message but the last, split the conversation so that "
     "each answer comes last, or use a template with {% generation %}"
@@ -51,6 +54,8 @@ class ChatTemplate:
             )
         self.kind = "generation" if GENERATION.search(self.source) else "prefix"
         self.name = f"{name_of(tokenizer)} (template {digest_of(self.source)[:12]})"
+        self._without_tools, self._with_tools = self._jinja(None), self._jinja([{}])
+        self._variables = dict(tokenizer.special_tokens_map)
         self.end_of_turn = self._find_end_of_turn()
 
     def conversation(self, content: dict[str, Any]) -> str:
@@ -169,20 +174,30 @@ class ChatTemplate:
 
         typed_render: Any = render_jinja_template  # annotated as str, gives texts and spans
         try:
-            texts, spans = typed_render(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self._tokenizer.get_chat_template(tools=tools),
-                return_assistant_tokens_mask=self.kind == "generation",
-                add_generation_prompt=prompt,
-                **self._variables(),
-            )
+            # The compiled template is shared, and its span tracker serves one rendering at a time.
+            with RENDERING:
+                texts, spans = typed_render(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=self._with_tools if tools else self._without_tools,
+                    return_assistant_tokens_mask=self.kind == "generation",
+                    add_generation_prompt=prompt,
+                    **self._variables,
+                )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(f"{self.name}: cannot render this chat: {error}") from error
         return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]] if spans else []
 
-    def _variables(self) -> dict[str, Any]:
-        return {**self._tokenizer.special_tokens_map, "strftime_now": TODAY.strftime}
+    def _jinja(self, tools: list[Any] | None) -> str:
+        """The template for chats with or without tools, its clock stopped at TODAY."""
+        try:
+            chosen = str(self._tokenizer.get_chat_template(tools=tools))
+        except ValueError as error:
+            raise DataError(f"{self.name}: {error}") from error
+        stopped = CLOCK.sub(lambda call: repr(TODAY.strftime(call.group(2))), chosen)
+        if "strftime_now(" in stopped:
+            raise DataError(f"{self.name}: asks the clock, so its tokens change from day to day")
+        return stopped
 
     def _find_end_of_turn(self) -> str | None:
         """The control token after the answer of a two-message chat, if there is one."""

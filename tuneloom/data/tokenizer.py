@@ -78,6 +78,8 @@ class Codec:
         from tokenizers import AddedToken, Tokenizer
 
         spec = json.loads(_backend(tokenizer).to_str())
+        # Set by whoever last called the tokenizer with padding=; no part of what it is.
+        spec |= {"truncation": None, "padding": None}
         self.digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         control = [
             token
@@ -160,4 +162,4 @@ def _respell(spec: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
         model["vocab"] = [[aliases.get(piece, piece), score] for piece, score in vocab]
     if model.get("unk_token") in aliases:
         model["unk_token"] = aliases[model["unk_token"]]
-    return spec | {"post_processor": None, "truncation": None, "padding": None}
+    return spec | {"post_processor": None}

@@ -140,20 +140,19 @@ class TokenStore:
         )
 
     def _at(self, row: int) -> tuple[shards.Shard, int]:
-        self._wait(np.asarray([row]))
+        if self._shard[row] < 0:
+            self._wait(np.asarray([row]))
         return self._shards[self._shard[row]], int(self._position[row])
 
     def _wait(self, rows: np.ndarray) -> None:
         """Until every row is tokenised; raises what the writer died of, on every rank alike."""
         last, known = time.monotonic(), -1
-        with self._changed:
-            self._raise_if_failed()
         while (self._shard[rows] < 0).any():
             with self._changed:
                 if not (self._thread and self._thread.is_alive()):
                     self._scan()
                 if (self._shard[rows] >= 0).all():
-                    return
+                    break
                 self._raise_if_failed()
                 if len(self._shards) != known:
                     last, known = time.monotonic(), len(self._shards)
@@ -163,6 +162,8 @@ class TokenStore:
                     f"{self.folder}: no new tokens for {STALL_SECONDS:.0f} s; is rank 0 alive, and "
                     f"is this folder on a disk that all nodes share?"
                 )
+        with self._changed:  # rows are there, but the run may have been refused while they came
+            self._raise_if_failed()
 
     def _raise_if_failed(self) -> None:
         if self._error is not None:
@@ -275,9 +276,9 @@ class TokenStore:
             return
         if seen.lost > self._limit * seen.targets:
             self._error = DataError(
-                f"batch.max_lost_answer_tokens: at most {self._limit:.2%} of answer tokens may be "
-                f"lost, but {seen.lost / seen.targets:.2%} ({seen.lost:,} of {seen.targets:,} in the "
-                f"first {seen.rows:,} rows) are, in rows longer than batch.max_length="
+                f"batch.max_lost_answer_tokens: at most {self._limit:.2%} of answer tokens may "
+                f"be lost, but {seen.lost / seen.targets:.2%} ({seen.lost:,} of {seen.targets:,} "
+                f"in the first {seen.rows:,} rows) are, in rows longer than batch.max_length="
                 f"{self.renderer.max_length}; raise batch.max_length or this limit"
             )
             raise self._error

@@ -1,0 +1,184 @@
+"""The plan: every row once an epoch, the same steps for any world, and exact continuation."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuneloom.data.plan import Plan, PlanConfig, epoch_order, share
+from tuneloom.errors import DataError
+
+Steps = list[list[list[int]]]
+
+
+def config(**changes: object) -> PlanConfig:
+    values: dict[str, object] = {
+        "seed": 0, "epochs": 1.0, "shuffle": True, "packing": True, "tokens": 64, "sequences": 4,
+        "window": 16, "group": 3,
+    }  # fmt: skip
+    return PlanConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def make(rows: int, plan: PlanConfig, drop: int = 0) -> Plan:
+    """A plan over lengths from 1 to 64; every `drop`-th row has length 0."""
+    lengths = np.random.default_rng(rows).integers(1, 65, rows)
+    if drop:
+        lengths[::drop] = 0
+    return Plan(rows, lambda asked: lengths[asked], plan)
+
+
+def run(plan: Plan, most: int = 10_000) -> Steps:
+    steps: Steps = []
+    while len(steps) < most and (bins := plan.next_step()):
+        steps.append([members.tolist() for members in bins])
+    return steps
+
+
+def flat(steps: Steps) -> list[int]:
+    return [row for bins in steps for members in bins for row in members]
+
+
+PLANS = st.builds(
+    config,
+    seed=st.integers(0, 3),
+    epochs=st.sampled_from([0.5, 1.0, 2.0, 2.5]),
+    shuffle=st.booleans(),
+    packing=st.booleans(),
+    window=st.sampled_from([1, 7, 16, 64]),
+    sequences=st.integers(1, 5),
+    group=st.sampled_from([1, 2, 3, 8]),
+)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 150), PLANS, st.sampled_from([0, 3]))
+def test_every_row_is_seen_once_an_epoch_or_reported_dropped(
+    rows: int, plan: PlanConfig, drop: int
+) -> None:
+    if drop and rows < 4:
+        return
+    made = make(rows, plan, drop)
+    seen: list[int] = []
+    while bins := made.next_step():
+        assert len(bins) == plan.group
+        seen += [int(row) for members in bins for row in members] + made.dropped.tolist()
+    seen += made.dropped.tolist()
+    assert plan.epochs is not None
+    whole = int(plan.epochs)
+    counts = np.bincount(seen, minlength=rows)
+    assert len(seen) == max(1, round(plan.epochs * rows))
+    assert set(counts.tolist()) <= {whole, whole + 1}
+    assert made.progress == 1.0 and made.consumed == len(seen)
+    assert made.next_step() == []
+
+
+@settings(deadline=None)
+@given(st.integers(1, 100), PLANS, st.integers(0, 12), st.sampled_from([0, 3]))
+def test_resume_from_any_step_continues_identically(
+    rows: int, plan: PlanConfig, stop: int, drop: int
+) -> None:
+    if drop and rows < 4:
+        return
+    whole, first, second = (make(rows, plan, drop) for _ in range(3))
+    assert run(whole, stop) == run(first, stop)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert (second.progress, second.consumed) == (whole.progress, whole.consumed)
+    while bins := whole.next_step():
+        resumed = second.next_step()
+        assert [b.tolist() for b in bins] == [b.tolist() for b in resumed]
+        assert whole.dropped.tolist() == second.dropped.tolist()
+        assert whole.progress == second.progress
+    assert second.next_step() == []
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_ranks_share_the_same_steps_whatever_their_number(packing: bool) -> None:
+    def rows_a_step(world: int, accumulation: int) -> list[list[int]]:
+        plan = make(200, config(packing=packing, group=world * accumulation))
+        found = []
+        while bins := plan.next_step():
+            ranks = [share(bins, rank, world) for rank in range(world)]
+            assert all(len(mine) == accumulation for mine in ranks)
+            found.append(sorted(int(row) for mine in ranks for b in mine for row in b))
+        return found
+
+    assert rows_a_step(8, 1) == rows_a_step(2, 4) == rows_a_step(4, 2) == rows_a_step(1, 8)
+
+
+def test_padded_steps_hold_the_same_rows_for_1_x_8_and_2_x_4_and_2_x_2_x_2() -> None:
+    def rows_a_step(sequences: int, group: int) -> list[list[int]]:
+        plan = make(100, config(packing=False, sequences=sequences, group=group))
+        return [flat([bins]) for bins in run(plan)]
+
+    assert rows_a_step(8, 1) == rows_a_step(4, 2) == rows_a_step(2, 4)
+
+
+def test_bins_stay_in_budget_and_are_99_percent_full() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(4.6, 0.65, 20_000), 16, 2048).astype(int)
+    plan = Plan(20_000, lambda rows: lengths[rows], config(tokens=8192, window=4096, group=8))
+    fills = [lengths[b].sum() for bins in iter(plan.next_step, []) for b in bins if len(b)]
+    assert max(fills) <= 8192
+    assert np.mean(fills) / 8192 > 0.985  # the last bin of the run is as full as it comes
+    assert np.mean(fills[:-1]) / 8192 > 0.99
+
+
+def test_rows_that_never_fit_well_do_not_starve() -> None:
+    asked: list[int] = []
+
+    def lengths(rows: np.ndarray) -> np.ndarray:
+        asked.extend(rows.tolist())
+        return np.full(len(rows), 40)  # one to a bin of 64, so no bin is ever 98 % full
+
+    plan = Plan(400, lengths, config(epochs=1.0, shuffle=False))
+    assert sorted(flat(run(plan))) == list(range(400))
+    assert np.bincount(asked).max() <= 2
+
+
+def test_order_without_shuffle_is_the_order_of_the_rows() -> None:
+    plan = make(50, config(shuffle=False, packing=False))
+    assert flat(run(plan)) == list(range(50))
+    packed = make(50, config(shuffle=False, window=8))
+    firsts = [members[0] for bins in run(packed) for members in bins if members]
+    assert np.mean(np.diff(firsts) > 0) > 0.8
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    assert epoch_order(50, 0, 0).tolist() == epoch_order(50, 0, 0).tolist()
+    orders = [epoch_order(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert run(make(80, config(seed=1))) != run(make(80, config(seed=2)))
+
+
+def test_without_epochs_the_stream_never_ends() -> None:
+    plan = make(20, config(epochs=None))
+    counts = np.bincount(flat(run(plan, 100)), minlength=20)
+    assert counts.min() > 5 and plan.progress == 0.0 and plan.epoch > 5
+
+
+def test_the_first_step_asks_for_an_eighth_of_a_window_only() -> None:
+    asked: list[int] = []
+
+    def lengths(rows: np.ndarray) -> np.ndarray:
+        asked.extend(rows.tolist())
+        return np.full(len(rows), 32)
+
+    plan = Plan(10_000, lengths, config(window=4096, group=8))
+    plan.next_step()
+    assert asked == epoch_order(10_000, 0, 0)[:512].tolist()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_that_are_all_dropped_end_in_a_sentence(packing: bool) -> None:
+    plan = Plan(30, lambda rows: np.zeros(len(rows)), config(packing=packing, epochs=None))
+    with pytest.raises(DataError, match=r"all 30 rows are longer than batch.max_length"):
+        plan.next_step()
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    state = make(30, config()).state()
+    with pytest.raises(DataError, match="made with rows=30, this run has 31"):
+        make(31, config()).restore(state)
+    with pytest.raises(DataError, match="made with seed=0, this run has 1"):
+        make(30, config(seed=1)).restore(state)
