@@ -11,6 +11,7 @@ that their arithmetic is checked where there is no GPU (slow: small sizes only).
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,9 @@ try:
 except ImportError:  # no wheel for this platform: `runs_triton` says no
     triton = None
     tl = None
+
+CALLS: Counter[str] = Counter()
+"""How often each op ran forward, and why the activation diet did not: evidence for effects.json."""
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tuneloom.kernels.jit import jit, runs_triton, tl
+from tuneloom.kernels.jit import CALLS, jit, runs_triton, tl
 
 IGNORED = -100
 CHUNK_BYTES = 256 * 2**20  # 1,024 rows at V = 128,256 in bf16: large enough for full-speed GEMMs
@@ -77,6 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         rows: int,
     ) -> Tensor:
+        CALLS["linear_cross_entropy"] += 1
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wants_gradient = need_hidden or need_weight or need_bias
         used = weight.to(hidden.dtype)

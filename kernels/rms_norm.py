@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tuneloom.kernels.jit import jit, next_power_of_2, runs_triton, tl
+from tuneloom.kernels.jit import CALLS, jit, next_power_of_2, runs_triton, tl
 
 TILE = 4096  # elements a program holds: several rows of a head's norm, one of a hidden size
 
@@ -47,6 +47,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
     ) -> Tensor | tuple[Tensor, Tensor]:
+        CALLS["rms_norm" if residual is None else "add_rms_norm"] += 1
         if residual is not None:
             residual = residual.contiguous()
         y, total, scale = normalise(x.contiguous(), weight, eps, offset, residual=residual)

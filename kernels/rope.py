@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tuneloom.kernels.jit import jit, next_power_of_2, runs_triton, tl
+from tuneloom.kernels.jit import CALLS, jit, next_power_of_2, runs_triton, tl
 
 
 def rope(
@@ -41,6 +41,7 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        CALLS["rope"] += 1
         ctx.save_for_backward(cos, sin)
         out_q, out_k = torch.empty_like(q), torch.empty_like(k)
         _rotate(q, k, out_q, out_k, cos, sin, backward=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tuneloom.kernels.jit import jit, runs_triton, tl
+from tuneloom.kernels.jit import CALLS, jit, runs_triton, tl
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 BLOCK = 2048
@@ -38,6 +38,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        CALLS["gated"] += 1
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return gate_forward(gate, up, activation)

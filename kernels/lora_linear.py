@@ -1,0 +1,219 @@
+"""Linears that share an input, with their LoRA adapters: nothing kept for backward but x and x A^T.
+
+    y_i = x W_i^T + b_i + s_i (drop_i(x) A_i^T) B_i^T
+    dx = sum_i dy_i W_i + drop_i'(s_i dy_i B_i A_i)    dA_i = (s_i dy_i B_i)^T drop_i(x)
+    dB_i = s_i dy_i^T (drop_i(x) A_i^T)    dW_i = dy_i^T x, db_i = sum_t dy_i, if trained
+
+x: (..., D) fp32, bf16, fp16; W_i: (O_i, D), or bitsandbytes NF4, dequantised in each pass; A_i:
+(R, D); B_i: (O_i, R); s_i: alpha / R, or alpha / sqrt(R) for rsLoRA. Adapter terms are accumulated
+into y and dx by the matrix product itself (beta = 1): no (T, O) temporaries as in PEFT. A dropout
+mask is drawn from a seed, and drawn again in backward: 8 bytes kept a linear (PEFT keeps the mask
+and the dropped x of every linear). LoRA: arXiv 2106.09685; rsLoRA: 2312.03732.
+
+`linear_of(module)` reads an nn.Linear or a PEFT layer around one; what it cannot compute it names
+(DoRA, merged or several adapters, ZeRO-3 shards, hooks); the caller leaves such a layer as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class Unsupported(Exception):
+    """This layer must run as it is; the message says why."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear and its adapter, as read from a module for one forward pass."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd must know about."""
+        return self.weight, self.bias, self.a, self.b
+
+
+def linear_of(module: nn.Module) -> Linear:
+    """The linear and adapter of an nn.Linear, bitsandbytes Linear4bit or PEFT layer around one."""
+    if not hasattr(module, "lora_A"):
+        return Linear(*_weight_and_bias(module))
+    layer: Any = module
+    if layer.disable_adapters or layer.merged:
+        raise Unsupported("adapters are merged or disabled")
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        raise Unsupported(f"{len(active)} active adapters in one layer")
+    name = active[0]
+    if name in layer.lora_variant:
+        raise Unsupported(type(layer.lora_variant[name]).__name__)  # DoRA and its kin
+    if layer.lora_B[name].bias is not None:
+        raise Unsupported("an adapter with a bias")
+    weight, bias = _weight_and_bias(layer.base_layer)
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    _refuse_shards(a)
+    return Linear(weight, bias, a, b, layer.scaling[name], dropout)
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if type(module).__name__ not in ("Linear", "Linear4bit"):
+        raise Unsupported(f"{type(module).__name__} in place of a linear")
+    refuse_hooks(module)
+    weight: Any = module.weight
+    _refuse_shards(weight)
+    if weight.dtype == torch.uint8 and getattr(weight, "quant_state", None) is None:
+        raise Unsupported("4-bit weights that are not quantised yet")
+    return weight, module.bias  # type: ignore[return-value]
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """A module with hooks is not bypassed: they would not run."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        raise Unsupported(f"hooks on {type(module).__name__}")
+
+
+def _refuse_shards(weight: Tensor) -> None:
+    if hasattr(weight, "ds_id"):
+        raise Unsupported("weights sharded by ZeRO-3")
+
+
+def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as a matrix of `dtype`; NF4 is dequantised (117 MB for an 8B gate in bf16)."""
+    if weight.dtype != torch.uint8:
+        return weight.detach().to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    state: Any = weight
+    matrix: Tensor = dequantize_4bit(weight.detach(), state.quant_state)
+    return matrix.to(dtype)
+
+
+def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """(y_1, ..., y_n), each (..., O_i) in x's dtype."""
+    flat = [t for linear in linears for t in linear.tensors()]
+    ys: tuple[Tensor, ...] = _LoraLinears.apply(x, tuple(linears), *flat)
+    return ys
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, linears: tuple[Linear, ...], *flat: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        ys, kept = project(rows, linears)
+        ctx.kept = kept
+        ctx.save_for_backward(rows, *kept.products)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *products = ctx.saved_tensors
+        flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx, gradients = project_backward(
+            flat, rows, products, ctx.kept, ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        )
+        shaped = dx.view(*dys[0].shape[:-1], -1) if dx is not None else None
+        return shaped, None, *gradients
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a projection's backward needs beside x; `products` go through save_for_backward."""
+
+    linears: tuple[Linear, ...]
+    seeds: tuple[int, ...]
+    products: list[Tensor]
+    """x A^T of each adapted linear, (T, R)."""
+    versions: tuple[int, ...]
+    """Of the weights: a change between forward and backward is an error, not a wrong gradient."""
+
+    def check(self) -> None:
+        assert _versions(self.linears) == self.versions, "a weight changed before its backward"
+
+
+def _versions(linears: Sequence[Linear]) -> tuple[int, ...]:
+    return tuple(t._version for linear in linears for t in linear.tensors() if t is not None)
+
+
+def project(x: Tensor, linears: tuple[Linear, ...]) -> tuple[list[Tensor], Kept]:
+    """Outputs (T, O_i) of x (T, D), outside autograd."""
+    ys, products, seeds = [], [], []
+    for linear in linears:
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        y = functional.linear(x, dense(linear.weight, x.dtype), bias)
+        seed = int(torch.randint(2**62, ())) if linear.dropout else 0  # CPU generator: no host sync
+        if linear.a is not None and linear.b is not None:
+            product = dropped(x, linear.dropout, seed) @ linear.a.to(x.dtype).t()
+            y.addmm_(product, linear.b.to(x.dtype).t(), alpha=linear.scale)
+            products.append(product)
+        ys.append(y)
+        seeds.append(seed)
+    return ys, Kept(linears, tuple(seeds), products, _versions(linears))
+
+
+def project_backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    products: Sequence[Tensor],
+    kept: Kept,
+    wants_x: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx (T, D), and gradients in the order of `Linear.tensors`; outside autograd."""
+    kept.check()
+    dx: Tensor | None = None
+    gradients: list[Tensor | None] = []
+    left = list(products)
+    for i, (linear, dy, seed) in enumerate(zip(kept.linears, dys, kept.seeds, strict=True)):
+        wants_weight, wants_bias, wants_a, wants_b = wanted[4 * i : 4 * i + 4]
+        if wants_x:
+            weight = dense(linear.weight, dy.dtype)
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        dweight = dy.t() @ x if wants_weight else None
+        dbias = dy.sum(0) if wants_bias else None
+        da = db = None
+        if linear.a is not None and linear.b is not None:
+            product = left.pop(0)
+            dproduct = (dy @ linear.b.to(dy.dtype)).mul_(linear.scale)  # (T, R)
+            if wants_a:
+                da = dproduct.t() @ dropped(x, linear.dropout, seed)
+            if wants_b:
+                db = (dy.t() @ product).mul_(linear.scale)
+            if dx is not None:
+                _add_adapter_(dx, dproduct, linear, seed)
+        pairs = zip((dweight, dbias, da, db), linear.tensors(), strict=True)
+        gradients += [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
+    return dx, gradients
+
+
+def _add_adapter_(dx: Tensor, dproduct: Tensor, linear: Linear, seed: int) -> None:
+    assert linear.a is not None
+    a = linear.a.to(dx.dtype)
+    if linear.dropout:
+        dx += dropped(dproduct @ a, linear.dropout, seed)
+    else:
+        dx.addmm_(dproduct, a)
+
+
+def dropped(x: Tensor, probability: float, seed: int) -> Tensor:
+    """x with numbers zeroed at `probability` and the rest scaled up: the same mask for a seed."""
+    if not probability:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    mask = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
+    return mask.mul_(x).div_(1 - probability)
