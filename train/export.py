@@ -77,6 +77,7 @@ def export(run: Path, *, merge: bool = False, out: Path | None = None) -> Path:
     run, TrainingError when a weight is not finite.
     """
     config, weights = read_run(run)
+    _refuse_failed(run)
     if merge and not is_adapter(weights):
         raise ConfigError(f"merge: {run} trained every weight, it has no adapter to merge; drop it")
     base = model_folder(config.model.path, revision=config.model.revision)
@@ -106,6 +107,21 @@ def read_run(run: Path) -> tuple[TrainConfig, Path]:
     return config, weights
 
 
+def _refuse_failed(run: Path) -> None:
+    """Weights that the run itself refused, for instance in its drill, are not handed on."""
+    facts = record_of(run)
+    if facts.get("state") == "failed":
+        reason = " ".join(facts.get("error") or ["no reason was recorded"])
+        raise RefusedError(f"{run}: the run failed ({reason}); resume or repeat it, then export")
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """run.json, empty where there is none."""
+    path = run / "run.json"
+    facts: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return facts
+
+
 def base_digest(run: Path, config: TrainConfig, base: Path) -> str:
     """Digest of the base as it lies there now; refused when the run started from another.
 
@@ -125,10 +141,7 @@ def base_digest(run: Path, config: TrainConfig, base: Path) -> str:
 
 def recorded_base(run: Path) -> str | None:
     """The base digest that run.json holds since before step 0."""
-    path = run / "run.json"
-    if not path.exists():
-        return None
-    base = json.loads(path.read_text("utf-8")).get("base")
+    base = record_of(run).get("base")
     return base.get("digest") if isinstance(base, dict) else None
 
 

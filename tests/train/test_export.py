@@ -272,3 +272,11 @@ def test_an_evaluation_between_steps_does_not_change_a_qloras_gradients(base: Pa
         return sum(float(gradient.abs().sum()) for gradient in found)
 
     assert gradients(evaluate=True) == gradients(evaluate=False) > 0
+
+
+def test_a_failed_runs_weights_are_not_exported(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "run.json").write_text(json.dumps({"state": "failed", "error": ["train.drill: other"]}))
+    assert main(["export", f"run={run}"]) == 4
+    assert "the run failed (train.drill: other)" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
     )
     after, before = mark_both(tuned, base, sheet, batch_tokens=config.batch_tokens)
     known, missing = classical(config, sheet, train)
-    trained_on = {row.record.id for row in train}
+    trained_on = exposed(subject.run) or {row.record.id for row in train}
     tuned_name, base_name = subject.tuned, subject.base
     found = Evaluation(
         task=config.task or task_name(subject.data, config.data.split),
@@ -186,6 +186,16 @@ def training_rows(config: EvaluateConfig, subject: Subject) -> list[Row]:
         return []
     rows = open_rows(path, split=split, format=config.data.format)
     return [as_row(rows[i]) for i in range(len(rows))]
+
+
+def exposed(run: Path | None) -> set[str]:
+    """Ids of the rows that a run really stepped on, from its exposure.parquet; empty without one."""
+    path = run / "exposure.parquet" if run is not None else None
+    if path is None or not path.exists():
+        return set()
+    import pyarrow.parquet as pq
+
+    return set(pq.read_table(path, columns=["record_id"])["record_id"].to_pylist())
 
 
 def _has_split(path: str, split: str) -> bool:
