@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuneloom.data.balance import arrange, cost, straggling
 from tuneloom.data.plan import Plan, PlanConfig, epoch_order, share
 from tuneloom.errors import DataError
 
@@ -182,3 +183,49 @@ def test_a_state_of_other_data_is_refused() -> None:
         make(31, config()).restore(state)
     with pytest.raises(DataError, match="made with seed=0, this run has 1"):
         make(30, config(seed=1)).restore(state)
+
+
+def long_and_short(rows: int) -> np.ndarray:
+    """Lengths of a chat set with long documents, up to 32k."""
+    draws = np.random.default_rng(1)
+    short = draws.random(rows) < 0.85
+    lengths = np.where(short, draws.lognormal(6.3, 0.9, rows), draws.lognormal(9, 0.8, rows))
+    return np.clip(lengths, 16, 32_768).astype(np.int64)
+
+
+def test_ranks_of_a_step_get_packs_of_like_cost() -> None:
+    lengths = long_and_short(60_000)
+    plan = Plan(60_000, lambda rows: lengths[rows], config(tokens=32_768, window=30_000, group=64))
+    costs = np.array([cost(lengths[b]) for bins in iter(plan.next_step, []) for b in bins])
+    whole = costs[:-64]  # the last step has fewer packs than ranks
+    assert straggling(whole, 64) < 1.03
+    assert straggling(np.random.default_rng(0).permutation(whole), 64) > 1.3
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 8), st.booleans())
+def test_arranging_is_a_permutation(count: int, group: int, phase: int, uneven: bool) -> None:
+    generator = np.random.default_rng(count)
+    costs = generator.lognormal(0, 2.0 * uneven, count)
+    order = arrange(costs, group, phase % group, generator)
+    assert sorted(order.tolist()) == list(range(count))
+
+
+def test_packs_of_equal_cost_stay_in_random_order() -> None:
+    orders = [arrange(np.ones(50), 8, 0, np.random.default_rng(s)).tolist() for s in (0, 1)]
+    assert orders[0] == np.random.default_rng(0).permutation(50).tolist() != orders[1]
+
+
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_a_run_resumed_with_another_global_batch_still_sees_every_row_once(group: int) -> None:
+    lengths = np.clip(long_and_short(3_000), 16, 32_768)
+
+    def plan(size: int) -> Plan:
+        return Plan(
+            3_000, lambda rows: lengths[rows], config(tokens=32_768, window=512, group=size)
+        )
+
+    first = plan(8)
+    seen = flat(run(first, 9))
+    second = plan(group)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert sorted(seen + flat(run(second))) == list(range(3_000))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tuneloom.data.balance import arrange, cost
 from tuneloom.data.packing import pack
 from tuneloom.errors import DataError
 
@@ -63,6 +64,7 @@ class Plan:
         self._order: tuple[int, np.ndarray] = (-1, EMPTY)
         self._window = 0  # windows opened before the current one
         self._waiting = EMPTY  # rows carried into the current window
+        self._group, self._phase = config.group, 0  # what the current window is arranged for
         self._bins: list[np.ndarray] | None = None
         self._carried = EMPTY  # rows the current window hands on
         self._dropped = EMPTY
@@ -111,6 +113,8 @@ class Plan:
             "size": config.tokens if config.packing else config.sequences,
             "window": self._window,
             "waiting": self._waiting.tolist(),
+            "group": self._group,
+            "phase": self._phase,
             "opened": self._bins is not None,
             "next": self._next,
         }
@@ -125,6 +129,7 @@ class Plan:
                 )
         self._window, self._next = state["window"], state["next"]
         self._waiting = np.asarray(state["waiting"], np.int64)
+        self._group, self._phase = state["group"], state["phase"]
         self._bins = None
         if state["opened"]:
             self._open()
@@ -165,6 +170,9 @@ class Plan:
             idle = 0 if self._bins else idle + len(self._dropped)
             self._refuse_all_dropped(idle)
             if self._next == len(self._bins):
+                # With a changed global batch, steps begin anew at the next window.
+                phase = self._phase + self._next if self._group == self.config.group else len(bins)
+                self._group, self._phase = self.config.group, phase % self.config.group
                 self._window, self._waiting = self._window + 1, self._carried
                 self._bins, self._next = None, 0
         return bins
@@ -184,8 +192,9 @@ class Plan:
         last = self.total is not None and self._start(self._window + 1) >= self.total
         kept = set() if last else self._hold(bins, lengths, waited)
         self._carried = np.concatenate([EMPTY, *(rows[bins[i]] for i in sorted(kept))])
-        sent = [rows[members] for i, members in enumerate(bins) if i not in kept]
-        self._bins, self._next = self._arranged(sent, bins, kept), 0
+        sent = [members for i, members in enumerate(bins) if i not in kept]
+        order = self._arrangement(sent, lengths)
+        self._bins, self._next = [rows[sent[i]] for i in order.tolist()], 0
 
     def _hold(self, bins: list[np.ndarray], lengths: np.ndarray, waited: np.ndarray) -> set[int]:
         """Bins that wait for the next window: the emptiest, none with a row that has waited."""
@@ -200,16 +209,13 @@ class Plan:
                 left -= len(bins[index])
         return held
 
-    def _arranged(
-        self, sent: list[np.ndarray], bins: list[np.ndarray], kept: set[int]
-    ) -> list[np.ndarray]:
-        """Bins in the order they are trained: shuffled, or by their first row in the stream."""
-        if self.config.shuffle:
-            order = _generator(self.config.seed, self._window, 1).permutation(len(sent))
-        else:
-            firsts = [members[0] for i, members in enumerate(bins) if i not in kept]
-            order = np.argsort(np.asarray(firsts, np.int64), kind="stable")
-        return [sent[i] for i in order.tolist()]
+    def _arrangement(self, sent: list[np.ndarray], lengths: np.ndarray) -> np.ndarray:
+        """Order of a window's bins: random but for cost, or by their first row in the stream."""
+        if not self.config.shuffle:
+            return np.argsort([members[0] for members in sent], kind="stable")
+        costs = np.array([cost(lengths[members]) for members in sent])
+        generator = _generator(self.config.seed, self._window, 1)
+        return arrange(costs, self._group, self._phase, generator)
 
     def _start(self, window: int) -> int:
         """Where a window starts in the stream. The first three are W/8, W/4 and W/2 rows long, so
