@@ -156,7 +156,7 @@ def project(x: Tensor, linears: tuple[Linear, ...]) -> tuple[list[Tensor], Kept]
     for linear in linears:
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
         y = functional.linear(x, dense(linear.weight, x.dtype), bias)
-        seed = int(torch.randint(2**62, ())) if linear.dropout else 0  # CPU generator: no host sync
+        seed = draw_seed() if linear.dropout else 0
         if linear.a is not None and linear.b is not None:
             product = dropped(x, linear.dropout, seed) @ linear.a.to(x.dtype).t()
             y.addmm_(product, linear.b.to(x.dtype).t(), alpha=linear.scale)
@@ -208,6 +208,11 @@ def _add_adapter_(dx: Tensor, dproduct: Tensor, linear: Linear, seed: int) -> No
         dx += dropped(dproduct @ a, linear.dropout, seed)
     else:
         dx.addmm_(dproduct, a)
+
+
+def draw_seed() -> int:
+    """Of a dropout mask: from the CPU generator (no host sync; checkpointing restores it)."""
+    return int(torch.randint(2**62, ()))
 
 
 def dropped(x: Tensor, probability: float, seed: int) -> Tensor:

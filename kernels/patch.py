@@ -87,12 +87,15 @@ def patch(model: nn.Module) -> Patched:
 
 def unpatch(model: nn.Module) -> int:
     """Give every module its own code back; returns how many had ours."""
-    restored = 0
-    for module in model.modules():
-        for name in module.__dict__.pop("_tuneloom_patched", ()):
-            del module.__dict__[name]
-            restored += 1
-    return restored
+    return sum(unpatch_module(module) for module in model.modules())
+
+
+def unpatch_module(module: nn.Module) -> int:
+    """Give one module its own code back."""
+    names = module.__dict__.pop("_tuneloom_patched", ())
+    for name in names:
+        del module.__dict__[name]
+    return len(names)
 
 
 def _installer(name: str) -> Callable[[Any, Patched], None] | None:
