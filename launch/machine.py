@@ -1,0 +1,66 @@
+"""What this machine has: GPUs (nvidia-smi is asked, not torch), memory, disk, processors."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+GIB = 2**30
+
+# What nvidia-smi reports as memory.total, in MiB.
+GPU_MIB = {
+    "b200-180": 183359, "h200-141": 143771, "h100-80": 81559, "a100-80": 81920, "a100-40": 40960,
+    "l40s-48": 46068, "v100-32": 32768, "rtx4090-24": 24564, "rtx3090-24": 24576, "l4-24": 23034,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    bytes: int
+    driver: str
+
+
+def gpus() -> list[Gpu]:
+    """The NVIDIA GPUs of this machine; empty where there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader,nounits",
+    ]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    if answer.returncode != 0:
+        return []
+    rows = [
+        [part.strip() for part in line.split(",")] for line in answer.stdout.splitlines() if line
+    ]
+    return [Gpu(name, int(mib) * 2**20, driver) for name, mib, driver in rows]
+
+
+def host_bytes() -> int:
+    """Memory that this process may take: what the machine has left, or its cgroup's limit."""
+    available = int(psutil.virtual_memory().available)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists():
+        text = limit.read_text(encoding="utf-8").strip()
+        if text.isdigit():
+            return min(available, int(text))
+    return available
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_disk(path: str) -> int:
+    """Free bytes where `path` is, or will be."""
+    at = Path(path).absolute()
+    while not at.exists():
+        at = at.parent
+    return shutil.disk_usage(at).free

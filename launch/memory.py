@@ -1,0 +1,206 @@
+"""Memory of one rank: what each ZeRO stage, method and optimizer holds, and the peaks in between.
+
+Formulas follow train/zero.py and the source of DeepSpeed 0.19.8: P base parameters, A trained
+ones, b bytes a weight, n ranks; masters and moments in fp32 (ZeRO, arXiv 1910.02054).
+Not modelled: fragmentation, for which `USABLE` leaves room.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+from tuneloom.launch.anatomy import Anatomy, Saved
+from tuneloom.train.config import MethodConfig, OptimConfig, TrainConfig
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+USABLE = 0.95
+"""Share of a device that a plan may fill; the rest is fragmentation."""
+GPU_CONTEXT = 1536 * 2**20
+"""CUDA context, cuBLAS workspace, NCCL buffers of a rank: estimate, about 1.5 GiB on an H100."""
+PROCESS = 900 * 2**20
+"""Resident Python, torch, transformers, PEFT and DeepSpeed of one CPU rank: measured 0.87 GiB."""
+BUCKET = 500_000_000
+"""DeepSpeed's reduce_bucket_size: elements of the staging buffer, allocated whole on a GPU."""
+MAX_LIVE = 1_000_000_000
+"""stage3_max_live_parameters: gathered elements that ZeRO-3 keeps for reuse."""
+PREFETCH = 50_000_000
+NF4_BLOCK, NESTED_BLOCK, MOMENT_BLOCK = 64, 256, 256
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device of one rank, then on its host and drive."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss_head: int
+    temporary: int
+    """Peaks beside the steady parts: reduce buckets, ZeRO-3 gathers, casts at the step."""
+    context: int
+    host: int
+    """Host memory that offload takes, per rank."""
+    nvme: int
+
+    @property
+    def device(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("host", "nvme"))
+
+
+def forecast(
+    config: TrainConfig, anatomy: Anatomy, saved: Saved, *, ranks: int, cuda: bool
+) -> Memory:
+    """Bytes of one rank of `ranks` under `config`."""
+    shards = ranks if config.zero.stage >= 1 else 1
+    optimizer = optimizer_bytes(config, anatomy) // shards
+    weights = weight_bytes(config, anatomy)
+    if config.zero.stage == 3:
+        weights //= ranks
+    gradients = gradient_bytes(config, anatomy, ranks)
+    host = nvme = 0
+    if config.zero.offload != "none":
+        host += _fp32(anatomy.trainable) // ranks  # the accumulated gradients move too
+        host, nvme = (host + optimizer, 0) if config.zero.offload == "cpu" else (host, optimizer)
+        optimizer = gradients = 0
+    if config.zero.offload_parameters != "none":
+        host, nvme = (host + weights, nvme) if config.zero.offload_parameters == "cpu" else (
+            host + BYTES[config.model.dtype] * MAX_LIVE // 10, nvme + weights)  # fmt: skip
+        weights = 0
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activation_bytes(config, saved),
+        loss_head=loss_head_bytes(config, anatomy),
+        temporary=temporary_bytes(config, anatomy, ranks, cuda=cuda),
+        context=GPU_CONTEXT if cuda else PROCESS,
+        host=host,
+        nvme=nvme,
+    )
+
+
+def weight_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+    """The whole model: base in `model.dtype` (QLoRA: its linears in NF4) and adapters beside it."""
+    width = BYTES[config.model.dtype]
+    adapters = 0 if config.method.kind == "full" else anatomy.trainable
+    if config.method.kind != "qlora":
+        return width * (anatomy.base + adapters)
+    rest = anatomy.base - anatomy.linear
+    return nf4_bytes(anatomy.linears, config.method) + width * (rest + adapters)
+
+
+def nf4_bytes(linears: tuple[int, ...], method: MethodConfig) -> int:
+    """Packed NF4: half a byte an element, and block constants, themselves in 8 bits when doubled.
+
+    bitsandbytes 0.50.2: blocks of 64, nested blocks of 256, a 16-entry and a 256-entry code.
+    """
+    total = 0
+    for elements in linears:
+        blocks = math.ceil(elements / NF4_BLOCK)
+        constants = 4 * blocks
+        if method.double_quantisation:
+            constants = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 * 256 + 4
+        total += math.ceil(elements / 2) + constants + 4 * 16
+    return total
+
+
+def optimizer_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+    """fp32 masters and moments of everything trained, before sharding."""
+    trained = anatomy.trainable
+    plain = config.zero.stage == 0 and config.model.dtype == "fp32"
+    masters = 0 if plain else _fp32(trained)  # ZeRO clones fp32 weights into its partitions, too
+    return masters + moment_bytes(config.optim, trained, anatomy.matrices)
+
+
+def moment_bytes(optim: OptimConfig, trained: int, matrices: int) -> int:
+    """AdamW: two in fp32. 8-bit: two in 1 byte, a constant per 256. Muon: one for a matrix."""
+    if optim.name == "adamw8bit":
+        return 2 * (trained + _fp32(math.ceil(trained / MOMENT_BLOCK)))
+    if optim.name == "muon":
+        return _fp32(matrices) + 2 * _fp32(trained - matrices)
+    return 2 * _fp32(trained)
+
+
+def gradient_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int) -> int:
+    """Gradients that live from the first micro-batch to the step.
+
+    ZeRO-0 in half precision keeps them in that precision and casts at the step. ZeRO-1 sums whole
+    fp32 gradients on every rank (BF16_Optimizer); ZeRO-2 and 3 keep an fp32 shard.
+    """
+    trained, half = anatomy.trainable, config.model.dtype != "fp32"
+    if config.zero.stage == 0:
+        return BYTES[config.model.dtype] * trained
+    if config.zero.stage == 1:
+        return _fp32(trained) if half else _fp32(trained) + _fp32(trained) // ranks
+    return _fp32(trained) // ranks
+
+
+def activation_bytes(config: TrainConfig, saved: Saved) -> int:
+    """Saved for backward; recomputed layers keep their input, and one at a time is whole again."""
+    every = {"off": 0, "on": 1, "selective": config.model.checkpoint_every_layers}
+    step = every[config.model.checkpointing]
+    if step == 0:
+        return sum(saved.per_layer) + saved.outside
+    recomputed = [size for i, size in enumerate(saved.per_layer) if i % step == 0]
+    kept = sum(saved.per_layer) - sum(recomputed)
+    return kept + len(recomputed) * saved.layer_input + max(recomputed) + saved.outside
+
+
+def loss_head_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+    """Logits when backward reaches the loss, every token a target: three fp32 (tokens, V).
+
+    Saved log-probabilities, the gradient of the picked ones, the gradient of the logits.
+    """
+    batch = config.batch
+    tokens = batch.tokens if batch.packing else batch.sequences * batch.max_length
+    return 3 * _fp32(tokens * anatomy.vocabulary)
+
+
+def temporary_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int, *, cuda: bool) -> int:
+    """The larger of the backward's staging and the step's casts."""
+    width, trained, stage = BYTES[config.model.dtype], anatomy.trainable, config.zero.stage
+    # A CPU backs only the pages of the bucket that are written.
+    bucket = width * (BUCKET if cuda else min(BUCKET, trained))
+    if stage == 0:
+        return 0 if config.model.dtype == "fp32" else _fp32(trained)
+    if stage == 1 and config.model.dtype == "bf16" and config.zero.offload == "none":
+        return width * min(trained, anatomy.largest)
+    step = 0 if config.zero.offload != "none" else _fp32(trained) // ranks
+    if stage < 3:
+        return max(bucket, step)
+    whole = anatomy.base + (0 if config.method.kind == "full" else trained)
+    live = min(whole, max(MAX_LIVE, anatomy.largest_layer + PREFETCH, anatomy.largest))
+    return width * live + max(bucket, min(step, _fp32(MAX_LIVE) // ranks))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in a step."""
+
+    this: int
+    replicated: int
+    """The same step with the weights on every rank (ZeRO-2)."""
+
+
+def traffic(config: TrainConfig, anatomy: Anatomy, *, ranks: int) -> Traffic:
+    """ZeRO 0-2 all-reduce the trained gradients (2 A b). ZeRO-3 gathers P twice a micro-batch, too.
+
+    8B: LoRA 0.17 GB replicated, 32 GB under ZeRO-3; full 32 and 48 (arXiv 1910.02054, section 7).
+    """
+    if ranks == 1:
+        return Traffic(0, 0)
+    width = BYTES[config.model.dtype]
+    replicated = 2 * width * anatomy.trainable
+    if config.zero.stage < 3:
+        return Traffic(replicated, replicated)
+    gathers = 2 * width * anatomy.base * config.batch.accumulation
+    return Traffic(gathers + width * anatomy.trainable, replicated)
+
+
+def checkpoint_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+    """One checkpoint of all ranks: trained weights, masters, moments; no frozen weights."""
+    return BYTES[config.model.dtype] * anatomy.trainable + optimizer_bytes(config, anatomy)
+
+
+def _fp32(elements: int) -> int:
+    return 4 * elements

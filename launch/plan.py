@@ -1,0 +1,329 @@
+"""Memory, steps, disk, time of a run before it starts: `tuneloom plan experiment=llama3_8b_lora`.
+
+Composes what `tuneloom train` composes. A run that cannot fit is refused (exit 4) with the changes
+that would make it fit, each of them planned anew. Nothing is written.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from tuneloom.config import Config
+from tuneloom.errors import RefusedError
+from tuneloom.launch import machine
+from tuneloom.launch.anatomy import Anatomy, anatomy, saved_activations
+from tuneloom.launch.config import JobConfig
+from tuneloom.launch.memory import USABLE, Memory, Traffic, checkpoint_bytes, forecast, traffic
+from tuneloom.launch.run import training_of
+from tuneloom.launch.workload import Speed, Workload, speed, workload
+
+Positive = Annotated[float, Field(gt=0)]
+SHOWN = 3
+"""Alternatives that a refusal names."""
+
+
+class PlanConfig(Config):
+    gpu: Literal[
+        "auto", "cpu", "b200-180", "h200-141", "h100-80", "a100-80", "a100-40", "l40s-48",
+        "v100-32", "rtx4090-24", "rtx3090-24", "l4-24",
+    ] = "auto"  # fmt: skip
+    """Device of each rank; auto: this machine's GPUs, or its processors and memory."""
+    host_memory_gib: Positive | None = None
+    """Of each node, for offload; None: this machine's under auto and cpu, else not checked."""
+    tokens_per_second: Positive | None = None
+    """Real tokens a second of all ranks; None: of the newest run with this config, if any."""
+
+
+class PlanJobConfig(JobConfig):
+    """A job and the machine it is planned for."""
+
+    plan: PlanConfig = PlanConfig()
+    as_json: Annotated[bool, Field(alias="json")] = False
+    """One JSON object on standard output in place of the table."""
+
+
+CONFIG = PlanJobConfig
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank has; `host` is what all ranks of a node share, None where it is not known."""
+
+    name: str
+    bytes: int
+    cuda: bool
+    host: int | None
+    here: bool
+    """It is this machine's, so its disk is the run's, too."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast; `fits` when devices, hosts and the disk hold it."""
+
+    device: Device
+    ranks: int
+    parameters: int
+    trainable: int
+    memory: Memory
+    traffic: Traffic
+    workload: Workload
+    speed: Speed | None
+    checkpoint: int
+    checkpoints: int
+    """Bytes on disk when most are there: those kept, and the one being written."""
+    free_disk: int
+    problems: list[str]
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    @property
+    def seconds(self) -> float | None:
+        if self.speed is None or self.workload.tokens is None:
+            return None
+        return self.workload.tokens / self.speed.tokens_per_second
+
+
+@dataclass(frozen=True)
+class Way:
+    """Changes of dotted keys with which a refused job fits, and what a rank then holds."""
+
+    changes: dict[str, Any]
+    memory: Memory
+
+
+def plan(job: JobConfig, target: PlanConfig | None = None) -> Plan:
+    """The forecast of `job` on this machine, or on the machine that `target` names."""
+    target = target or PlanConfig()
+    config, ranks = training_of(job), ranks_of(job)
+    device = device_of(job, target)
+    parts, memory = _memory(job, device)
+    checkpoint = checkpoint_bytes(config, parts)
+    result = Plan(
+        device=device,
+        ranks=ranks,
+        parameters=parts.base,
+        trainable=parts.trainable,
+        memory=memory,
+        traffic=traffic(config, parts, ranks=ranks),
+        workload=workload(config, ranks=ranks),
+        speed=speed(config, given=target.tokens_per_second),
+        checkpoint=checkpoint,
+        checkpoints=checkpoint * (config.checkpoint.keep + 1),
+        free_disk=machine.free_disk(config.run.root),
+        problems=[],
+        advice=advice(job, device),
+    )
+    result.problems.extend(problems(job, result))
+    return result
+
+
+def check(job: JobConfig) -> Plan:
+    """The plan of a job that is about to start; raises RefusedError when it cannot fit."""
+    result = plan(job)
+    if not result.fits:
+        raise RefusedError(refusal(job, result))
+    return result
+
+
+def main(config: PlanJobConfig) -> int:
+    """Print the plan; returns 0, raises RefusedError when the run cannot fit."""
+    from tuneloom.launch.plan_table import show
+
+    result = plan(config, config.plan)
+    if config.as_json:
+        print(json.dumps(as_dict(result), indent=2))
+    else:
+        show(result)
+    if not result.fits:
+        raise RefusedError(refusal(config, result))
+    return 0
+
+
+def as_dict(result: Plan) -> dict[str, Any]:
+    """The plan as plain JSON, its derived figures included."""
+    plain = asdict(result)
+    plain["memory"]["device"] = result.memory.device
+    return plain | {"fits": result.fits, "seconds": result.seconds}
+
+
+def ranks_of(job: JobConfig) -> int:
+    return 1 if job.launch.kind == "inline" else job.launch.workers
+
+
+def ranks_per_node(job: JobConfig) -> int:
+    return max(1, -(-ranks_of(job) // job.launch.nodes))
+
+
+def device_of(job: JobConfig, target: PlanConfig) -> Device:
+    """The device of one rank; on processors, its share of the node's memory."""
+    here = target.host_memory_gib is None and target.gpu in ("auto", "cpu")
+    host = machine.host_bytes() if here else None
+    if target.host_memory_gib is not None:
+        host = round(target.host_memory_gib * machine.GIB)
+    found = machine.gpus() if target.gpu == "auto" and job.launch.gpus_per_worker != 0 else []
+    if found:
+        smallest = min(found, key=lambda gpu: gpu.bytes)
+        return Device(smallest.name, smallest.bytes, cuda=True, host=host, here=True)
+    if target.gpu in ("auto", "cpu"):
+        assert host is not None
+        return Device("CPU", host // ranks_per_node(job), cuda=False, host=host, here=True)
+    size = machine.GPU_MIB[target.gpu] * 2**20
+    return Device(target.gpu, size, cuda=True, host=host, here=False)
+
+
+def _memory(job: JobConfig, device: Device) -> tuple[Anatomy, Memory]:
+    config = training_of(job)
+    parts = anatomy(config)
+    saved = saved_activations(config)
+    return parts, forecast(config, parts, saved, ranks=ranks_of(job), cuda=device.cuda)
+
+
+def problems(job: JobConfig, result: Plan) -> list[str]:
+    """What does not fit, as sentences; the disk counts where the plan is for this machine."""
+    found = memory_problems(job, result.device, result.memory)
+    if result.device.here and result.checkpoints > result.free_disk:
+        found.append(
+            f"run.root: {job.checkpoint.keep} checkpoints and the one being written take "
+            f"{gib(result.checkpoints)}, the disk has {gib(result.free_disk)} free"
+        )
+    return found
+
+
+def memory_problems(job: JobConfig, device: Device, memory: Memory) -> list[str]:
+    """Device and host, each rank's and each node's."""
+    found = []
+    if memory.device > USABLE * device.bytes:
+        found.append(
+            f"a rank needs {gib(memory.device)}, {device.name} has {gib(device.bytes)} for it "
+            f"({USABLE:.0%} usable)"
+        )
+    if device.host is not None and memory.host:
+        needed = memory.host * ranks_per_node(job)
+        if not device.cuda:
+            needed += memory.device * ranks_per_node(job)
+        if needed > USABLE * device.host:
+            found.append(
+                f"offload needs {gib(needed)} of host memory, the node has {gib(device.host)}"
+            )
+    return found
+
+
+def advice(job: JobConfig, device: Device) -> list[str]:
+    """Cheaper ways to run: a frozen base belongs on every rank as long as it fits there."""
+    if job.zero.stage != 3 or job.method.kind == "full" or ranks_of(job) == 1:
+        return []
+    changes = {"zero.stage": 2, "zero.offload_parameters": "none"}
+    replicated = changed(job, changes)
+    if replicated is None or memory_problems(replicated, device, _memory(replicated, device)[1]):
+        return []
+    config = training_of(job)
+    moved = traffic(config, anatomy(config), ranks=ranks_of(job))
+    return [
+        f"set zero=stage2: the frozen base fits on every rank, and a step then moves "
+        f"{moved.replicated / 1e9:.2f} GB a rank in place of {moved.this / 1e9:.1f} GB"
+    ]
+
+
+def refusal(job: JobConfig, result: Plan) -> str:
+    """Why it cannot run and what would make it, each alternative planned anew."""
+    why = "; ".join(result.problems)
+    if not memory_problems(job, result.device, result.memory):
+        return f"{why}; lower checkpoint.keep, free some disk, or point run.root elsewhere"
+    ways = [_way(job, change) for change in fitting(job, result.device)]
+    if not ways:
+        return f"{why}; no method, ZeRO stage, recomputation or batch fits: use more or larger GPUs"
+    return f"{why}; what would fit: " + ", or ".join(ways)
+
+
+def _way(job: JobConfig, way: Way) -> str:
+    """`zero.offload=cpu (212.0 GiB of host memory a node)`."""
+    keys = " ".join(f"{key}={value}" for key, value in way.changes.items())
+    host = way.memory.host * ranks_per_node(job)
+    return f"{keys} ({gib(host)} of host memory a node)" if host else keys
+
+
+def fitting(job: JobConfig, device: Device) -> list[Way]:
+    """The first few ways, fewest and cheapest changes first, in which every rank fits."""
+    found: list[Way] = []
+    for changes in alternatives(job):
+        if any(earlier.changes.items() <= changes.items() for earlier in found):
+            continue
+        other = changed(job, changes)
+        if other is None:
+            continue
+        memory = _memory(other, device)[1]
+        if not memory_problems(other, device, memory):
+            found.append(Way(changes, memory))
+        if len(found) == SHOWN:
+            break
+    return found
+
+
+def alternatives(job: JobConfig) -> Iterator[dict[str, Any]]:
+    """Single changes in order of what they cost a run, then pairs and triples of them."""
+    single = list(_changes(job))
+    for count in (1, 2, 3):
+        for chosen in combinations(single, count):
+            merged = {key: value for change in chosen for key, value in change.items()}
+            if len(merged) == sum(len(change) for change in chosen):
+                yield merged
+
+
+def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
+    """Each alone, cheapest first: sharding, recomputation, batch, offload, fewer weights."""
+    if ranks_of(job) > 1:
+        for stage in (2, 3):
+            if stage > job.zero.stage and not (stage == 2 and job.method.kind == "qlora"):
+                yield {"zero.stage": stage}
+    if job.model.checkpointing != "on":
+        yield {"model.checkpointing": "on"}
+    yield from _smaller(job)
+    if job.zero.offload == "none":
+        yield {"zero.offload": "cpu"}
+    if job.method.kind == "full":
+        yield {"method": "lora"}
+    if job.method.kind != "qlora":
+        yield {"method": "qlora"}
+    if job.zero.stage == 3 and job.zero.offload_parameters == "none":
+        yield {"zero.offload_parameters": "cpu"}
+
+
+def _smaller(job: JobConfig) -> Iterator[dict[str, Any]]:
+    """The smallest micro-batch, the tokens of a step held by accumulation."""
+    batch = job.batch
+    if batch.packing and batch.tokens >= 2 * batch.max_length:
+        times = batch.tokens // batch.max_length
+        yield {"batch.tokens": batch.max_length, "batch.accumulation": batch.accumulation * times}
+    if not batch.packing and batch.sequences > 1:
+        yield {"batch.sequences": 1, "batch.accumulation": batch.accumulation * batch.sequences}
+
+
+def changed(job: JobConfig, changes: dict[str, Any]) -> JobConfig | None:
+    """The job with dotted keys set; None where the rules refuse the combination."""
+    mapping = {
+        name: value for name, value in job.model_dump().items() if name in JobConfig.model_fields
+    }
+    for key, value in changes.items():
+        path = ["method", "kind"] if key == "method" else key.split(".")
+        at = mapping
+        for part in path[:-1]:
+            at = at[part]
+        at[path[-1]] = value
+    try:
+        return JobConfig.model_validate(mapping)
+    except ValidationError:
+        return None
+
+
+def gib(size: float) -> str:
+    return (
+        f"{size / machine.GIB:.1f} GiB" if size >= machine.GIB / 10 else f"{size / 2**20:.0f} MiB"
+    )

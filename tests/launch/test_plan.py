@@ -1,0 +1,306 @@
+"""Plans: parameter counts and activations against real models, state against real checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tuneloom import cli
+from tuneloom.config import build, compose
+from tuneloom.errors import DataError, RefusedError
+from tuneloom.launch.anatomy import anatomy, saved_activations
+from tuneloom.launch.config import JobConfig
+from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, traffic
+from tuneloom.launch.plan import PlanConfig, changed, check, memory_problems, plan, ranks_of
+from tuneloom.launch.run import training_of
+from tuneloom.launch.workload import speed, workload
+from tuneloom.testing import Gang, small_config
+from tuneloom.train import method as methods
+from tuneloom.train import runs
+from tuneloom.train.config import MethodConfig
+from tuneloom.train.model import DTYPES
+
+# Parameters as their model cards and safetensors indexes count them.
+PUBLISHED = {
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+}
+DEVICES = {
+    "llama3_2_1b_lora": "rtx4090-24",
+    "llama3_8b_lora": "h100-80",
+    "llama3_8b_full": "h100-80",
+    "llama3_70b_full_64gpu": "h100-80",
+    "qwen3_8b_qlora": "rtx4090-24",
+}
+
+
+def job(*overrides: str) -> JobConfig:
+    return build(JobConfig, compose("train", list(overrides)))
+
+
+def local(lab: Path, **dotted: object) -> JobConfig:
+    config = small_config(lab, "planned", **dotted)
+    return build(JobConfig, config | {"launch": {"kind": "local", "workers": 2}})
+
+
+def shaped(path: str, *overrides: str) -> JobConfig:
+    return job(f"model.path={path}", "data.path=rows.jsonl", *overrides)
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_parameters_are_counted_exactly_without_weights(path: str) -> None:
+    assert anatomy(shaped(path, "method=full")).base == PUBLISHED[path]
+
+
+def test_lora_parameters_of_an_8b_model_are_the_sum_of_its_pairs() -> None:
+    parts = anatomy(shaped("meta-llama/Meta-Llama-3-8B", "method.rank=16"))
+    q, kv, o, mlp = 4096 + 4096, 4096 + 1024, 4096 + 4096, 4096 + 14336
+    assert parts.trainable == 32 * 16 * (q + 2 * kv + o + 3 * mlp)
+
+
+def measured(lab: Path, kind: str, dtype: str, length: int) -> list[int]:
+    """Bytes that each decoder layer of a real model really saves, counted here a second time."""
+    from transformers import LlamaForCausalLM
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from tuneloom.kernels import attention
+
+    network: Any = LlamaForCausalLM.from_pretrained(lab / "base", dtype=DTYPES[dtype])
+    attention.install(network, attention.Choice("sdpa", "test"))
+    network = methods.apply(network, MethodConfig(kind=kind, rank=8)).to(DTYPES[dtype]).train()
+    parameters = {p.data_ptr() for p in network.parameters()}
+    alive: dict[int, torch.Tensor] = {}
+    sizes: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            alive[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def total() -> int:
+        return sum(t.untyped_storage().nbytes() for t in alive.values())
+
+    for layer in (m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)):
+        layer.register_forward_pre_hook(lambda *_: sizes.append(-total()))
+        layer.register_forward_hook(lambda *_: sizes.append(total()))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        network(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
+    return [before + after for before, after in zip(sizes[::2], sizes[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_forecast_activations_are_what_a_real_model_saves(lab: Path, kind: str, dtype: str) -> None:
+    planned = local(
+        lab, method__kind=kind, model__dtype=dtype, batch__max_length=64, batch__tokens=256
+    )
+    forecast = saved_activations(training_of(planned)).per_layer
+    assert forecast == pytest.approx(measured(lab, kind, dtype, 256), rel=0.03)
+
+
+@pytest.mark.parametrize(("kind", "kib"), [("full", 196.1), ("lora", 180.4)])
+def test_an_8b_layer_saves_the_bytes_measured_elsewhere(kind: str, kib: float) -> None:
+    config = shaped("meta-llama/Meta-Llama-3-8B", f"method={kind}", "batch.tokens=4096")
+    middle = saved_activations(config).per_layer[1]
+    assert middle / 4096 / 1024 == pytest.approx(kib, rel=0.03)
+
+
+def test_recomputation_keeps_an_input_a_layer_and_one_layer_whole() -> None:
+    sizes = {
+        mode: plan_of("meta-llama/Meta-Llama-3-8B", f"model.checkpointing={mode}").memory
+        for mode in ("off", "selective", "on")
+    }  # fmt: skip
+    layer, inputs = sizes["off"].activations / 32, 8192 * 4096 * 2
+    assert sizes["on"].activations == pytest.approx(32 * inputs + layer, rel=0.05)
+    assert sizes["selective"].activations == pytest.approx(16 * (layer + inputs) + layer, rel=0.05)
+
+
+def plan_of(path: str, *overrides: str, gpu: str = "h200-141") -> Any:
+    return plan(shaped(path, *overrides), PlanConfig(gpu=gpu))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_forecast_optimizer_state_is_what_a_checkpoint_holds(
+    lab: Path, two: Gang, stage: int, kind: str
+) -> None:
+    run_id = f"state-{kind}-{stage}"
+    two.fit(small_config(lab, run_id, steps=2, method__kind=kind, zero__stage=stage))
+    files = list((lab / "runs" / run_id / "checkpoints").rglob("*_optim_states.pt"))
+    assert len(files) == 2
+    held = sum(tensor_bytes(torch.load(file, weights_only=False)) for file in files)
+    config = training_of(local(lab, method__kind=kind, zero__stage=stage))
+    assert optimizer_bytes(config, anatomy(config)) == pytest.approx(held, rel=0.03)
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of the fp32 tensors in a nested state, each storage once."""
+    found: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            found[value.untyped_storage().data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                walk(inner)
+
+    walk(state)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_nf4_bytes_are_those_bitsandbytes_takes(double: bool) -> None:
+    import bitsandbytes
+
+    weight = torch.randn(256, 384)
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight, quant_type="nf4", compress_statistics=double
+    )
+    held = [packed, state.absmax, state.code]
+    if double:
+        held += [state.state2.absmax, state.state2.code, state.offset]
+    size = sum(t.numel() * t.element_size() for t in held)
+    assert (
+        nf4_bytes((weight.numel(),), MethodConfig(kind="qlora", double_quantisation=double)) == size
+    )
+
+
+def test_an_8b_step_moves_a_sixth_of_a_gigabyte_replicated_and_thirty_two_under_zero_3() -> None:
+    def moved(*overrides: str) -> float:
+        config = shaped("meta-llama/Meta-Llama-3-8B", *overrides)
+        return traffic(config, anatomy(config), ranks=8).this / 1e9
+
+    assert moved("zero=stage2") == pytest.approx(0.17, abs=0.005)
+    assert moved("zero=stage3") == pytest.approx(32.1, abs=0.2)
+    assert moved("zero=stage3", "method=full") == pytest.approx(48.2, abs=0.2)
+
+
+def test_zero_3_under_lora_is_advised_against_where_the_frozen_base_fits() -> None:
+    wide = ["zero=stage3", "launch.workers=8"]
+    (line,) = plan_of("meta-llama/Meta-Llama-3-8B", *wide, "batch.tokens=4096").advice
+    assert "zero=stage2" in line and "0.17 GB" in line and "32" in line
+    assert plan_of("meta-llama/Meta-Llama-3-70B", *wide, gpu="h100-80").advice == []
+
+
+@pytest.mark.parametrize(("experiment", "gpu"), DEVICES.items())
+def test_a_shipped_experiment_fits_on_the_gpu_it_names(experiment: str, gpu: str) -> None:
+    config = job(f"experiment={experiment}")
+    assert plan(config, PlanConfig(gpu=gpu)).fits
+
+
+def test_a_run_that_cannot_fit_is_refused_with_changes_that_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = ["model.path=meta-llama/Meta-Llama-3-8B", "data.path=x.jsonl", "method=full",
+                 "batch.tokens=2048", "launch.workers=8", "plan.gpu=a100-40"]  # fmt: skip
+    assert cli.main(["plan", *overrides]) == 4
+    message = capsys.readouterr().err
+    assert "a100-40 has 40.0 GiB" in message
+    way = message.split("what would fit: ")[1].split(", or ")[0].split(" (")[0]
+    fixed = [o for o in overrides if o.split("=")[0] not in way] + way.split()
+    assert cli.main(["plan", *fixed]) == 0
+
+
+def test_every_way_a_refusal_names_is_a_valid_job_that_fits() -> None:
+    from tuneloom.launch.plan import device_of, fitting
+
+    config = shaped("meta-llama/Meta-Llama-3-8B", "method=full", "launch.workers=4")
+    device = device_of(config, PlanConfig(gpu="l4-24"))
+    ways = fitting(config, device)
+    assert ways
+    for way in ways:
+        other = changed(config, way.changes)
+        assert other is not None
+        assert memory_problems(other, device, plan(other, PlanConfig(gpu="l4-24")).memory) == []
+
+
+def test_offload_is_refused_where_the_host_is_too_small() -> None:
+    config = shaped("meta-llama/Meta-Llama-3-8B", "method=full", "zero.offload=cpu")
+    small = plan(config, PlanConfig(gpu="h200-141", host_memory_gib=32))
+    assert not small.fits and "host memory" in small.problems[0]
+    assert plan(config, PlanConfig(gpu="h200-141", host_memory_gib=256)).fits
+
+
+def test_a_job_that_fits_this_machine_passes_and_a_huge_one_is_refused(lab: Path) -> None:
+    assert check(local(lab)).fits
+    huge = shaped("meta-llama/Meta-Llama-3-70B", "method=full", "launch.gpus_per_worker=0")
+    with pytest.raises(RefusedError, match="a rank needs"):
+        check(huge)
+
+
+def test_planned_steps_are_the_steps_a_run_takes(lab: Path, two: Gang) -> None:
+    settings: dict[str, object] = {"steps": None, "epochs": 2.0, "batch__tokens": 256}
+    two.fit(small_config(lab, "whole", **settings))
+    lines = (lab / "runs" / "whole" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    taken = max(row["step"] for row in rows)
+    planned = workload(training_of(local(lab, **settings)), ranks=2)
+    assert planned.rows == 48
+    assert planned.steps == pytest.approx(taken, abs=2)
+
+
+def test_unpacked_steps_count_sequences(lab: Path) -> None:
+    padded = local(lab, steps=None, epochs=3.0, batch__packing=False, batch__sequences=4)
+    assert workload(training_of(padded), ranks=2).steps == 48 * 3 // (4 * 2)
+
+
+def test_rows_that_are_all_too_long_are_a_data_error(lab: Path) -> None:
+    with pytest.raises(DataError, match=r"batch\.max_length"):
+        workload(training_of(local(lab, batch__max_length=2)), ranks=1)
+
+
+def test_time_is_unknown_until_a_speed_is_given_or_measured(lab: Path, tmp_path: Path) -> None:
+    config = local(lab, run__root=str(tmp_path))
+    assert plan(config).seconds is None
+    given = plan(config, PlanConfig(tokens_per_second=1000.0))
+    assert given.workload.tokens is not None
+    assert given.seconds == given.workload.tokens / 1000
+
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    record = {"config_digest": runs.digest(training_of(config))}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    steps = "".join(json.dumps({"speed/tokens_per_second": rate}) + "\n" for rate in (90, 100, 110))
+    (folder / "metrics.jsonl").write_text(steps, encoding="utf-8")
+    found = speed(training_of(config), given=None)
+    assert found is not None and (found.tokens_per_second, found.source) == (100, "run earlier")
+
+
+def test_a_plan_is_json_and_writes_nothing(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"model.path={lab}/base", f"data.path={lab}/rows.jsonl", "model.dtype=fp32",
+                 "batch.max_length=128", "launch.workers=2", "json=true"]  # fmt: skip
+    assert cli.main(["plan", *arguments]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    parts = (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "loss_head",
+        "temporary",
+        "context",
+    )
+    assert sum(answer["memory"][part] for part in parts) == answer["memory"]["device"]
+    assert answer["fits"] and answer["workload"]["rows"] == 48
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_model_without_network_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "model.path=Qwen/Qwen3-8C", "data.path=x.jsonl"]) == 2
+    assert "did you mean 'Qwen/Qwen3-8B'" in capsys.readouterr().err
+
+
+def test_inline_is_one_rank_whatever_the_workers_say() -> None:
+    config = shaped("Qwen/Qwen3-0.6B", "launch=inline", "launch.workers=4")
+    assert ranks_of(config) == 1
