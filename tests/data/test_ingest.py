@@ -135,8 +135,8 @@ def test_blank_lines_crlf_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> N
 def test_training_reads_every_row_that_ingest_keeps(tmp_path: Path) -> None:
     lines = [chat(f"q{i}", f"a{i}") for i in range(40)]
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    lines.append({"messages": [{"role": "user", "content": "x"},
-                               {"role": "assistant", "content": "", "tool_calls": [call]}]})  # fmt: skip
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    lines.append({"messages": [{"role": "user", "content": "x"}, answer]})
     folder = run(
         tmp_path,
         write(tmp_path / "raw.jsonl", lines),
@@ -345,7 +345,8 @@ def test_of_equal_rows_the_most_trusted_source_is_kept(tmp_path: Path) -> None:
 
 
 def test_weak_rows_are_set_aside_with_the_reason(tmp_path: Path) -> None:
-    lines = [chat("q1", "N/A"), chat("q2", "x"), chat("q3", "spam " * 500), chat("q4", "Привет, как дела"),
+    lines = [chat("q1", "N/A"), chat("q2", "x"), chat("q3", "spam " * 500),
+             chat("q4", "Привет, как дела"),
              chat("q5", "A good answer.")]  # fmt: skip
     quality = {"min_answer_characters": 2, "scripts": ["latin"]}
     folder = run(tmp_path, write(tmp_path / "raw.jsonl", lines), quality=quality)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 BATCHES = 256
-RANGE_BYTES = 64 << 20
+RANGE_BYTES = 32 << 20
 IN_ORDER = [
     ("id", "ascending"),
     ("rank", "ascending"),

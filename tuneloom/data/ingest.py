@@ -21,10 +21,10 @@ from tuneloom.data.card import balance, card
 from tuneloom.data.decide import Collector, Columns, Decision, decide, open_signatures
 from tuneloom.data.gather import Spill, first_of_each
 from tuneloom.data.pool import prepare_all
-from tuneloom.data.prepare import canonical
 from tuneloom.data.provenance import Provenance, summary
 from tuneloom.data.readers import Passed, read_blocks
 from tuneloom.data.recipe import IngestConfig, Recipe
+from tuneloom.data.records import canonical
 from tuneloom.data.sources import find_sources
 from tuneloom.data.splits import SPLITS
 from tuneloom.data.store import ShardWriter, manifest_id, publish, read_manifest, write_json
@@ -127,9 +127,13 @@ def _merge(spill: Spill, aside: pq.ParquetWriter, recipe: Recipe) -> tuple[Colum
     with (spill.folder / "signatures").open("wb") as signatures:
         for number, table in enumerate(spill.ranges()):
             fresh = first_of_each(table)
-            unique, again = table.filter(pa.array(fresh)), table.filter(pa.array(~fresh))
-            exact += len(again)
-            aside.write_table(_aside(again, "deduplicated", "exact", again["id"], records=False))
+            unique = table
+            if not fresh.all():
+                unique, again = table.filter(pa.array(fresh)), table.filter(pa.array(~fresh))
+                exact += len(again)
+                aside.write_table(
+                    _aside(again, "deduplicated", "exact", again["id"], records=False)
+                )
             if recipe.near.action != "off":
                 for chunk in unique["signature"].chunks:
                     signatures.write(b"".join(chunk.to_pylist()))

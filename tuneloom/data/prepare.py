@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 import pyarrow as pa
 
 from tuneloom.data import records
@@ -34,10 +35,7 @@ ROW = pa.schema([
     ("signature", pa.binary()),
 ])  # fmt: skip
 EXCERPT = 200
-canonical = json.JSONEncoder(
-    ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
-).encode
-"""The same text as records.canonical, 3 us a row faster: the encoder is made once."""
+SORTED = orjson.OPT_SORT_KEYS
 
 
 @dataclass
@@ -99,14 +97,11 @@ class Preparer:
         if not is_plain(content):
             content = _parsed(content)
         content, changed, findings = self.clean(content)
-        record = canonical(content)
-        try:
-            encoded = record.encode("utf-8")
-        except UnicodeEncodeError:
-            raise Reject("lone_surrogate", "half of a surrogate pair, which is no text") from None
+        encoded = canonical_bytes(content)
         done.changed.update(changed)
         question, answer = asked_and_answered(content)
-        key_number = hash64(question if key is None else key)
+        asked = hash64(question)
+        key_number = asked if key is None else hash64(key)
         meta: dict[str, Any] = {"key": f"{key_number:016x}", "line": line}
         if label is not None:
             meta["label"] = label
@@ -119,8 +114,9 @@ class Preparer:
             done.found.update(finding["entity"] for finding in findings)
         near = self.recipe.near
         return (
-            hashlib.sha256(encoded).hexdigest(), record, source, canonical(meta), line,
-            self.provenance.of(source).rank, key_number, hash64(question), hash64(answer), label,
+            hashlib.sha256(encoded).hexdigest(), encoded, source,
+            orjson.dumps(meta, option=SORTED), line,
+            self.provenance.of(source).rank, key_number, asked, hash64(answer), label,
             weakness(content, self.recipe.quality),
             signature("\n".join(texts(content)), near) if near.action != "off" else None,
         )  # fmt: skip
@@ -205,8 +201,42 @@ def numbered(block: Block) -> Iterator[tuple[int, bytes | Reject | dict[str, Any
             yield block.first + offset, stripped
 
 
+def canonical_bytes(content: dict[str, Any]) -> bytes:
+    """records.canonical as UTF-8; orjson writes the same bytes 8 us sooner, save for floats."""
+    try:
+        if is_plain(content):
+            return orjson.dumps(content, option=SORTED)
+        return records.canonical(content).encode("utf-8")
+    except (UnicodeEncodeError, orjson.JSONEncodeError):
+        raise Reject("lone_surrogate", "half of a surrogate pair, which is no text") from None
+
+
 def parse_line(raw: bytes) -> dict[str, Any]:
-    """A JSON object whose keys are unique and whose numbers are finite; raises Reject."""
+    """A JSON object whose keys are unique and whose numbers are finite; raises Reject.
+
+    orjson reads the usual row; what it refuses, or might read otherwise, the slow parser judges.
+    """
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return parse_slowly(raw)
+    if type(value) is not dict or b'" :' in raw or b'"\t:' in raw or b'"\r:' in raw:
+        return parse_slowly(raw)
+    # Every key stands before a colon: as many keys as `":` in the bytes, and none stands twice.
+    return value if _keys(value) == raw.count(b'":') else parse_slowly(raw)
+
+
+def _keys(value: Any) -> int:
+    """Keys at any depth; below nothing if there is a number that orjson may have rounded."""
+    if type(value) is dict:
+        return len(value) + sum(_keys(v) for v in value.values() if type(v) is not str)
+    if type(value) is list:
+        return sum(_keys(v) for v in value if type(v) is not str)
+    return -(1 << 60) if type(value) is float else 0
+
+
+def parse_slowly(raw: bytes) -> dict[str, Any]:
+    """The same by the standard library, with a reason for whatever is wrong."""
     try:
         value = DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -245,7 +275,8 @@ def asked_and_answered(content: Mapping[str, Any]) -> tuple[str, str]:
     if "messages" in content:
         turns = content["messages"]
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        return canonical([turns[:last], content.get("tools")]), canonical(turns[last])
+        before = "\x1e".join(f"{turn['role']}\x1f{turn.get('content')}" for turn in turns[:last])
+        return before, f"{turns[last].get('content')}{turns[last].get('tool_calls') or ''}"
     if "completion" in content:
         return content["prompt"], content["completion"]
     return content["text"], ""

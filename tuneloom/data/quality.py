@@ -54,7 +54,7 @@ def weakness(content: Mapping[str, Any], config: QualityConfig) -> str | None:
     text = "\n".join(texts(content))
     if len(text) > config.max_characters:
         return "long"
-    if len(text) >= 400 and repetition(text) > config.max_repetition:
+    if len(text) >= 400 and repeats(text) and repetition(text) > config.max_repetition:
         return "repetition"
     if config.scripts and foreign_share(text, config.scripts) > 0.2:
         return "script"
@@ -76,6 +76,12 @@ def texts(content: Mapping[str, Any]) -> Iterator[str]:
     for name in ("prompt", "completion", "text"):
         if name in content:
             yield content[name]
+
+
+def repeats(text: str) -> bool:
+    """A cheap look: does one of three pieces of 24 characters stand in the text three times?"""
+    quarter = len(text) // 4
+    return any(text.count(text[i : i + 24]) >= 3 for i in (quarter, 2 * quarter, 3 * quarter - 24))
 
 
 def repetition(text: str) -> float:

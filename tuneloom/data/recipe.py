@@ -75,7 +75,7 @@ class Recipe(Config):
     """Share of rows that may be rejected before the ingest ends with exit code 3."""
     max_row_bytes: Positive = 1_000_000
     """A longer row is rejected: a 10 MB row is a broken export more often than a record."""
-    rows_per_shard: Positive = 100_000
+    rows_per_shard: Positive = 50_000
 
     @field_validator("name")
     @classmethod

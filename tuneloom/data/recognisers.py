@@ -60,7 +60,7 @@ WORD_EDGE = re.compile(r"\W+")
 
 def digits_of(text: str) -> list[int]:
     """The digits in a text, without what groups them."""
-    return [int(c) for c in text if c.isdigit()]
+    return [int(c) for c in text if c.isdecimal()]
 
 
 def luhn(text: str) -> bool:
@@ -182,33 +182,54 @@ def pl_pesel(text: str) -> bool:
     )
 
 
-# What a text must hold before any pattern of a group is tried; each look is made once a text.
-LOOKS: dict[str, Callable[[str], object]] = {
-    "at": lambda text: "@" in text,
-    "digits": re.compile(r"\d[\d ().\-/A-Z]{4,}\d").search,
-    "dotted": re.compile(r"\d\.\d{1,3}\.\d").search,
-    "colons": re.compile(r"::|[0-9a-fA-F]:[0-9a-fA-F]{1,4}:").search,
-    "dashed": re.compile(r"\d-\d\d-\d").search,
-    "international": lambda text: "+" in text or "00" in text,
-    "fiscal": re.compile(r"\d\d[A-EHLMPR-T]\d\d[A-Z]\d{3}").search,
+@dataclass(frozen=True)
+class Sight:
+    """What a text holds, counted once in a microsecond, so that most patterns need not be tried."""
+
+    digits: int
+    dots: int
+    colons: int
+    at: bool
+    plus: bool
+
+    @classmethod
+    def of(cls, text: str) -> "Sight":
+        digits = len(text.encode("utf-8", "replace").translate(None, NO_DIGITS))
+        if not text.isascii():  # digits of other scripts are digits too
+            digits += sum(c.isdecimal() for c in text if c > "\x7f")
+        dots = text.count(".") if digits >= 4 else 0
+        return cls(digits, dots, text.count(":"), "@" in text, "+" in text)
+
+
+NO_DIGITS = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
+GROUPED = re.compile(r"\d[\d ().\-/A-Z]{4,}\d")
+LOOKS: dict[str, Callable[[str, Sight], object]] = {
+    "at": lambda text, sight: sight.at,
+    "digits": lambda text, sight: sight.digits >= 6 and GROUPED.search(text),
+    "dotted": lambda text, sight: sight.dots >= 3,
+    "colons": lambda text, sight: sight.colons >= 2,
+    "dashed": lambda text, sight: sight.digits >= 9 and "-" in text,
+    "international": lambda text, sight: sight.digits >= 7 and sight.plus,
+    "fiscal": lambda text, sight: sight.digits >= 7,
 }
 
 
 PHONE_WORDS = (
-    "phone", " tel", " mobil", " call", " fax", "whatsapp", " sms", " handy", " ruf", "anruf",
-    " appel", " portable", " llam", " móvil", " cell", " chiam", " bel ", " bellen",
+    "phone", " tel", " tél", " mobil", " call", " fax", "whatsapp", " sms", " handy", " ruf",
+    "anruf",    " appel", " portable", " llam", " móvil", " cell", " chiam", " bel ", " bellen",
 )  # fmt: skip
 
 RECOGNISERS = [
     Recogniser(
         "email", "at",
         re.compile(
-            r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])"
+            r"(?<![\w.+%-])[\w.+%-]{1,64}@"
+            r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])"
         ),
     ),
     Recogniser("iban", "digits", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}\b"), iban),
     Recogniser(
-        "card", "digits", re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,]?\d)"), luhn
+        "card", "digits", re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?!\w|[.,-]\d)"), luhn
     ),
     Recogniser(
         "ip", "dotted",
@@ -259,7 +280,7 @@ RECOGNISERS = [
     ),
     Recogniser(
         "phone", "international",
-        re.compile(r"(?<![\w+.,-])(?:\+|00)[1-9](?:[ ().\-/]{0,2}\d){6,13}(?![\w]|[.,-]\d)"), phone,
+        re.compile(r"(?<![\w+.,-])\+[1-9](?:[ ().\-/]{0,2}\d){6,13}(?![\w]|[.,-]\d)"), phone,
     ),
     Recogniser(
         "phone", "digits",
@@ -272,8 +293,11 @@ ENTITIES = sorted({recogniser.entity for recogniser in RECOGNISERS})
 
 def find(text: str, recognisers: list[Recogniser]) -> list[Finding]:
     """What stands in the text, in its order; where two overlap the earlier recogniser has it."""
-    seen = {name for name, look in LOOKS.items() if look(text)} | {"always"}
-    lowered = text.lower() if len(seen) > 1 else ""
+    if not recognisers:
+        return []
+    sight = Sight.of(text)
+    seen = {name for name, look in LOOKS.items() if look(text, sight)} | {"always"}
+    lowered = text.lower()
     if len(lowered) != len(
         text
     ):  # one character in a million lowers to two; then places would shift

@@ -45,14 +45,23 @@ PATTERNS: list[tuple[tuple[str, ...], str]] = [
      r"\s?[=:]\s?[\"'](?P<value>[^\s\"']{8,})[\"']"),
 ]  # fmt: skip
 COMPILED = [(anchors, re.compile(pattern)) for anchors, pattern in PATTERNS]
+# Sorted by a character that all anchors of a pattern share, most patterns cost nothing on prose.
+BY_HINT = {
+    hint: [
+        (anchors, pattern) for anchors, pattern in COMPILED
+        if next((h for h in "_-=:" if all(h in a for a in anchors)), "") == hint
+    ]
+    for hint in ("_", "-", "=", ":", "")
+}  # fmt: skip
 
 
 def find_secrets(text: str) -> Iterator[Finding]:
     """Credentials of known form; overlapping finds of two patterns come out as one."""
     spans: list[tuple[int, int]] = []
-    for anchors, pattern in COMPILED:
-        if any(anchor in text for anchor in anchors):
-            spans += [match.span(match.lastgroup or 0) for match in pattern.finditer(text)]
+    for hint, group in BY_HINT.items():
+        for anchors, pattern in group if hint in text else ():
+            if any(anchor in text for anchor in anchors):
+                spans += [match.span(match.lastgroup or 0) for match in pattern.finditer(text)]
     yield from _merged(spans)
 
 
@@ -63,9 +72,9 @@ def find_with_detect_secrets(text: str) -> Iterator[Finding]:
     for line in text.split("\n"):
         for detector in _detectors():
             for value in detector.analyze_string(line):
-                at = line.find(str(value))
-                if at >= 0 and len(str(value)) >= 8:
-                    spans.append((offset + at, offset + at + len(str(value))))
+                if value and len(str(value)) >= 8:
+                    found = re.finditer(re.escape(str(value)), line)
+                    spans += [(offset + m.start(), offset + m.end()) for m in found]
         offset += len(line) + 1
     yield from _merged(spans)
 

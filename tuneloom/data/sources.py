@@ -41,7 +41,8 @@ def _expand(pattern: str) -> list[str]:
     elif filesystem.exists(path):
         found = [path]
     else:
-        found = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
+        named = (p for p in filesystem.glob(path) if not os.path.basename(p).startswith("."))
+        found = [p for p in named if filesystem.isfile(p)]
     if not found:
         raise DataError(f"source: no file at {pattern!r}; give files, a folder or a quoted glob")
     return [filesystem.unstrip_protocol(p) for p in found]

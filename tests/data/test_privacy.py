@@ -1,0 +1,191 @@
+"""Sanitising, secrets and personal data, through the texts and datasets that come out."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuneloom.config import build
+from tuneloom.data.ingest import ingest
+from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.recognisers import RECOGNISERS, find
+from tuneloom.data.redact import PrivacyConfig, Redactor
+from tuneloom.data.sanitise import SanitiseConfig, sanitise
+from tuneloom.data.secrets import find_secrets
+from tuneloom.errors import ConfigError
+
+KEY = "0123456789abcdef-a-tenants-key"
+# Each is of the published form of its issuer and was never issued.
+SECRETS = [
+    "AKIAIOSFODNN7EXAMPLE", "aws_secret_access_key=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "ghp_" + "a1B2" * 9, "github_pat_" + "x" * 30, "glpat-" + "Zz9_" * 5,
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEow==\n-----END RSA PRIVATE KEY-----",
+    "sk-" + "Ab12" * 10, "sk-ant-" + "x1-Y" * 8, "hf_" + "q" * 34, "npm_" + "9" * 36,
+    "pypi-" + "A" * 60,
+    "SG." + "a" * 22 + "." + "b" * 43, "xoxb-1234567890-abcdefghij", "sk_live_" + "4e" * 12,
+    "sq0atp-" + "c" * 22, "AIza" + "B" * 35, "ya29." + "d" * 30, "AccountKey=" + "E" * 86 + "==",
+    "dop_v1_" + "0a" * 32, "shpat_" + "ab" * 16, "key-" + "0f" * 16, "0f" * 16 + "-us12",
+    "123456789:AA" + "g" * 33, "https://hooks.slack.com/services/T000/B000/" + "X" * 24,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", SECRETS, ids=[s[:10] for s in SECRETS])
+def test_a_token_of_known_form_does_not_survive(secret: str) -> None:
+    text, notes = Redactor(PrivacyConfig()).redact(f"log in with {secret} then go on", "text")
+    assert text.startswith("log in with ") and text.endswith(" then go on")
+    assert "<SECRET>" in text
+    assert all(part not in text for part in secret.split("=") if len(part) > 18)
+    assert [note["entity"] for note in notes] == ["secret"]
+
+
+def test_the_password_of_a_url_goes_and_the_host_stays() -> None:
+    text, _ = Redactor(PrivacyConfig()).redact("see https://bob:hunter22@db.example.com/x", "text")
+    assert text == "see https://<SECRET>@db.example.com/x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["the key-note speech", "a sk-inny latte", "token economics: prices", "std::vector<int> v;",
+     "see https://example.com/a:b@c", "git commit 3f786850e387550fdab836ed7e6dc881de23001b"],
+)  # fmt: skip
+def test_ordinary_text_is_no_secret(text: str) -> None:
+    assert list(find_secrets(text)) == []
+
+
+def test_findings_name_the_place_and_never_the_value() -> None:
+    text, notes = Redactor(PrivacyConfig()).redact("Mail anna@example.com or +49 30 901820.", "m.0")
+    assert text == "Mail <EMAIL> or <PHONE>."
+    assert [(n["entity"], text[int(n["start"]) : int(n["end"])]) for n in notes] == [
+        ("email", "<EMAIL>"), ("phone", "<PHONE>")
+    ]  # fmt: skip
+    assert "anna" not in json.dumps(notes)
+
+
+def test_a_pseudonym_is_stable_within_a_key_and_says_nothing_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text(KEY)
+    config = PrivacyConfig(actions={"email": "pseudonym"}, key_file=str(tmp_path / "key"))
+    first, _ = Redactor(config).redact("anna@example.com met bob@example.com", "t")
+    again, _ = Redactor(config).redact("ANNA@example.com", "t")
+    anna, bob = first.split(" met ")
+    assert anna == again != bob
+    monkeypatch.setenv("TUNELOOM_PSEUDONYM_KEY", "another-key-of-the-tenant")
+    other, _ = Redactor(PrivacyConfig(actions={"email": "pseudonym"})).redact(
+        "anna@example.com", "t"
+    )
+    assert other != anna
+    assert find(first, RECOGNISERS) == [], "a pseudonym must not look like personal data itself"
+
+
+def test_pseudonyms_without_a_key_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNELOOM_PSEUDONYM_KEY", raising=False)
+    with pytest.raises(ConfigError, match="need a key of 16 bytes"):
+        Redactor(PrivacyConfig(default="pseudonym"))
+
+
+def test_an_unknown_entity_in_actions_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no entity 'e-mail'"):
+        build(PrivacyConfig, {"actions": {"e-mail": "drop"}})
+
+
+def test_the_tenants_own_pattern_is_asked_first() -> None:
+    own = [{"entity": "customer", "pattern": r"\bC-(?P<value>\d{6})\b", "near": ["customer"]}]
+    redactor = Redactor(build(PrivacyConfig, {"recognisers": own}))
+    assert redactor.redact("customer C-123456", "t")[0] == "customer C-<CUSTOMER>"
+    assert redactor.redact("chapter C-123456", "t")[0] == "chapter C-123456"
+
+
+def dataset(
+    tmp_path: Path, lines: list[Any], **data: Any
+) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    mapping = {"data": {"name": "d", "split": {"train": 1, "validation": 0, "test": 0}, **data}}
+    folder = ingest(
+        build(IngestConfig, mapping | {"source": str(raw), "root": str(tmp_path / "ds")})
+    )
+    rows = pq.read_table(folder / "train-00000.parquet").to_pylist()
+    return folder, json.loads((folder / "manifest.json").read_text()), rows
+
+
+def test_rows_that_differ_only_in_personal_data_become_one(tmp_path: Path) -> None:
+    lines = [{"text": f"Please reset the password of user{i}@example.com"} for i in range(9)]
+    _, manifest, rows = dataset(tmp_path, lines)
+    assert manifest["counts"]["deduplicated"] == {"exact": 8}
+    assert manifest["found"] == {"email": 9}
+    assert json.loads(rows[0]["meta"])["pii"][0]["entity"] == "email"
+
+
+def test_a_row_with_an_entity_to_drop_leaves_no_trace_but_its_count(tmp_path: Path) -> None:
+    lines = [{"text": "card 4111 1111 1111 1111 please"}, {"text": "fine"}]
+    folder, manifest, _ = dataset(tmp_path, lines, privacy={"actions": {"card": "drop"}})
+    assert manifest["counts"]["quarantined"] == {"privacy_card": 1}
+    assert manifest["counts"]["kept"] == 1
+    assert all(b"4111" not in path.read_bytes() for path in folder.iterdir())
+
+
+def test_what_rejected_jsonl_shows_of_a_row_is_masked_even_if_rows_keep_all(tmp_path: Path) -> None:
+    broken = {"messages": [{"role": "user", "content": "I am anna@example.com, " + "x" * 400}]}
+    secret = {"title": "ghp_" + "a1B2" * 9}
+    privacy = {"default": "keep", "secrets": "off"}
+    folder, _, _ = dataset(
+        tmp_path, [broken, secret, {"text": "a"}], max_rejected=0.9, privacy=privacy
+    )
+    text = (folder / "rejected.jsonl").read_text()
+    assert "<EMAIL>" in text and "<SECRET>" in text
+    assert "anna" not in text and "ghp_" not in text
+
+
+@pytest.mark.parametrize(
+    ("dirty", "clean", "step"),
+    [
+        ("cafÃ©", "café", "mojibake"),
+        ("Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "привет", "mojibake"),
+        ("bell\x07 and nul\x00", "bell and nul", "controls"),
+        ("marker \ufdd0\ufdd1 here", "marker  here", "controls"),
+        ("ad\u202emin\u2066x", "adminx", "bidi"),
+        ("zero\u200bwidth\ufeff", "zerowidth", "invisible"),
+        ("e\u0301te\u0301", "été", "nfc"),
+        ("one\r\ntwo\rthree", "one\ntwo\nthree", "newlines"),
+    ],
+)
+def test_dirty_text_is_repaired_and_the_step_is_named(dirty: str, clean: str, step: str) -> None:
+    assert sanitise(dirty, SanitiseConfig(), frozenset()) == (clean, {step})
+
+
+@pytest.mark.parametrize(
+    "text", ["naïve café", "Ελληνικά", "می‌خواهم", "👩‍👩‍👧", "a\tb\nc", "“quoted” — so"]
+)
+def test_clean_text_of_any_script_is_left_alone(text: str) -> None:
+    assert sanitise(text, SanitiseConfig(), frozenset()) == (text, frozenset())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_sanitising_twice_is_sanitising_once(text: str) -> None:
+    once, _ = sanitise(text, SanitiseConfig(), frozenset())
+    assert sanitise(once, SanitiseConfig(), frozenset())[0] == once
+    assert unicodedata.is_normalized("NFC", once)
+
+
+def test_presidio_adds_its_patterns_without_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("presidio_analyzer")
+    redactor = Redactor(PrivacyConfig(engine="presidio"))
+    wallet = "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa"
+    text, _ = redactor.redact(f"send bitcoin to wallet {wallet} and mail a@example.com", "t")
+    assert text == "send bitcoin to wallet <CRYPTO> and mail <EMAIL>"
+
+
+def test_detect_secrets_adds_its_detectors() -> None:
+    pytest.importorskip("detect_secrets")
+    text = "twilio SK0123456789abcdef0123456789abcdef and AKIAIOSFODNN7EXAMPLE"
+    assert "SK0123" in Redactor(PrivacyConfig()).redact(text, "t")[0]
+    redacted, _ = Redactor(PrivacyConfig(secrets="detect-secrets")).redact(text, "t")
+    assert redacted == "twilio <SECRET> and <SECRET>"

@@ -1,0 +1,188 @@
+"""Every kind of file gives the same rows, from a folder, a glob, compressed or not."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloom.config import build
+from tuneloom.data.ingest import ingest
+from tuneloom.data.recipe import IngestConfig
+from tuneloom.errors import ConfigError, DataError
+
+ROWS = [
+    {"prompt": f"question {i}, with a comma", "completion": f'answer "{i}"\nsecond line'}
+    for i in range(30)
+]
+
+
+def kept(tmp_path: Path, source: Any, **data: Any) -> list[str]:
+    """The records of all splits, and the rejects' reasons when there are any."""
+    mapping = {"data": {"name": "d", "max_rejected": 1.0, **data}, "source": source}
+    folder = ingest(build(IngestConfig, mapping | {"root": str(tmp_path / "ds")}))
+    rejects = [
+        json.loads(x)["reason"] for x in (folder / "rejected.jsonl").read_text().splitlines()
+    ]
+    return (
+        sorted(
+            r for p in folder.glob("*-0*.parquet") for r in pq.read_table(p)["record"].to_pylist()
+        )
+        + rejects
+    )
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_csv(path: Path, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_arrow(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS: dict[str, Any] = {
+    "r.jsonl": lambda p: p.write_bytes(jsonl(ROWS)),
+    "r.json": lambda p: p.write_text(json.dumps(ROWS)),
+    "wrapped.json": lambda p: p.write_text(json.dumps({"version": 1, "data": ROWS})),
+    "r.csv": lambda p: write_csv(p, ","),
+    "semicolon.csv": lambda p: write_csv(p, ";"),
+    "r.tsv": lambda p: write_csv(p, "\t"),
+    "r.parquet": lambda p: pq.write_table(pa.Table.from_pylist(ROWS), p),
+    "r.arrow": write_arrow,
+    "r.jsonl.gz": lambda p: p.write_bytes(gzip.compress(jsonl(ROWS))),
+    "r.jsonl.bz2": lambda p: p.write_bytes(bz2.compress(jsonl(ROWS))),
+    "r.jsonl.xz": lambda p: p.write_bytes(lzma.compress(jsonl(ROWS))),
+    "r.json.gz": lambda p: p.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
+    reference = tmp_path / "reference.jsonl"
+    reference.write_bytes(jsonl(ROWS))
+    WRITERS[name](tmp_path / name)
+    assert kept(tmp_path, str(tmp_path / name)) == kept(tmp_path, str(reference))
+
+
+def test_zstandard_is_read_where_it_is_installed(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "r.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS)))
+    assert len(kept(tmp_path, str(tmp_path / "r.jsonl.zst"))) == 30
+
+
+def test_folders_globs_and_lists_mean_the_same_files(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(jsonl(ROWS[:10]))
+    (folder / "deep" / "b.jsonl").write_bytes(jsonl(ROWS[10:]))
+    (folder / ".hidden.jsonl").write_bytes(b"{")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    everything = kept(tmp_path, str(folder))
+    assert len(everything) == 30
+    assert kept(tmp_path, str(folder / "**" / "*.jsonl")) == everything
+    assert kept(tmp_path, [str(folder / "deep" / "b.jsonl"), str(folder / "a.jsonl")]) == everything
+
+
+def test_addresses_of_other_filesystems_are_read_through_fsspec(tmp_path: Path) -> None:
+    with fsspec.open("memory://bucket/raw/a.jsonl", "wb") as file:
+        file.write(jsonl(ROWS))
+    assert len(kept(tmp_path, "memory://bucket/raw/*.jsonl")) == 30
+    assert len(kept(tmp_path, "memory://bucket/raw")) == 30
+
+
+def test_a_saved_hugging_face_dataset_is_a_folder_like_any_other(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "hf")
+    assert len(kept(tmp_path, str(tmp_path / "hf"))) == 30
+
+
+def test_text_files_are_read_by_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("One line\nand its end.\n\n\nAnother paragraph.\n")
+    assert kept(tmp_path, str(tmp_path / "book.txt")) == [
+        '{"text":"Another paragraph."}', '{"text":"One line\\nand its end."}'
+    ]  # fmt: skip
+
+
+def test_a_csv_row_of_another_width_or_encoding_is_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_bytes(b"prompt,completion\na,b\nonly one\nc,d\nx,caf\xe9\n")
+    assert kept(tmp_path, str(tmp_path / "r.csv"))[2:] == ["invalid_csv", "invalid_utf8"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match="unpack archives first"):
+        kept(tmp_path, str(tmp_path / "a.zip"))
+    with pytest.raises(DataError, match="no file at"):
+        kept(tmp_path, str(tmp_path / "nowhere" / "*.jsonl"))
+    (tmp_path / "b.json").write_text("[1, 2")
+    with pytest.raises(DataError, match=r"b\.json: not JSON"):
+        kept(tmp_path, str(tmp_path / "b.json"))
+
+
+ALPACA = {"instruction": "Translate", "input": "hola", "output": "hello"}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+    "system": "Be.",
+}
+OPENAI = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+
+
+def test_common_chat_exports_need_no_mapping(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_bytes(jsonl([ALPACA, SHAREGPT, OPENAI]))
+    assert kept(tmp_path, str(tmp_path / "r.jsonl")) == [
+        '{"completion":"hello","prompt":"Translate\\n\\nhola"}',
+        '{"messages":[{"content":"Be.","role":"system"},{"content":"hi","role":"user"},'
+        '{"content":"ho","role":"assistant"}]}',
+        '{"messages":[{"content":"hi","role":"user"},{"content":"ho","role":"assistant"}]}',
+    ]
+
+
+def test_a_mapping_reads_any_other_export(tmp_path: Path) -> None:
+    ticket = {
+        "id": 7, "meta": {"tags": ["a", "b"], "lang": None},
+        "thread": [{"by": "customer", "text": "It {broke}"}, {"by": "agent", "text": "Fixed"}],
+    }  # fmt: skip
+    record = {
+        "messages": {
+            "each": "thread",
+            "make": {
+                "role": {"choose": "{by}", "among": {"customer": "user", "agent": "assistant"}},
+                "content": "{text}",
+            },
+        }
+    }  # fmt: skip
+    (tmp_path / "r.jsonl").write_bytes(
+        jsonl([ticket, {**ticket, "thread": [{"by": "bot", "text": "x"}]}])
+    )
+    assert kept(tmp_path, str(tmp_path / "r.jsonl"), record=record) == [
+        '{"messages":[{"content":"It {broke}","role":"user"},'
+        '{"content":"Fixed","role":"assistant"}]}',
+        "unknown_shape",
+    ]
+    flat = {"text": "{{ticket {id}: {thread.1.text} ({meta.tags}) {meta.lang?}|{nothing?}}}"}
+    assert (
+        kept(tmp_path, str(tmp_path / "r.jsonl"), record=flat)[0]
+        == '{"text":"{ticket 7: Fixed (a, b) |}"}'
+    )
+    assert (
+        kept(tmp_path, str(tmp_path / "r.jsonl"), record={"text": "{absent}"})
+        == ["missing_field"] * 2
+    )
+    with pytest.raises(ConfigError, match=r"data\.record\.text: a brace without its pair"):
+        kept(tmp_path, str(tmp_path / "r.jsonl"), record={"text": "{oops"})
