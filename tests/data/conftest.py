@@ -75,6 +75,19 @@ QWEN3 = """{%- set ns = namespace(last_query_index=messages|length - 1) %}
 
 PHI3 = """{% for message in messages %}{{ '<|' + message.role + '|>' + '\n' + message.content + '<|end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% endif %}"""
 
+PHI3_CLOSING = PHI3.replace("{% endif %}", "{% else %}{{ '</s>' }}{% endif %}")
+ENDLESS = """{% for message in messages %}<|{{ message.role }}|>
+{{ message.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+PARTS = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+OPENS_THINKING = CHATML.replace(
+    "{% if add_generation_prompt %}<|im_start|>assistant\n",
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n",
+)
+
 TOOLS = """{% if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}<|im_end|>
@@ -94,6 +107,16 @@ TEMPLATES = {
     "gemma": (GEMMA, "<end_of_turn>"),
     "qwen3": (QWEN3, "<|im_end|>"),
     "phi3": (PHI3, "<|end|>"),
+    "phi3_closing": (PHI3_CLOSING, "<|end|>"),
+    "endless": (ENDLESS, "</s>"),
+    "parts": (PARTS, "<|im_end|>"),
+    "opens_thinking": (OPENS_THINKING, "<|im_end|>"),
+    "opens_thinking_tagged": (
+        OPENS_THINKING.replace(
+            "{{ message.content }}<|im_end|>", TAGGED.split("\n", 1)[1].split("\n\n{% endfor")[0]
+        ),
+        "<|im_end|>",
+    ),
     "tools": (TOOLS, "<|im_end|>"),
 }
 SPECIAL = [
@@ -164,7 +187,7 @@ def make_tokenizer() -> Maker:
             _built[kind] = BUILDERS[kind]().to_str()
         core = Tokenizer.from_str(_built[kind])
         source, end = TEMPLATES[template]
-        if template == "phi3":
+        if template.startswith("phi3"):
             names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
             core.add_special_tokens([AddedToken(n, special=True, rstrip=True) for n in names])
         if template == "tools":

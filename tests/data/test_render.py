@@ -159,6 +159,52 @@ def test_a_tag_that_misses_the_answer_is_refused(make_tokenizer: Maker) -> None:
         Renderer(tokenizer).render(chat(("user", "hello"), ("assistant", "answer")))
 
 
+def test_a_closing_token_of_the_whole_chat_is_no_obstacle(make_tokenizer: Maker) -> None:
+    tokenizer = make_tokenizer("phi3_closing")
+    found = spans(tokenizer, Renderer(tokenizer).render(chat(*TWO_TURNS)))
+    assert found == ["some text<|end|>", "the answer.<|end|></s>"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("endless", "writes nothing after an answer, so the model would never learn to stop"),
+        ("parts", r"does not write the content of message 1 \('some text'\)"),
+        ("opens_thinking", r"generation starts with .*<think>\\n', but the rendered answer"),
+    ],
+)
+def test_a_template_that_would_teach_something_else_is_refused(
+    make_tokenizer: Maker, shape: str, expected: str
+) -> None:
+    with pytest.raises(DataError, match=rf"{shape}-byte_level \(template .*{expected}"):
+        Renderer(make_tokenizer(shape)).render(chat(*TWO_TURNS))
+
+
+def test_a_tagged_template_that_serves_something_else_says_so(make_tokenizer: Maker) -> None:
+    renderer = Renderer(make_tokenizer("opens_thinking_tagged"))
+    assert (
+        spans(renderer.tokenizer, renderer.render(chat(*TWO_TURNS)))[1] == "the answer.<|im_end|>"
+    )
+    assert not renderer.template.serves_what_it_trains
+    assert Renderer(make_tokenizer("tagged")).template.serves_what_it_trains
+
+
+def test_a_block_that_starts_before_the_answer_still_cuts_where_generation_starts(
+    make_tokenizer: Maker,
+) -> None:
+    tokenizer = make_tokenizer("tagged")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}"
+        "{% generation %}\n{{ m.content }}<|im_end|>{% endgeneration %}{% else %}\n{{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = Renderer(tokenizer)
+    record = chat(("user", "a"), ("assistant", "\n\nb"), ("user", "c"), ("assistant", "\nd"))
+    example, prompt = renderer.render(record), renderer.prompt_ids(record)
+    assert example.ids[: len(prompt)].tolist() == prompt
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [*SHAPES, "qwen3"])
 def test_every_special_token_in_a_message_stays_text(

@@ -170,10 +170,16 @@ def _segments(ids: np.ndarray, states: list[State], renderer: Renderer) -> list[
 
 def _template(renderer: Renderer, kind: str) -> dict[str, Any]:
     """How masks are found; `end_of_turn` None means that the model will not learn to stop."""
+    found: dict[str, Any] = {"kind": kind, "name": None, "serves_what_it_trains": True}
     if kind != "messages":
-        return {"kind": kind, "name": None, "end_of_turn": renderer.tokenizer.eos_token}
+        return {**found, "end_of_turn": renderer.tokenizer.eos_token}
     template = renderer.template
-    return {"kind": template.kind, "name": template.name, "end_of_turn": template.end_of_turn}
+    return {
+        "kind": template.kind,
+        "name": template.name,
+        "serves_what_it_trains": template.serves_what_it_trains,
+        "end_of_turn": template.end_of_turn,
+    }
 
 
 def _print(
@@ -185,6 +191,12 @@ def _print(
     console.print(
         f"mask: {template['kind']}; end of turn: {template['end_of_turn']!r}", markup=False
     )
+    if not template["serves_what_it_trains"]:
+        console.print(
+            "warning: the generation prompt is not how rendered answers start, so what is served "
+            "differs from what is trained",
+            style="yellow",
+        )
     for row in shown:
         cut = f", {row.cut:,} cut" if row.cut else ""
         fate = f", dropped: {row.dropped}" if row.dropped else ""

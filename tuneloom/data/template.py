@@ -1,21 +1,19 @@
-"""Where the assistant's answers lie in a chat that a Hugging Face template rendered.
+"""The chat template of a tokenizer: from messages to text in which the trained turns are marked.
 
-A template with `{% generation %}` says so itself. For any other, the text before answer i is the
-rendering of messages[:i] with the generation prompt, and the text up to its end is the rendering of
-messages[:i+1]; both must be prefixes of the whole conversation, or the template is refused by name.
-An answer ends with its end-of-turn token: the last control token of its part when only whitespace
-follows it (ChatML's newline is not trained), else with its part.
+Strings from the record are guarded before they enter the template, so that nothing in them becomes
+a control token, and the template's clock stands still. Where turns lie is found in turns.py.
 """
 
 import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass
 from datetime import date
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from tuneloom.data.tokenizer import CUT, END, START, Codec, name_of
+from tuneloom.data.tokenizer import Codec, name_of
+from tuneloom.data.turns import Chat, Layout, Spans, prefix_layout, tagged_layout
 from tuneloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,19 +24,7 @@ TODAY = date(2024, 7, 26)
 """What `strftime_now` answers (Llama 3.1's own default date): ids may not change at midnight."""
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 RENDERING = threading.Lock()
-WAY_OUT = (
-    "set `train: false` on every assistant message but the last, split the conversation so that "
-    "each answer comes last, or use a template with {% generation %}"
-)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One assistant message in the rendered text; `end` is None where it could not be derived."""
-
-    start: int
-    end: int | None
-    train: bool
+PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
 class ChatTemplate:
@@ -58,23 +44,34 @@ class ChatTemplate:
         self._variables = dict(tokenizer.special_tokens_map)
         self.end_of_turn = self._find_end_of_turn()
 
+    @cached_property
+    def serves_what_it_trains(self) -> bool:
+        """Whether the generation prompt is how a rendered answer starts (R1's opens `<think>`)."""
+        chat = self._chat({"messages": PROBE})
+        before = chat.prefix(1, prompt=True)
+        return before is not None and chat.whole(prompt=False)[0].startswith(before)
+
     def conversation(self, content: dict[str, Any]) -> str:
         """The whole chat, sealed, with START and END around what is trained."""
-        messages, tools = self._inputs(content)
-        text, turns = self._turns(messages, tools, prompt=False)
-        return self._codec.marked(text, _marks(turns))
+        layout = self._layout(self._chat(content), prompt=False)
+        return self._codec.marked(layout.text, layout.marks(train=True))
 
     def prompt(self, content: dict[str, Any], upto: int) -> str:
         """messages[:upto] and the generation prompt, sealed, cut like `conversation`."""
-        messages, tools = self._inputs(content)
-        text, turns = self._turns(messages[:upto], tools, prompt=True)
-        cuts = [Turn(turn.start, turn.end, False) for turn in turns]
-        return self._codec.marked(text, _marks(cuts))
+        layout = self._layout(self._chat(content, upto), prompt=True)
+        return self._codec.marked(layout.text, layout.marks(train=False))
 
-    def _inputs(self, content: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    def _layout(self, chat: Chat, *, prompt: bool) -> Layout:
+        if self.kind == "generation":
+            return tagged_layout(chat, self._codec, self.end_of_turn, prompt=prompt)
+        return prefix_layout(chat, self._codec, prompt=prompt)
+
+    def _chat(self, content: dict[str, Any], upto: int | None = None) -> Chat:
         """Messages and tools as templates want them, control strings in them marked as text."""
-        messages = [_template_message(message) for message in content["messages"]]
-        return self._protect(messages), self._protect(content.get("tools") or None)
+        messages = [_template_message(message) for message in content["messages"][:upto]]
+        tools = self._protect(content.get("tools") or None)
+        render = partial(self._render, tools)
+        return Chat(self.name, render, self._protect(messages))
 
     def _protect(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -85,91 +82,7 @@ class ChatTemplate:
             return {self._protect(key): self._protect(inner) for key, inner in value.items()}
         return value
 
-    def _turns(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
-    ) -> tuple[str, list[Turn]]:
-        flags = [message.pop("train", None) for message in messages]
-        if self.kind == "generation":
-            return self._tagged_turns(messages, tools, flags, prompt=prompt)
-        return self._prefix_turns(messages, tools, flags, prompt=prompt)
-
-    def _tagged_turns(
-        self, messages: list[Any], tools: Any, flags: list[bool | None], *, prompt: bool
-    ) -> tuple[str, list[Turn]]:
-        """Spans from the template's own `{% generation %}` blocks, one an assistant message."""
-        text, spans = self._render(messages, tools, prompt=prompt)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(spans) != len(answers):
-            raise DataError(
-                f"{self.name}: {{% generation %}} marks {len(spans)} spans for {len(answers)} "
-                f"assistant messages; put each assistant message in one generation block"
-            )
-        turns = []
-        for index, (start, end) in zip(answers, spans, strict=True):
-            tail = messages[index].get("content", "").strip()[-20:]
-            if tail not in text[start:end]:
-                raise DataError(
-                    f"{self.name}: the {{% generation %}} block of message {index} does not "
-                    f"hold its content (Jinja misplaces a block inside a macro); move it out"
-                )
-            turns.append(Turn(start, self._with_end_of_turn(text, end), flags[index] is not False))
-        return text, turns
-
-    def _with_end_of_turn(self, text: str, end: int) -> int:
-        """`end` of a generation block, moved behind an end-of-turn token that was left outside."""
-        if not self.end_of_turn or not text.startswith(self.end_of_turn, end):
-            return end
-        end += len(self.end_of_turn)
-        blank = len(text) - end - len(text[end:].lstrip())
-        return end + blank if self.end_of_turn in self._codec.swallows else end
-
-    def _prefix_turns(
-        self, messages: list[Any], tools: Any, flags: list[bool | None], *, prompt: bool
-    ) -> tuple[str, list[Turn]]:
-        """Spans from renderings of prefixes, each verified to be a prefix of the whole."""
-        text, _ = self._render(messages, tools, prompt=prompt)
-        turns = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start, end = self._span(text, messages, tools, index, prompt=prompt)
-            train = flags[index] is not False
-            if train and not prompt and (start is None or end is None):
-                raise DataError(
-                    f"{self.name}: rewrites earlier messages as the chat goes on (message {index} "
-                    f"of {len(messages)} is not where its prefix ends), so no mask is right; "
-                    f"{WAY_OUT}"
-                )
-            if start is not None:
-                turns.append(Turn(start, end, train))
-        return text, turns
-
-    def _span(
-        self, text: str, messages: list[Any], tools: Any, index: int, *, prompt: bool
-    ) -> tuple[int | None, int | None]:
-        """Start and end of message `index` in `text`, None for what its prefixes do not show."""
-        before = self._prefix(messages[:index], tools, prompt=True)
-        if before is None or not text.startswith(before):
-            return None, None
-        whole = index == len(messages) - 1 and not prompt
-        upto = text if whole else self._prefix(messages[: index + 1], tools, prompt=False)
-        start = len(before)
-        if upto is None or len(upto) <= start or not text.startswith(upto):
-            return start, None
-        end = self._codec.end_of_control(text, start, len(upto))
-        return start, len(upto) if end is None else end
-
-    def _prefix(self, messages: list[Any], tools: Any, *, prompt: bool) -> str | None:
-        """A rendering, or None where the template refuses to stop there."""
-        try:
-            return self._render(messages, tools, prompt=prompt)[0]
-        except DataError:
-            return None
-
-    def _render(
-        self, messages: list[Any], tools: Any, *, prompt: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
+    def _render(self, tools: Any, messages: list[Any], prompt: bool) -> tuple[str, Spans]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         typed_render: Any = render_jinja_template  # annotated as str, gives texts and spans
@@ -184,7 +97,7 @@ class ChatTemplate:
                     add_generation_prompt=prompt,
                     **self._variables,
                 )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template is a program of its author: anything may come
             raise DataError(f"{self.name}: cannot render this chat: {error}") from error
         return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]] if spans else []
 
@@ -201,12 +114,9 @@ class ChatTemplate:
 
     def _find_end_of_turn(self) -> str | None:
         """The control token after the answer of a two-message chat, if there is one."""
-        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        try:
-            text, _ = self._render(chat, None, prompt=False)
-        except DataError:  # a template may insist on a system message; its rows will show it
-            return None
-        found = self._codec.control.search(text, text.rfind("answer"))
+        text = self._chat({"messages": PROBE}).prefix(len(PROBE), prompt=False) or ""
+        after = text.rpartition(PROBE[-1]["content"])[2]
+        found = self._codec.control.search(after) if after != text else None
         return found.group() if found else None
 
 
@@ -229,16 +139,6 @@ def _template_call(call: dict[str, Any]) -> dict[str, Any]:
                 f"{function['arguments'][:60]!r}"
             ) from None
     return {**call, "function": function}
-
-
-def _marks(turns: list[Turn]) -> list[tuple[int, str]]:
-    """START and END of trained turns, CUT at the borders of the others."""
-    marks = []
-    for turn in turns:
-        marks.append((turn.start, START if turn.train else CUT))
-        if turn.end is not None:
-            marks.append((turn.end, END if turn.train else CUT))
-    return marks
 
 
 def template_source(tokenizer: Any) -> str:

@@ -134,6 +134,12 @@ class Codec:
             return None
         return stop if found[-1].group() in self.swallows else found[-1].end()
 
+    def without_last_control(self, text: str) -> str:
+        """`text` without a control token at its very end."""
+        found = list(self.control.finditer(text))
+        closed = found and not text[found[-1].end() :].strip()
+        return text[: found[-1].start()] if closed else text
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """ids int32 (L,) of each sealed text, marks included, no token added."""
         encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
