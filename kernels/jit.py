@@ -4,8 +4,10 @@ Yes on a GPU; no on the CPU, where the same autograd Function takes its plain Py
 TRITON_INTERPRET=1 in the environment the CPU runs the kernels too, one program after another, so
 that their arithmetic is checked where there is no GPU (slow: small sizes only).
 
-`tl` is None where Triton has no wheel (macOS, Windows); kernel files therefore start with
-`from __future__ import annotations`, so that `tl.constexpr` is never evaluated.
+Arguments of kernels are annotated `tl.tensor`, pointers and scalars alike: the compiler looks
+names in annotations up, and refuses any that is not Triton's. `tl` is None where Triton has no
+wheel (macOS, Windows); kernel files therefore start with `from __future__ import annotations`, so
+that `tl.constexpr` is never evaluated.
 """
 
 from __future__ import annotations

@@ -163,12 +163,12 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
 
 @jit
 def _cross_entropy_kernel(
-    logits: Any,  # (R, V), row stride `stride`; overwritten by its gradient if GRADIENT
-    labels: Any,  # (R,) int64
-    losses: Any,  # (R,) fp32
-    stride: Any,
-    classes: Any,
-    softcap: Any,
+    logits: tl.tensor,  # (R, V), row stride `stride`; overwritten by its gradient if GRADIENT
+    labels: tl.tensor,  # (R,) int64
+    losses: tl.tensor,  # (R,) fp32
+    stride: tl.tensor,
+    classes: tl.tensor,
+    softcap: tl.tensor,
     CAPPED: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,

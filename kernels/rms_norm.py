@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from tuneloom.kernels.jit import CALLS, jit, next_power_of_2, runs_triton, tl
 
-TILE = 4096  # elements a program holds: several rows of a head's norm, one of a hidden size
+TILE = 4096  # numbers a program passes over: several rows of a head's norm, one hidden size
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -94,7 +94,7 @@ def normalise(
     total = x if residual is None else torch.empty_like(x)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = next_power_of_2(width)
-    tile_rows = max(1, TILE // block)
+    tile_rows = min(16, max(1, TILE // block))
     _forward_kernel[(-(-rows // tile_rows),)](
         x, residual, weight, y, total, scale,
         rows, width, y.stride(-2) if y.dim() > 1 else width, eps, offset,
@@ -119,16 +119,14 @@ def normalise_backward(
     if not runs_triton(total):
         return _plain_backward(dy, total, weight, scale, offset, dtotal, wants_weight)
     block = next_power_of_2(width)
-    tile_rows = max(1, TILE // block)
-    # Each program walks over many tiles and keeps its own partial dw: no atomics, reproducible.
-    programs = min(-(-rows // tile_rows), 4 * _processors(total.device))
+    # Each program walks over many rows and keeps its own partial dw: no atomics, reproducible.
+    programs = min(rows, _processors(total.device) * 32 // warps(block))
     ds = torch.empty_like(total)
     partial = torch.empty(programs if wants_weight else 0, width, device=dy.device)
     _backward_kernel[(programs,)](
         dy, total, weight, scale, dtotal, ds, partial,
         rows, width, offset,
-        RESIDUAL=dtotal is not None, WEIGHT=wants_weight, ROWS=tile_rows, BLOCK=block,
-        num_warps=warps(block),
+        RESIDUAL=dtotal is not None, WEIGHT=wants_weight, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return ds, partial.sum(0).to(weight.dtype) if wants_weight else None
 
@@ -156,8 +154,8 @@ def _plain_backward(
 
 
 def warps(block: int) -> int:
-    """Warps of a program whose tile is the larger of TILE and one row."""
-    return 8 if block <= 8192 else 16
+    """Warps of a program that holds `block` numbers at once: 16 a thread, 32 in the widest."""
+    return min(16, max(1, block // 512))
 
 
 def _processors(device: torch.device) -> int:
@@ -172,75 +170,74 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
 
 @jit
 def _forward_kernel(
-    x: Any,  # (rows, width)
-    residual: Any,  # (rows, width) or None
-    weight: Any,  # (width,)
-    y: Any,  # (rows, width), row stride `y_stride`
-    total: Any,  # (rows, width); written only with a residual
-    scale: Any,  # (rows,) fp32
-    rows: Any,
-    width: Any,
-    y_stride: Any,
-    eps: Any,
-    offset: Any,
+    x: tl.tensor,  # (rows, width)
+    residual: tl.tensor,  # (rows, width) or None
+    weight: tl.tensor,  # (width,)
+    y: tl.tensor,  # (rows, width), row stride `y_stride`
+    total: tl.tensor,  # (rows, width); written only with a residual
+    scale: tl.tensor,  # (rows,) fp32
+    rows: tl.tensor,
+    width: tl.tensor,
+    y_stride: tl.tensor,
+    eps: tl.tensor,
+    offset: tl.tensor,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a tile of ROWS x BLOCK."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """One program ROWS rows in turn: a 2-D tile of one row would put the row in every warp."""
     column = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    at = row[:, None] * width + column[None, :]
-    s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        s += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = s.to(total.dtype.element_ty)
-        tl.store(total + at, rounded, mask=inside)
-        s = rounded.to(tl.float32)
-    r = tl.rsqrt(tl.sum(s * s, 1) / width + eps)
-    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
-    result = s * r[:, None] * w[None, :]
-    to = row[:, None] * y_stride + column[None, :]
-    tl.store(y + to, result.to(y.dtype.element_ty), mask=inside)
-    tl.store(scale + row, r, mask=row < rows)
+    inside = column < width
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
+    for i in tl.static_range(ROWS):
+        row = (tl.program_id(0) * ROWS + i).to(tl.int64)
+        if row < rows:
+            s = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+            if RESIDUAL:
+                s += tl.load(residual + row * width + column, mask=inside, other=0.0).to(tl.float32)
+                rounded = s.to(total.dtype.element_ty)
+                tl.store(total + row * width + column, rounded, mask=inside)
+                s = rounded.to(tl.float32)
+            r = tl.rsqrt(tl.sum(s * s, 0) / width + eps)
+            tl.store(y + row * y_stride + column, (s * r * w).to(y.dtype.element_ty), mask=inside)
+            tl.store(scale + row, r)
 
 
 @jit
 def _backward_kernel(
-    dy: Any,  # (rows, width)
-    total: Any,  # (rows, width)
-    weight: Any,  # (width,)
-    scale: Any,  # (rows,) fp32
-    dtotal: Any,  # (rows, width) or None
-    ds: Any,  # (rows, width)
-    partial: Any,  # (programs, width) fp32
-    rows: Any,
-    width: Any,
-    offset: Any,
+    dy: tl.tensor,  # (rows, width)
+    total: tl.tensor,  # (rows, width)
+    weight: tl.tensor,  # (width,)
+    scale: tl.tensor,  # (rows,) fp32
+    dtotal: tl.tensor,  # (rows, width) or None
+    ds: tl.tensor,  # (rows, width)
+    partial: tl.tensor,  # (programs, width) fp32
+    rows: tl.tensor,
+    width: tl.tensor,
+    offset: tl.tensor,
     RESIDUAL: tl.constexpr,
     WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Program p takes tiles p, p + programs, ..., and row p of `partial`."""
+    """Program p takes rows p, p + programs, ..., and row p of `partial`."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    inside = column < width
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < rows)[:, None] & (column < width)[None, :]
-        at = row[:, None] * width + column[None, :]
-        r = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+    at = program.to(tl.int64) * width + column
+    step = tl.num_programs(0).to(tl.int64) * width
+    for row in range(program, rows, tl.num_programs(0)):
+        r = tl.load(scale + row)
         unit = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) * r
         gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        v = gradient * w[None, :]
-        result = r * (v - unit * (tl.sum(v * unit, 1) / width)[:, None])
+        v = gradient * w
+        result = r * (v - unit * (tl.sum(v * unit, 0) / width))
         if RESIDUAL:
             result += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(ds + at, result.to(ds.dtype.element_ty), mask=inside)
+        at += step
         if WEIGHT:
-            dweight += tl.sum(gradient * unit, 0)
+            dweight += gradient * unit
     if WEIGHT:
-        tl.store(partial + program * width + column, dweight, mask=column < width)
+        tl.store(partial + program.to(tl.int64) * width + column, dweight, mask=inside)

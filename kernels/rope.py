@@ -96,30 +96,30 @@ def _plain_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, backward: bo
 
 @jit
 def _rope_kernel(
-    q: Any,  # (B, H, T, WIDTH)
-    k: Any,  # (B, K, T, WIDTH)
-    out_q: Any,
-    out_k: Any,
-    cos: Any,  # (B, T, 2 HALF)
-    sin: Any,
-    q_b: Any,  # strides: tensor_axis
-    q_h: Any,
-    q_t: Any,
-    k_b: Any,
-    k_h: Any,
-    k_t: Any,
-    oq_b: Any,
-    oq_h: Any,
-    oq_t: Any,
-    ok_b: Any,
-    ok_h: Any,
-    ok_t: Any,
-    cos_b: Any,
-    cos_t: Any,
-    sin_b: Any,
-    sin_t: Any,
-    q_heads: Any,
-    k_heads: Any,
+    q: tl.tensor,  # (B, H, T, WIDTH)
+    k: tl.tensor,  # (B, K, T, WIDTH)
+    out_q: tl.tensor,
+    out_k: tl.tensor,
+    cos: tl.tensor,  # (B, T, 2 HALF)
+    sin: tl.tensor,
+    q_b: tl.tensor,  # strides: tensor_axis
+    q_h: tl.tensor,
+    q_t: tl.tensor,
+    k_b: tl.tensor,
+    k_h: tl.tensor,
+    k_t: tl.tensor,
+    oq_b: tl.tensor,
+    oq_h: tl.tensor,
+    oq_t: tl.tensor,
+    ok_b: tl.tensor,
+    ok_h: tl.tensor,
+    ok_t: tl.tensor,
+    cos_b: tl.tensor,
+    cos_t: tl.tensor,
+    sin_b: tl.tensor,
+    sin_t: tl.tensor,
+    q_heads: tl.tensor,
+    k_heads: tl.tensor,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BACKWARD: tl.constexpr,

@@ -122,13 +122,13 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
 
 @jit
 def _forward_kernel(
-    gate: Any,  # (rows, width)
-    up: Any,
-    h: Any,
-    gate_stride: Any,
-    up_stride: Any,
-    h_stride: Any,
-    width: Any,
+    gate: tl.tensor,  # (rows, width)
+    up: tl.tensor,
+    h: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    h_stride: tl.tensor,
+    width: tl.tensor,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -149,17 +149,17 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dh: Any,  # (rows, width)
-    gate: Any,
-    up: Any,
-    dgate: Any,
-    dup: Any,
-    dh_stride: Any,
-    gate_stride: Any,
-    up_stride: Any,
-    dgate_stride: Any,
-    dup_stride: Any,
-    width: Any,
+    dh: tl.tensor,  # (rows, width)
+    gate: tl.tensor,
+    up: tl.tensor,
+    dgate: tl.tensor,
+    dup: tl.tensor,
+    dh_stride: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    dgate_stride: tl.tensor,
+    dup_stride: tl.tensor,
+    width: tl.tensor,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

@@ -11,15 +11,19 @@ import pytest
 
 HERE = Path(__file__).parent
 # Chosen before Triton is imported, hence a process of its own.
-NUMERICS = ["linear_cross_entropy", "elementwise"]
+FAMILY = "test_patch.py::test_a_patched_family_has_the_same_loss_and_gradients"
+NUMERICS = [
+    "test_linear_cross_entropy.py",
+    "test_elementwise.py",
+    *(f"{FAMILY}[{name}]" for name in ("Llama", "Gemma2", "Phi3")),
+]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 def test_triton_kernels_pass_the_same_tests_as_plain_pytorch() -> None:
-    files = [str(HERE / f"test_{name}.py") for name in NUMERICS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    tests = [str(HERE / name) for name in NUMERICS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1]
-    )
+    root = HERE.parents[1]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout[-6000:]
