@@ -177,8 +177,21 @@ def test_rows_that_are_all_dropped_end_in_a_sentence(packing: bool) -> None:
         plan.next_step()
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("steps", [0, 3, 1000])
+def test_a_run_may_be_resumed_for_more_epochs(packing: bool, steps: int) -> None:
+    first = make(100, config(packing=packing, epochs=1.0))
+    seen = flat(run(first, steps))
+    second = make(100, config(packing=packing, epochs=3.0))
+    second.restore(first.state())
+    assert sorted(seen + flat(run(second))) == sorted([*range(100)] * 3)
+    assert second.progress == 1.0
+
+
 def test_a_state_of_other_data_is_refused() -> None:
     state = make(30, config()).state()
+    with pytest.raises(DataError, match="made with tokens=64, this run has 128"):
+        make(30, config(tokens=128)).restore(state)
     with pytest.raises(DataError, match="made with rows=30, this run has 31"):
         make(31, config()).restore(state)
     with pytest.raises(DataError, match="made with seed=0, this run has 1"):

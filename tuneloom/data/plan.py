@@ -25,6 +25,8 @@ CARRIED = 8
 Lengths = Callable[[np.ndarray], np.ndarray]
 """Row indices -> tokens of each (0: dropped); blocks until they are tokenised."""
 EMPTY = np.empty(0, np.int64)
+FIXED = ("rows", "seed", "shuffle", "packing", "tokens", "window")
+"""Keys of a state that must be those of the run it is restored in."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ class Plan:
         self.total = None if config.epochs is None else max(1, round(config.epochs * rows))
         self._lengths = lengths
         self._order: tuple[int, np.ndarray] = (-1, EMPTY)
-        self._window = 0  # windows opened before the current one
+        self._window = 0  # windows before the current one
+        self._start, self._stop = 0, 0  # its place in the stream
         self._waiting = EMPTY  # rows carried into the current window
         self._group, self._phase = config.group, 0  # what the current window is arranged for
         self._bins: list[np.ndarray] | None = None
+        self._last = False  # the current window is the run's last
         self._carried = EMPTY  # rows the current window hands on
         self._dropped = EMPTY
         self._next = 0  # packed: next bin of the window; not packed: next row of the stream
@@ -86,7 +90,7 @@ class Plan:
         """Rows of the stream that are trained on or dropped."""
         if not self.config.packing:
             return self._next
-        start = self._start(self._window) - len(self._waiting)
+        start = self._start - len(self._waiting)
         if self._bins is None:
             return start
         sent = sum(len(members) for members in self._bins[: self._next])
@@ -110,29 +114,37 @@ class Plan:
             "seed": config.seed,
             "shuffle": config.shuffle,
             "packing": config.packing,
-            "size": config.tokens if config.packing else config.sequences,
-            "window": self._window,
+            **({"tokens": config.tokens, "window": config.window} if config.packing else {}),
+            "index": self._window,
+            "start": self._start,
+            "stop": self._stop,
             "waiting": self._waiting.tolist(),
             "group": self._group,
             "phase": self._phase,
             "opened": self._bins is not None,
+            "last": self._last,
             "next": self._next,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; a DataError names what differs from the run that saved it."""
+        """Continue from `state`; a DataError names what differs from the run that saved it.
+
+        The global batch and the number of epochs may differ: the window that was open is finished
+        as it was begun, and what follows is new.
+        """
         for key, mine in self.state().items():
-            if key in ("rows", "seed", "shuffle", "packing") and state[key] != mine:
+            if key in FIXED and state[key] != mine:
                 raise DataError(
                     f"resume: the checkpoint was made with {key}={state[key]}, this run has "
                     f"{mine}, and the order of rows would differ; set it back or set resume=never"
                 )
-        self._window, self._next = state["window"], state["next"]
+        self._window, self._next = state["index"], state["next"]
+        self._start, self._stop = state["start"], state["stop"]
         self._waiting = np.asarray(state["waiting"], np.int64)
         self._group, self._phase = state["group"], state["phase"]
         self._bins = None
         if state["opened"]:
-            self._open()
+            self._open(last=state["last"])
             self._next = state["next"]
 
     def _padded_step(self, passed: list[np.ndarray]) -> list[np.ndarray]:
@@ -140,7 +152,7 @@ class Plan:
         wanted = self.config.group * self.config.sequences
         rows, idle = EMPTY, 0
         while len(rows) < wanted:
-            found = self._stream(self._next, self._next + wanted - len(rows))
+            found = self._stream(self._next, self._within(self._next + wanted - len(rows)))
             if not len(found):
                 break
             kept = self._lengths(found) > 0
@@ -159,9 +171,10 @@ class Plan:
         idle = 0
         while len(bins) < self.config.group:
             if self._bins is None:
-                if self._ended():
+                if self.total is not None and self._start >= self.total:
                     break
-                self._open()
+                self._stop = self._within(self._start + self._width(self._window))
+                self._open(last=self.total is not None and self._stop >= self.total)
                 passed.append(self._dropped)
             assert self._bins is not None
             taken = self._bins[self._next : self._next + self.config.group - len(bins)]
@@ -174,22 +187,20 @@ class Plan:
                 phase = self._phase + self._next if self._group == self.config.group else len(bins)
                 self._group, self._phase = self.config.group, phase % self.config.group
                 self._window, self._waiting = self._window + 1, self._carried
+                self._start = self._stop
                 self._bins, self._next = None, 0
         return bins
 
-    def _ended(self) -> bool:
-        return self.total is not None and self._start(self._window) >= self.total
-
-    def _open(self) -> None:
-        """Pack the current window together with the rows that wait for it."""
-        fresh = self._stream(self._start(self._window), self._start(self._window + 1))
+    def _open(self, *, last: bool) -> None:
+        """Pack the current window together with the rows that wait for it; the last keeps none."""
+        self._last = last
+        fresh = self._stream(self._start, self._stop)
         rows = np.concatenate([self._waiting, fresh])
         lengths = np.asarray(self._lengths(rows), np.int64)
         self._dropped = rows[lengths == 0]
         waited = (np.arange(len(rows)) < len(self._waiting))[lengths > 0]
         rows, lengths = rows[lengths > 0], lengths[lengths > 0]
         bins = pack(lengths, self.config.tokens)
-        last = self.total is not None and self._start(self._window + 1) >= self.total
         kept = set() if last else self._hold(bins, lengths, waited)
         self._carried = np.concatenate([EMPTY, *(rows[bins[i]] for i in sorted(kept))])
         sent = [members for i, members in enumerate(bins) if i not in kept]
@@ -217,18 +228,17 @@ class Plan:
         generator = _generator(self.config.seed, self._window, 1)
         return arrange(costs, self._group, self._phase, generator)
 
-    def _start(self, window: int) -> int:
-        """Where a window starts in the stream. The first three are W/8, W/4 and W/2 rows long, so
-        that the first step does not wait for a whole window of long rows to be tokenised."""
-        width, start = max(1, self.config.window), 0
-        for early in range(min(window, 3)):
-            start += max(1, width >> (3 - early))
-        start += max(0, window - 3) * width
-        return start if self.total is None else min(start, self.total)
+    def _width(self, window: int) -> int:
+        """Rows of a window. The first three are W/8, W/4 and W/2 long, so that the first step does
+        not wait for a whole window of long rows to be tokenised."""
+        return max(1, self.config.window >> max(0, 3 - window))
+
+    def _within(self, position: int) -> int:
+        """A stream position, not beyond the end of the run."""
+        return position if self.total is None else min(position, self.total)
 
     def _stream(self, start: int, stop: int) -> np.ndarray:
-        """Rows at stream positions [start, stop), across epochs, cut at the end of the run."""
-        stop = stop if self.total is None else min(stop, self.total)
+        """Rows at stream positions [start, stop), across epochs."""
         pieces = [EMPTY]
         while start < stop:
             epoch, offset = divmod(start, self.rows)
