@@ -1,14 +1,19 @@
 """Combinations that cannot run, as data: each rule names its keys, when it holds, and the way out.
 
-`python -m tuneloom.train.rules` writes docs/combinations.md from these very rules.
+`python -m tuneloom.train.rules` writes docs/combinations.md from these very rules. Reasons say what
+was seen with DeepSpeed 0.19.8, bitsandbytes 0.50.2 and PEFT 0.21.2 on two gloo ranks.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tuneloom.train.config import TrainConfig
+
+TABLE = "docs/combinations.md"
 
 
 @dataclass(frozen=True)
@@ -25,22 +30,23 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("method.kind", "zero.stage"),
         lambda c: c.method.kind == "qlora" and c.zero.stage == 3,
-        "NF4 weights cannot be partitioned by ZeRO-3; set zero.stage=2 (the base is replicated)",
+        "NF4 is packed from whole weights, which partitioned init never holds; set zero.stage=2 "
+        "(the 4-bit base is replicated)",
     ),
     Rule(
         ("zero.offload", "zero.stage"),
         lambda c: c.zero.offload != "none" and c.zero.stage == 0,
-        "optimizer offload needs ZeRO; set zero.stage=1, 2 or 3",
+        "without ZeRO, DeepSpeed takes the setting and moves nothing; set zero.stage=1, 2 or 3",
     ),
     Rule(
         ("zero.offload", "zero.stage"),
         lambda c: c.zero.offload == "nvme" and c.zero.stage != 3,
-        "NVMe offload needs ZeRO-3; set zero.stage=3 or zero.offload=cpu",
+        "only ZeRO-3 swaps to NVMe; set zero.stage=3 or zero.offload=cpu",
     ),
     Rule(
         ("zero.offload_parameters", "zero.stage"),
         lambda c: c.zero.offload_parameters != "none" and c.zero.stage != 3,
-        "parameter offload needs ZeRO-3; set zero.stage=3",
+        "only ZeRO-3 shards parameters; set zero.stage=3",
     ),
     Rule(
         ("zero.nvme_path", "zero.offload"),
@@ -49,11 +55,27 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("optim.name", "zero.offload"),
-        lambda c: c.optim.name != "adamw" and c.zero.offload != "none",
-        "only adamw has a CPU implementation for offload; set optim.name=adamw",
+        lambda c: c.optim.name == "adamw8bit" and c.zero.offload != "none",
+        "DeepSpeed offloads to its own CPU Adam and refuses any other; set optim.name=adamw",
     ),
     Rule(
-        ("objective.kind", "method.kind"),
+        ("optim.name", "zero.offload"),
+        lambda c: c.optim.name == "muon" and c.zero.offload == "nvme",
+        "Muon's momentum is gathered on every step and is not swapped; set zero.offload=cpu",
+    ),
+    Rule(
+        ("optim.clip", "optim.name"),
+        lambda c: c.optim.name == "muon" and c.optim.clip > 0,
+        "ZeRO clips Muon's orthogonal update, not its gradient, and learns many times slower; set "
+        "optim.clip=0 (the update's norm is fixed as it is)",
+    ),
+    Rule(
+        ("model.attention", "model.dtype"),
+        lambda c: c.model.attention in ("flash", "varlen") and c.model.dtype == "fp32",
+        "FlashAttention knows bf16 and fp16 only; set model.dtype=bf16 or model.attention=auto",
+    ),
+    Rule(
+        ("model.init", "method.kind"),
         lambda c: c.model.init == "random" and c.method.kind != "full",
         "an adapter on random weights trains nothing of use; set method=full",
     ),
@@ -61,6 +83,30 @@ RULES: tuple[Rule, ...] = (
         ("method.dora", "method.kind"),
         lambda c: c.method.kind == "full" and (c.method.dora or c.method.rslora),
         "DoRA and rsLoRA are kinds of LoRA; set method=lora",
+    ),
+    Rule(
+        ("method.extra_modules", "method.kind"),
+        lambda c: c.method.kind == "full" and bool(c.method.extra_modules or c.method.dropout),
+        "method=full trains every module and drops nothing out; set method=lora, or unset "
+        "method.extra_modules and method.dropout",
+    ),
+    Rule(
+        ("data.format", "objective.kind"),
+        lambda c: (
+            (c.data.format, c.objective.kind) == ("text", "sft")
+            or (
+                c.data.format in ("messages", "prompt_completion")
+                and c.objective.kind == "pretrain"
+            )
+        ),
+        "text rows are for objective=pretrain, chats and completions for objective=sft",
+    ),
+    Rule(
+        ("train.patience", "train.validate_every"),
+        lambda c: (
+            c.train.patience > 0 and (c.train.validate_every == 0 or c.data.validation is None)
+        ),
+        "an early stop needs validations; set train.validate_every=100 and data.validation",
     ),
 )
 
@@ -70,3 +116,136 @@ def violations(config: "TrainConfig") -> Iterator[str]:
     for rule in RULES:
         if rule.broken(config):
             yield f"{', '.join(rule.keys)}: {rule.reason}"
+
+
+# The table. An axis is dotted keys and the values they take together.
+
+AXES: dict[str, tuple[dict[str, Any], ...]] = {
+    "method": tuple({"method.kind": kind} for kind in ("full", "lora", "qlora")),
+    "ZeRO": tuple({"zero.stage": stage} for stage in (0, 1, 2, 3)),
+    "offload": (
+        {"zero.offload": "none", "zero.offload_parameters": "none"},
+        {"zero.offload": "cpu", "zero.offload_parameters": "none"},
+        {"zero.offload": "cpu", "zero.offload_parameters": "cpu"},
+        {"zero.offload": "nvme", "zero.offload_parameters": "none", "zero.nvme_path": "/mnt/nvme"},
+    ),
+    "optimizer": (
+        {"optim.name": "adamw"},
+        {"optim.name": "adamw8bit"},
+        {"optim.name": "muon", "optim.clip": 0.0},
+    ),
+    "precision": tuple({"model.dtype": dtype} for dtype in ("bf16", "fp16", "fp32")),
+    "packing": ({"batch.packing": True}, {"batch.packing": False}),
+    "attention": tuple({"model.attention": name} for name in ("flash", "varlen", "sdpa", "eager")),
+}
+OFFLOADS = ("none", "optimizer to cpu", "optimizer and parameters to cpu", "optimizer to nvme")
+BASE: dict[str, Any] = {
+    "steps": 1,
+    "model": {"path": "base"},
+    "method": {"kind": "lora"},
+    "objective": {"kind": "sft"},
+    "data": {"path": "rows.jsonl"},
+}
+
+
+def with_keys(settings: dict[str, Any]) -> "TrainConfig":
+    """A config with dotted keys set, past its own validators: the rules are asked afterwards."""
+    from tuneloom.train.config import TrainConfig
+
+    valid = TrainConfig.model_validate(BASE)
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        part, field = key.split(".")
+        parts.setdefault(part, {})[field] = value
+    update = {part: getattr(valid, part).model_copy(update=v) for part, v in parts.items()}
+    return valid.model_copy(update=update)
+
+
+def verdict(settings: dict[str, Any]) -> int | None:
+    """Number of the first rule that refuses these settings, counted from 1; None when they run."""
+    config = with_keys(settings)
+    return next((n for n, rule in enumerate(RULES, 1) if rule.broken(config)), None)
+
+
+def markdown() -> str:
+    """The whole of docs/combinations.md."""
+    parts = [_heading(), _counts(), _main_table(), _attention_table(), _rule_list()]
+    return "\n".join(parts)
+
+
+def _heading() -> str:
+    return (
+        "# Combinations\n\n"
+        "Written by `python -m tuneloom.train.rules` from the rules in train/rules.py that refuse "
+        "a config; do not edit.\nA cell is ok, or the number of the rule below that refuses it "
+        "(exit 2, before anything starts).\n"
+    )
+
+
+def _counts() -> str:
+    """Every combination of every axis, asked one by one."""
+    every = [_merged(choice) for choice in itertools.product(*AXES.values())]
+    refused = sum(verdict(settings) is not None for settings in every)
+    names, run = " x ".join(AXES), len(every) - refused
+    return f"{names}: {len(every):,} combinations, {run:,} run, {refused:,} refused.\n"
+
+
+def _main_table() -> str:
+    """Method, ZeRO and offload down; optimizer across: the axes that rules couple."""
+    optimizers = [choice["optim.name"] for choice in AXES["optimizer"]]
+    lines = [
+        "| method | ZeRO | offload | " + " | ".join(optimizers) + " |",
+        "|---|---|---|" + "---|" * len(optimizers),
+    ]
+    for method, stage in itertools.product(AXES["method"], AXES["ZeRO"]):
+        for offload, label in zip(AXES["offload"], OFFLOADS, strict=True):
+            cells = [_cell(method | stage | offload | o) for o in AXES["optimizer"]]
+            names = f"| {method['method.kind']} | {stage['zero.stage']} | {label} | "
+            lines.append(names + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _attention_table() -> str:
+    """Precision and packing down, attention across; the same for every row above."""
+    names = [choice["model.attention"] for choice in AXES["attention"]]
+    lines = [
+        "| precision | packing | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for precision, packing in itertools.product(AXES["precision"], AXES["packing"]):
+        cells = [_cell(precision | packing | a) for a in AXES["attention"]]
+        packed = "on" if packing["batch.packing"] else "off"
+        lines.append(f"| {precision['model.dtype']} | {packed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _rule_list() -> str:
+    lines = ["## Rules\n"]
+    lines += [f"{n}. `{'`, `'.join(rule.keys)}`: {rule.reason}." for n, rule in enumerate(RULES, 1)]
+    lines.append(
+        "\nWhat depends on the machine is no rule but asked there: fp16 and flash or varlen "
+        "attention need a GPU,\nflash its package, NVMe DeepSpeed's async_io op (libaio), and "
+        "`tuneloom plan` says what fits in memory."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(settings: dict[str, Any]) -> str:
+    number = verdict(settings)
+    return "ok" if number is None else str(number)
+
+
+def _merged(choice: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    return {key: value for part in choice for key, value in part.items()}
+
+
+def main() -> None:
+    """Write docs/combinations.md in the repository that this file lies in."""
+    path = Path(__file__).resolve().parents[1] / TABLE
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(markdown(), encoding="utf-8")
+    print(f"{path}: {len(RULES)} rules")
+
+
+if __name__ == "__main__":
+    main()

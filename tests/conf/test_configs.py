@@ -1,0 +1,144 @@
+"""Every shipped config composes and validates; a fault is a sentence with key, rule and value."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tuneloom import cli
+from tuneloom.config import build, compose
+from tuneloom.errors import ConfigError
+from tuneloom.launch.config import JobConfig
+from tuneloom.train.rules import AXES, RULES, markdown, verdict, violations, with_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+GROUPS = ("model", "method", "objective", "data", "optim", "zero", "launch", "tracker")
+NEEDED = ["model.path=base", "data.path=rows.jsonl"]
+
+
+def choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def train(*overrides: str) -> JobConfig:
+    return build(JobConfig, compose("train", list(overrides)))
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_an_experiment_composes_and_validates(experiment: str) -> None:
+    config = train(f"experiment={experiment}")
+    assert config.steps or config.epochs
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_choice_of_a_group_validates(group: str) -> None:
+    for choice in choices(group):
+        extra = ["method=full"] if choice == "pretrain" else []
+        train(*NEEDED, f"{group}={choice}", *extra)
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if g != "launch"])
+def test_a_group_file_spells_out_every_field_with_its_default(group: str) -> None:
+    """`--cfg job` shows every knob there is, and a default is written once with one meaning."""
+    model = JobConfig.model_fields[group].annotation
+    mapping = compose("train", NEEDED)[group]
+    assert set(mapping) == set(model.model_fields)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_a_primary_config_whose_keys_its_model_knows(verb: str) -> None:
+    model = importlib.import_module(cli.VERBS[verb][0]).CONFIG
+    written = yaml.safe_load((CONF / f"{verb}.yaml").read_text(encoding="utf-8"))
+    names = {field.alias or name for name, field in model.model_fields.items()}
+    assert set(written) - {"defaults", "hydra"} <= names
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        train(*overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("zero.stage=5", ["zero.stage", "expected one of [0, 1, 2, 3]", "got 5"]),
+        ("optim.lr=fast", ["optim.lr", "number", "got 'fast'"]),
+        ("method.rank=0", ["method.rank", "greater than 0", "got 0"]),
+        ("checkpoint.keep=-1", ["checkpoint.keep", "got -1"]),
+        ("model.dtype=float16", ["model.dtype", "'bf16'", "got 'float16'"]),
+        ("run.name=../up", ["run.name", "[a-z0-9._-]", "got '../up'"]),
+        ("batch.tokens=100", ["batch.tokens", "at least batch.max_length (2048)", "got 100"]),
+    ],
+)
+def test_a_wrong_value_is_refused_with_key_rule_and_value(override: str, said: list[str]) -> None:
+    message = refused(*NEEDED, override)
+    assert all(part in message for part in said), message
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optim.lrr=1e-4", "optim.lr"),
+        ("zero.stge=2", "zero.stage"),
+        ("batch.token=9", "batch.tokens"),
+    ],
+)
+def test_an_unknown_key_ends_with_2_and_names_the_nearest(
+    override: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *NEEDED, override]) == 2
+    message = capsys.readouterr().err
+    assert override.split("=")[0] in message and meant in message
+
+
+def test_a_required_key_left_unset_is_named() -> None:
+    assert "model.path" in refused("data.path=rows.jsonl")
+
+
+def test_neither_steps_nor_epochs_is_refused() -> None:
+    assert "set steps=1000" in refused(*NEEDED, "steps=null", "epochs=null")
+
+
+# One example a rule, in the order of the rules.
+BROKEN: list[list[str]] = [
+    ["method=qlora", "zero=stage3"],
+    ["zero=stage0", "zero.offload=cpu"],
+    ["zero=stage2", "zero.offload=nvme", "zero.nvme_path=/mnt"],
+    ["zero=stage2", "zero.offload_parameters=cpu"],
+    ["zero=stage3", "zero.offload=nvme"],
+    ["optim=adamw8bit", "zero.offload=cpu"],
+    ["zero=stage3", "optim=muon", "optim.clip=0", "zero.offload=nvme", "zero.nvme_path=/mnt"],
+    ["optim=muon", "optim.clip=1.0"],
+    ["model.attention=flash", "model.dtype=fp32"],
+    ["model.init=random", "method=lora"],
+    ["method=full", "method.dora=true"],
+    ["method=full", "method.extra_modules=[lm_head]"],
+    ["data.format=text"],
+    ["train.patience=3"],
+]
+
+
+@pytest.mark.parametrize(("rule", "overrides"), list(zip(RULES, BROKEN, strict=True)))
+def test_each_rule_refuses_its_example_and_says_the_way_out(
+    rule: Any, overrides: list[str]
+) -> None:
+    message = refused(*NEEDED, *overrides)
+    assert message.startswith(", ".join(rule.keys)) and rule.reason in message
+
+
+def test_the_committed_table_is_what_the_rules_generate() -> None:
+    path = ROOT / "docs" / "combinations.md"
+    assert path.read_text(encoding="utf-8") == markdown(), "run python -m tuneloom.train.rules"
+
+
+def test_the_table_and_the_validator_agree_on_every_method_stage_and_optimizer() -> None:
+    for method in AXES["method"]:
+        for stage in AXES["ZeRO"]:
+            for optimizer in AXES["optimizer"]:
+                settings = method | stage | optimizer
+                told = list(violations(with_keys(settings)))
+                assert (verdict(settings) is None) == (not told)
