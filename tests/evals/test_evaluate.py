@@ -77,6 +77,14 @@ def test_the_gate_refuses_noise_and_rows_that_were_trained_on(evaluated: Evaluat
     assert not seen.passed and "3 of 60 rows were trained on" in seen.reason
 
 
+def test_one_answer_to_everything_does_not_pass_the_gate(evaluated: Evaluation) -> None:
+    assert evaluated.constant is not None and evaluated.tuned.label_accuracy is not None
+    level = evaluated.tuned.label_accuracy
+    constant = evaluated.constant.model_copy(update={"label_accuracy": level})
+    verdict = gate.judge(changed(evaluated, constant=constant))
+    assert not verdict.passed and "but always answering" in verdict.reason
+
+
 def test_a_loss_passes_when_it_falls(evaluated: Evaluation) -> None:
     assert gate.judge(changed(evaluated, metric="loss")).passed
     rise = evaluated.difference["loss"].model_copy(update={"value": 0.2, "low": 0.1, "high": 0.3})

@@ -59,6 +59,13 @@ class Baseline(Config):
     seconds: float
 
 
+class Constant(Config):
+    """What always giving the training rows' most frequent answer gets right: the floor."""
+
+    answer: str
+    label_accuracy: Proportion
+
+
 class Label(Config):
     label: str
     n: int
@@ -87,6 +94,7 @@ class Evaluation(Config):
     baseline: Baseline | None
     baseline_missing: str | None
     """Why there is no baseline, where there is none."""
+    constant: Constant | None
     labels: list[Label]
     seen_in_training: int
     """Scored rows whose id is among those trained on; anything but 0 voids the figures."""

@@ -16,7 +16,8 @@ class Verdict:
 def judge(evaluation: Evaluation) -> Verdict:
     """Pass when the interval of tuned - base lies wholly on the good side of 0, and p is small.
 
-    Both are asked for, because with very few rows an interval alone is easily on one side.
+    Both are asked for, because with very few rows an interval alone is easily on one side. Where
+    there are labels, tuned must also be better than one answer to everything.
     """
     if evaluation.seen_in_training:
         return Verdict(
@@ -33,10 +34,26 @@ def judge(evaluation: Evaluation) -> Verdict:
     likely = difference.p_value is None or difference.p_value < SIGNIFICANT
     span = f"[{difference.low:+.3f}, {difference.high:+.3f}]"
     text = f"{_name(metric)} changed by {difference.value:+.3f}, 95 % interval {span}"
-    if sure and likely:
+    if sure and likely and not constant_suffices(evaluation):
         return Verdict(True, text)
+    if constant_suffices(evaluation):
+        assert evaluation.constant is not None
+        floor = evaluation.constant.label_accuracy.value
+        return Verdict(
+            False,
+            f"{text}, but always answering {evaluation.constant.answer!r} gets {floor:.3f} right: "
+            "not better than that by more than the noise",
+        )
     p = "" if difference.p_value is None else f", p = {difference.p_value:.2g}"
     return Verdict(False, f"{text}{p}, n = {evaluation.n}: not better by more than the noise")
+
+
+def constant_suffices(evaluation: Evaluation) -> bool:
+    """True when one answer to everything does as well as the tuned model."""
+    tuned, constant = evaluation.tuned.label_accuracy, evaluation.constant
+    if evaluation.metric != "label_accuracy" or tuned is None or constant is None:
+        return False
+    return tuned.low <= constant.label_accuracy.value
 
 
 def _name(metric: Metric) -> str:

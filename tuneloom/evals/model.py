@@ -175,7 +175,7 @@ def _network(folder: Path, contract: Contract | None, *, device: "torch.device",
             bnb_4bit_use_double_quant=bool(contract.double_quantisation),
             bnb_4bit_compute_dtype=torch_dtype,
         )
-    network = AutoModelForCausalLM.from_pretrained(folder, **options)
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else bitsandbytes on a CPU answers with another kernel than the one that trained.

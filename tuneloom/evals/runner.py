@@ -105,9 +105,9 @@ def main(config: EvaluateConfig) -> int:
         print(f"written to {path}")
     if config.gate:
         verdict = gate.judge(found)
-        print(f"gate: {'passed' if verdict.passed else 'failed'}: {verdict.reason}")
         if not verdict.passed:
             raise GateError(f"gate: {found.task}: {verdict.reason}")
+        print(f"gate: {found.task} passed: {verdict.reason}")
     return DONE
 
 
@@ -164,6 +164,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
         difference=score.difference(sheet, before, after, seed=config.seed) if before else {},
         baseline=known,
         baseline_missing=missing,
+        constant=score.constant(sheet),
         labels=score.by_label(sheet, before, after),
         seen_in_training=sum(scored.row.record.id in trained_on for scored in sheet.rows),
         left_out=sheet.left_out,
@@ -189,7 +190,7 @@ def training_rows(config: EvaluateConfig, subject: Subject) -> list[Row]:
 
 
 def exposed(run: Path | None) -> set[str]:
-    """Ids of the rows that a run really stepped on, from its exposure.parquet; empty without one."""
+    """Ids of the rows that a run stepped on, from its exposure.parquet; empty without one."""
     path = run / "exposure.parquet" if run is not None else None
     if path is None or not path.exists():
         return set()
@@ -309,6 +310,9 @@ def summary(found: Evaluation) -> str:
         lines.append(f"  {'baseline':10}{text:>24}  {found.baseline.method}")
     elif found.baseline_missing:
         lines.append(f"  baseline: none, {found.baseline_missing}")
+    if found.constant is not None:
+        text = score.shown(found.constant.label_accuracy)
+        lines.append(f"  {'constant':10}{text:>24}  always answering {found.constant.answer!r}")
     for metric, change in found.difference.items():
         p = "" if change.p_value is None else f", McNemar p = {change.p_value:.2g}"
         lines.append(

@@ -17,6 +17,7 @@ from tuneloom.evals import baseline, decode
 from tuneloom.evals.decode import Advance
 from tuneloom.evals.evaluation import (
     Baseline,
+    Constant,
     Difference,
     Example,
     Label,
@@ -235,6 +236,15 @@ def classical(sheet: Sheet, train: Sequence[Row]) -> Baseline:
         label_accuracy=proportion(right, len(sheet.rows)),
         seconds=round(time.perf_counter() - start, 3),
     )
+
+
+def constant(sheet: Sheet) -> Constant | None:
+    """The most frequent training label, and how many rows it answers right."""
+    if not (sheet.labels and sheet.answered):
+        return None
+    first = sheet.labels[0]
+    right = sum(exact(first, scored.row.answer or "") for scored in sheet.rows)
+    return Constant(answer=first, label_accuracy=proportion(right, len(sheet.rows)))
 
 
 def by_label(sheet: Sheet, base: Marks | None, tuned: Marks) -> list[Label]:
