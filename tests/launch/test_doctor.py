@@ -12,8 +12,10 @@ from tuneloom import cli
 from tuneloom.launch import doctor
 from tuneloom.launch.machine import Gpu
 
-PARTS = {"python", "driver", "torch", "deepspeed", "transformers", "peft", "ray", "flash-attn",
-         "bitsandbytes", "triton", "compiler", "nvcc", "shared memory", "disk", "W&B key"}  # fmt: skip
+PARTS = {
+    "python", "driver", "torch", "deepspeed", "transformers", "peft", "ray", "flash-attn",
+    "bitsandbytes", "triton", "compiler", "nvcc", "shared memory", "disk", "W&B key",
+}  # fmt: skip
 
 
 def test_a_machine_that_runs_these_tests_is_fit_to_train(
