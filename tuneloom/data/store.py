@@ -97,10 +97,13 @@ def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
     write_json(draft / "manifest.json", manifest)
     draft.chmod(0o755)  # mkdtemp made it private
     folder = root / f"{name}@{identity}"
-    if folder.exists():
-        shutil.rmtree(draft)
-    else:
-        draft.rename(folder)
+    if (
+        folder.exists()
+    ):  # the same dataset again: whatever happened to the old copy, this one is whole
+        old = root / f".{name}.old.{os.getpid()}"
+        folder.rename(old)
+        shutil.rmtree(old)
+    draft.rename(folder)
     link = root / name
     if link.exists() and not link.is_symlink():
         raise DataError(f"{link}: a folder stands where the link to the newest version belongs")

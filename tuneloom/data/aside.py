@@ -1,0 +1,83 @@
+"""The third pass: kept rows into the shards of their splits, the others into set_aside.parquet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tuneloom.data.decide import Decision
+from tuneloom.data.gather import Spill
+from tuneloom.data.recipe import Recipe
+from tuneloom.data.splits import SPLITS
+from tuneloom.data.store import ShardWriter
+
+ASIDE = pa.schema([
+    ("id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("fate", pa.string()),
+    ("reason", pa.string()), ("kept", pa.string()), ("record", pa.string()),
+])  # fmt: skip
+LENGTHS = (50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 200_000, 1_000_000)
+"""Characters a record, as the report counts them; no record is longer than a raw row may be."""
+
+
+@dataclass
+class Written:
+    """What the manifest says of the shards."""
+
+    splits: dict[str, Any]
+    lengths: np.ndarray  # (len(LENGTHS),) int64
+
+
+def write_rows(
+    spill: Spill, draft: Path, decision: Decision, aside: pq.ParquetWriter, recipe: Recipe
+) -> Written:
+    """Third pass: kept rows into the shards of their splits, the others into set_aside.parquet."""
+    writers = {name: ShardWriter(draft, name, recipe.rows_per_shard) for name in SPLITS}
+    ids = _ids_of_leaders(spill, decision)
+    lengths = np.zeros(len(LENGTHS), dtype=np.int64)
+    start = 0
+    for table in spill.unique():
+        rows = slice(start, start + len(table))
+        start += len(table)
+        for code, writer in enumerate(writers.values()):
+            writer.add(table.filter(pa.array(decision.split[rows] == code)))
+        kept_rows = table["record"].filter(pa.array(decision.fate[rows] == 0))
+        bins = np.searchsorted(LENGTHS[:-1], pc.utf8_length(kept_rows).to_numpy())
+        lengths += np.bincount(bins, minlength=len(LENGTHS))
+        for code in np.unique(decision.fate[rows]):
+            kind, reason = decision.fates[code]
+            if kind != "kept":
+                chosen = decision.fate[rows] == code
+                kept = [ids.get(int(i)) for i in decision.leader[rows][chosen]]
+                part = table.filter(pa.array(chosen))
+                stored = kind == "quarantined" and reason != "held_out"
+                aside.write_table(aside_rows(part, kind, reason, kept, records=stored))
+    return Written({name: writer.close() for name, writer in writers.items()}, lengths)
+
+
+def _ids_of_leaders(spill: Spill, decision: Decision) -> dict[int, str]:
+    """The ids of rows that near-duplicates were dropped for."""
+    wanted = np.unique(decision.leader[decision.leader != np.arange(len(decision.leader))])
+    found: dict[int, str] = {}
+    start = 0
+    for table in spill.unique() if len(wanted) else ():
+        here = wanted[(wanted >= start) & (wanted < start + len(table))]
+        ids = table["id"].take(pa.array(here - start)).to_pylist()
+        found.update(zip(here.tolist(), ids, strict=True))
+        start += len(table)
+    return found
+
+
+def aside_rows(table: pa.Table, fate: str, reason: str, kept: Any, *, records: bool) -> pa.Table:
+    """Rows that are not in the dataset, as set_aside.parquet lists them."""
+    count = len(table)
+    columns = [
+        table["id"], table["source"], table["line"], pa.array([fate] * count, pa.string()),
+        pa.array([reason] * count, pa.string()),
+        kept if isinstance(kept, pa.ChunkedArray) else pa.array(kept, pa.string()),
+        table["record"] if records else pa.nulls(count, pa.string()),
+    ]  # fmt: skip
+    return pa.Table.from_arrays(columns, schema=ASIDE)

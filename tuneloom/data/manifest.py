@@ -1,0 +1,124 @@
+"""manifest.json: all that a dataset says of itself, and what refuses to become one."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tuneloom.data.aside import LENGTHS, Written
+from tuneloom.data.decide import Columns, Decision
+from tuneloom.data.provenance import Provenance, summary
+from tuneloom.data.readers import Passed
+from tuneloom.data.recipe import Recipe
+from tuneloom.data.records import canonical
+from tuneloom.data.splits import SPLITS
+from tuneloom.data.store import manifest_id
+from tuneloom.errors import DataError
+
+
+@dataclass
+class Tally:
+    """What the first pass counted."""
+
+    rows_of: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    found: Counter[str] = field(default_factory=Counter)
+    rejects: Any = field(default_factory=hashlib.sha256)
+    passed: list[Passed] = field(default_factory=list)
+
+
+def make_manifest(
+    recipe: Recipe,
+    tally: Tally,
+    columns: Columns,
+    decision: Decision,
+    exact: int,
+    written: Written,
+) -> dict[str, Any]:
+    """All that the dataset says of itself; its id is the digest of it."""
+    fates = decision.counts()
+    if exact:
+        fates["deduplicated"]["exact"] = exact
+    fates["quarantined"].update(tally.dropped)
+    kept = decision.fate == 0
+    kept_of = {s: int((kept & (columns.source == i)).sum()) for i, s in enumerate(columns.sources)}
+    identity, provenance = recipe_identity(recipe), Provenance(recipe.provenance)
+    manifest = {
+        "name": recipe.name,
+        "splits": written.splits,
+        "counts": {"in": tally.rows_of.total(), "kept": int(kept.sum()),
+                   "rejected": plain(tally.rejected), "deduplicated": plain(fates["deduplicated"]),
+                   "quarantined": plain(fates["quarantined"])},
+        "lengths": _lengths(written.lengths),
+        "sanitised": plain(tally.changed),
+        "found": plain(tally.found),
+        "label_conflicts": decision.conflicts,
+        "labels": _label_table(columns, decision.split),
+        "licence": summary(kept_of, provenance, recipe.use, recipe.as_of),
+        "rejects_digest": tally.rejects.hexdigest(),
+        "config_digest": hashlib.sha256(canonical(identity).encode()).hexdigest(),
+        "recipe": identity,
+        "created_from": [
+            *decision.created_from,
+            *({"name": p.source, "rows": tally.rows_of[p.source], "kept": kept_of.get(p.source, 0),
+               "bytes": p.bytes, "sha256": p.sha256,
+               "provenance": provenance.of(p.source).model_dump(mode="json")}
+              for p in tally.passed),
+        ],
+    }  # fmt: skip
+    return manifest | {"id": manifest_id(manifest)}
+
+
+def plain(counter: Counter[str]) -> dict[str, int]:
+    """A counter in the order of its keys."""
+    return dict(sorted(counter.items()))
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without where files happen to lie on this machine, and without keys to secrets."""
+    whole = recipe.model_dump(mode="json", exclude={"source": True, "privacy": {"key_file"}})
+    if recipe.within:
+        whole["within"] = {"split": recipe.within.split}
+    return whole
+
+
+def refuse_over_budget(recipe: Recipe, tally: Tally) -> None:
+    """Raise DataError when there is nothing, or when too many rows were bad."""
+    rows, bad = tally.rows_of.total(), tally.rejected.total()
+    if not rows:
+        raise DataError("source: no rows in any file; is the export empty?")
+    if bad > recipe.max_rejected * rows:
+        table = "\n".join(f"  {why:<20}{n:>10,}" for why, n in tally.rejected.most_common())
+        raise DataError(
+            f"data.max_rejected: {bad:,} of {rows:,} rows were rejected, over "
+            f"{recipe.max_rejected:.2%}; mend the source or raise the budget\n{table}"
+        )
+
+
+def refuse_blocked(recipe: Recipe, licence: dict[str, Any]) -> None:
+    """Raise DataError when a source does not allow the use and the recipe asks to fail then."""
+    if recipe.licence_action == "fail" and licence["blockers"]:
+        lines = [f"  {b['source']}: {b['rows']:,} rows, {b['reason']}" for b in licence["blockers"]]
+        raise DataError(
+            f"data.licence_action: {licence['rows_to_drop']:,} rows do not allow "
+            f"{recipe.use} use; drop these sources\n" + "\n".join(lines)
+        )
+
+
+def _label_table(columns: Columns, split: np.ndarray) -> dict[str, dict[str, int]]:
+    """Rows of each label in each split."""
+    return {
+        label: {s: int(((columns.label == i) & (split == c)).sum()) for c, s in enumerate(SPLITS)}
+        for i, label in enumerate(columns.labels)
+    }
+
+
+def _lengths(counted: np.ndarray) -> dict[str, list[int]]:
+    """Records by their characters, without the empty ends of the scale."""
+    filled = np.flatnonzero(counted)
+    ends = slice(int(filled[0]), int(filled[-1]) + 1) if len(filled) else slice(0)
+    return {"up_to": list(LENGTHS)[ends], "rows": counted.tolist()[ends]}
