@@ -13,6 +13,7 @@ Triton kernels; on the CPU the same autograd Functions run in plain PyTorch.
 | rms_norm | RMSNorm of Llama, Qwen 2/3, Mistral, Gemma 1/2/3, Phi-3, Mixtral, Qwen 2/3 MoE |
 | rope | attention of the same, and of Phi |
 | gated | MLP of the same; experts of Mixtral and Qwen MoE |
+| linear_cross_entropy | head of the same, but Gemma 2 and 3 (logits are capped after it) |
 | activation_diet | decoder layers of Llama, Qwen 2/3, Mistral; falls back by name (diet.py) |
 
 `tuneloom.kernels.jit.CALLS` counts what really ran.
@@ -29,7 +30,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tuneloom.kernels import diet
+from tuneloom.kernels import diet, loss_head
 from tuneloom.kernels.rms_norm import rms_norm
 from tuneloom.kernels.rope import rope
 from tuneloom.kernels.swiglu import Activation, gated
@@ -43,6 +44,7 @@ NORMS = {f"{family}RMSNorm": 1.0 if family in GEMMA else 0.0 for family in FAMIL
 MLPS = {f"{family}MLP" for family in FAMILIES}
 EXPERTS = {f"{family}Experts" for family in MOE}
 ATTENTIONS = {f"{family}Attention" for family in (*FAMILIES, "Phi")}
+HEADS = {f"{family}ForCausalLM" for family in (*FAMILIES, "Phi")}
 LAYERS = {f"{family}DecoderLayer" for family in LLAMA_LIKE}
 
 # transformers' activation modules and functions, by the name in its configs.
@@ -107,12 +109,14 @@ def _installer(name: str) -> Callable[[Any, Patched], None] | None:
         return _experts
     if name in ATTENTIONS:
         return _attention
+    if name in HEADS:
+        return _head
     return _layer if name in LAYERS else None
 
 
-def _set(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+def _set(module: nn.Module, name: str, value: Any) -> None:
     """An instance attribute that hides the class's; outside nn.Module's own bookkeeping."""
-    module.__dict__[name] = function
+    module.__dict__[name] = value
     module.__dict__.setdefault("_tuneloom_patched", []).append(name)
 
 
@@ -197,3 +201,13 @@ def _layer(module: Any, patched: Patched) -> None:
     attend = _with_rope(module.self_attn)
     _set(module, "forward", partial(diet.layer_forward, module, original, attend, activation))
     patched.count(module, "activation_diet")
+
+
+def _head(module: Any, patched: Patched) -> None:
+    head = module.lm_head
+    if type(head) is not nn.Linear or getattr(module.config, "final_logit_softcapping", None):
+        patched.count(module, "unpatched")
+        return
+    _set(head, "forward", types.MethodType(loss_head.forward, head))
+    _set(head, "_tuneloom_loss_head", True)
+    patched.count(module, loss_head.OP)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tuneloom.kernels.jit import CALLS
+from tuneloom.kernels.loss_head import loss_from_head
 from tuneloom.kernels.patch import patch, unpatch
 
 SIZES: dict[str, Any] = {
@@ -88,8 +89,10 @@ def test_a_patched_family_has_the_same_loss_and_gradients(family: str) -> None:
     model = tiny(family)
     plain = copy.deepcopy(model)
     report = patch(model).report
-    ops = {op for counts in report.values() for op in counts}
+    ops = {op for name, counts in report.items() for op in counts if "ForCausalLM" not in name}
     assert ops == EXPECTED_OPS.get(family, {"rms_norm", "rope", "gated"}), report
+    head = next(counts for name, counts in report.items() if "ForCausalLM" in name)
+    assert head == ({"unpatched": 1} if family == "Gemma2" else {"linear_cross_entropy": 1})
     CALLS.clear()
     same(model, plain)
     ran = {"rms_norm", "rope", "activation_diet"} if "activation_diet" in ops else ops
@@ -134,6 +137,54 @@ def test_an_activation_without_a_kernel_is_left_alone_and_named() -> None:
     plain = copy.deepcopy(model)
     assert patch(model).report["LlamaMLP"] == {"unpatched": 2}
     same(model, plain)
+
+
+def head_loss(model: Any) -> tuple[Tensor, bool]:
+    labels = ids()[:1].roll(-1, 1)
+    positions = torch.tensor([2, 3, 7])
+    with loss_from_head(model, labels[0, positions]) as fused:
+        out = model(input_ids=ids()[:1], logits_to_keep=positions).logits
+    if fused:
+        return out, True
+    return functional.cross_entropy(out[0], labels[0, positions], reduction="sum"), False
+
+
+def test_the_head_gives_the_loss_of_its_logits_and_logits_again_after() -> None:
+    model = tiny("Llama")
+    expected, fused = head_loss(model)
+    assert not fused
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    patch(model)
+    loss, fused = head_loss(model)
+    assert fused and loss.shape == ()
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
+    assert model(input_ids=ids()).logits.shape == (2, 11, 61)
+
+
+def test_a_head_that_peft_wraps_still_gives_logits() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("Llama")
+    patch(model)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    assert head_loss(wrapped)[1] is False
+    saved = get_peft_model(
+        tiny("Llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    patch(saved)
+    assert head_loss(saved)[1] is False
+    model = tiny("Llama")
+    patch(model)
+    expected = head_loss(model)[0]
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    loss, fused = head_loss(wrapped)
+    assert fused
+    torch.testing.assert_close(loss, expected)
 
 
 def adapted(model: Any, **changes: Any) -> Any:

@@ -1,0 +1,51 @@
+"""The model's own head gives the loss: transformers' forward runs as it is, but no logits are made.
+
+    with loss_from_head(network, labels) as fused:
+        out = network(**inputs, logits_to_keep=positions).logits    # (1, K, V), or () if fused
+    loss = out if fused else cross_entropy(out...)
+
+patch.py puts `forward` below on `lm_head`. Inside the context it returns the summed token loss of
+`linear_cross_entropy` in place of logits; outside it is the linear it was. The call still goes
+through the root module and `lm_head(...)`, so that ZeRO-3's hooks gather the head's weight.
+Not fused, and said so by the False: a head that PEFT wraps, one that is no plain linear, and models
+that cap their logits after the head (Gemma 2 and 3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tuneloom.kernels.jit import CALLS
+from tuneloom.kernels.linear_cross_entropy import linear_cross_entropy
+
+OP = "linear_cross_entropy"
+_LABELS = "_tuneloom_labels"
+
+
+@contextlib.contextmanager
+def loss_from_head(network: nn.Module, labels: Tensor) -> Iterator[bool]:
+    """Within, the head of `network` returns the loss sum against `labels`, flat, -100 ignored."""
+    causal: Any = network
+    head = causal.get_output_embeddings()
+    if not getattr(head, "_tuneloom_loss_head", False):
+        CALLS["loss from logits: the head is not a patched linear"] += 1
+        yield False
+        return
+    head.__dict__[_LABELS] = labels
+    try:
+        yield True
+    finally:
+        del head.__dict__[_LABELS]
+
+
+def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+    """Of a patched head; hidden: (..., D), as many positions as labels within the context."""
+    labels = self.__dict__.get(_LABELS)
+    if labels is None:
+        return functional.linear(hidden, self.weight, self.bias)
+    return linear_cross_entropy(hidden, self.weight, labels, bias=self.bias)
