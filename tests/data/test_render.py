@@ -275,6 +275,22 @@ def test_tool_calls_are_trained_and_results_are_not(make_tokenizer: Maker) -> No
     assert example.ids.tolist().count(end) == 5
 
 
+def test_a_field_that_the_template_never_reads_is_refused_not_lost(make_tokenizer: Maker) -> None:
+    renderer = Renderer(make_tokenizer("chatml"))
+    user = {"role": "user", "content": "q"}
+    call = {"function": {"name": "f", "arguments": {}}}
+    for row, field in [
+        ({"messages": [user, {"role": "assistant", "content": "a"}], "tools": [{}]}, "tools"),
+        ({"messages": [user, {"role": "assistant", "tool_calls": [call]}]}, "tool_calls"),
+        (
+            {"messages": [user, {"role": "assistant", "content": "a", "reasoning_content": "r"}]},
+            "reasoning_content",
+        ),
+    ]:
+        with pytest.raises(DataError, match=f"chatml.* has no place for '{field}'"):
+            renderer.render(parse(row))
+
+
 def test_bos_comes_exactly_once_whoever_adds_it(make_tokenizer: Maker) -> None:
     for shape in ("llama3", "chatml"):
         tokenizer = make_tokenizer(shape, bos=True)
@@ -382,6 +398,18 @@ def test_a_saved_tokenizer_loads_as_auto_tokenizer_would(
     ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
     assert Renderer(ours).digest == Renderer(theirs).digest
+
+
+def test_a_hub_id_without_network_is_one_sentence_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    with pytest.raises(DataError, match=r"nobody/nothing: .* the hub cannot be reached"):
+        load_tokenizer("nobody/nothing")
+    with pytest.raises(DataError, match="/no/such: no such folder"):
+        load_tokenizer("/no/such")
 
 
 def test_a_folder_without_tokenizer_is_one_sentence(tmp_path: Any) -> None:

@@ -25,6 +25,12 @@ TODAY = date(2024, 7, 26)
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 RENDERING = threading.Lock()
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+OPTIONAL_FIELDS = {
+    "tools": ("tools",),
+    "tool_calls": ("tool_calls",),
+    "reasoning_content": ("reasoning", "thinking"),
+}
+"""Fields that some templates read, and the names by which they do."""
 
 
 class ChatTemplate:
@@ -69,9 +75,21 @@ class ChatTemplate:
     def _chat(self, content: dict[str, Any], upto: int | None = None) -> Chat:
         """Messages and tools as templates want them, control strings in them marked as text."""
         messages = [_template_message(message) for message in content["messages"][:upto]]
+        self._refuse_unread(content)
         tools = self._protect(content.get("tools") or None)
         render = partial(self._render, tools)
         return Chat(self.name, render, self._protect(messages))
+
+    def _refuse_unread(self, content: dict[str, Any]) -> None:
+        """Fields that this template never looks at would be lost without a word."""
+        given = {key for message in content["messages"] for key in message if message[key]}
+        given |= {"tools"} if content.get("tools") else set()
+        for field, names in OPTIONAL_FIELDS.items():
+            if field in given and not any(name in self.source for name in names):
+                raise DataError(
+                    f"{self.name}: has no place for {field!r}, which this chat holds; remove the "
+                    f"field or use a template that reads it"
+                )
 
     def _protect(self, value: Any) -> Any:
         if isinstance(value, str):

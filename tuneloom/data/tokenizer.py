@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tuneloom.data.hub import only_local
 from tuneloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,9 +34,15 @@ def load_tokenizer(path: str, revision: str | None = None) -> "PreTrainedTokeniz
     """The fast tokenizer of a folder or hub id; DataError when it has none or cannot be reached."""
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         raise DataError(f"{path}: no tokenizer files; copy tokenizer.json of the base model there")
+    local = only_local(path)
     try:
-        tokenizer = _loader(path).from_pretrained(path, revision=revision)
+        tokenizer = _loader(path).from_pretrained(path, revision=revision, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
+        if local and not Path(path).is_dir():
+            raise DataError(
+                f"{path}: no such folder, not in the Hugging Face cache, and the hub cannot be "
+                f"reached; give a local folder"
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise DataError(f"{path}: no tokenizer could be loaded ({first})") from error
     _backend(tokenizer)
