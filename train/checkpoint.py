@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,40 +245,17 @@ def opened(folder: Path) -> Found:
     return Found(folder, manifest, trainer)
 
 
-def to_universal(found: Found) -> Path:
-    """Convert to DeepSpeed's universal format, which loads at any world size and ZeRO stage 1 to 3.
-
-    Runs in a process of its own (the converter forks). Raises ConfigError for ZeRO-0 checkpoints.
-    """
-    if int(found.manifest["zero_stage"]) == 0:
-        raise ConfigError(
-            f"resume: {found.folder} was saved with zero.stage=0, which only zero.stage=0 can resume"
-        )
-    target = found.folder.with_name(f".universal-{found.folder.name}")
-    done = target / "done"
-    if not done.exists():
-        shutil.rmtree(target, ignore_errors=True)
-        command = [
-            sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
-            str(found.folder / ENGINE), "--output_folder", str(target / ENGINE),
-            "--num_extract_workers", "1", "--num_merge_workers", "1",
-        ]  # fmt: skip
-        ran = subprocess.run(command, capture_output=True, text=True)
-        if ran.returncode:
-            raise TrainingError(
-                f"resume: {found.folder} could not be converted to another layout: "
-                f"{(ran.stderr or ran.stdout).strip().splitlines()[-1]}"
-            )
-        done.write_text("")
-    return target
-
-
 def restore(engine: Any, found: Found, world: World, *, universal: Path | None) -> None:
     """Load engine state and this rank's generators; collective."""
     source = universal or found.folder
+    groups = engine.optimizer.param_groups
+    mine = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     loaded, _ = engine.load_checkpoint(
         str(source), tag=ENGINE, load_module_strict=False, load_lr_scheduler_states=False
     )
     if loaded is None:
         raise TrainingError(f"resume: DeepSpeed found nothing to load in {source}")
+    # A universal load under ZeRO-3 copies the first group's weight decay over all (0.19.8).
+    for group, settings in zip(engine.optimizer.param_groups, mine, strict=True):
+        group.update(settings)
     restore_rng(found.folder, world)

@@ -35,6 +35,7 @@ class Witness:
     def __init__(self, config: TrainConfig, engine: Any, world: World) -> None:
         self.config, self.engine, self.world = config, engine, world
         self.network: nn.Module = engine.module
+        self._sharded = engine.zero_optimization_stage() > 0
         self._gradients: dict[str, float] = {}
         self._update: dict[str, Any] | None = None
         self._before: tuple[str, Tensor] | None = None
@@ -49,18 +50,18 @@ class Witness:
         """Between the last backward and the optimizer step of the watched step; collective."""
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
-                gradient = _gradient(parameter)
+                gradient = _gradient(parameter, sharded=self._sharded)
                 self._gradients[name] = 0.0 if gradient is None else float(gradient.float().norm())
         matrix = next(_matrices(self.network, muon=self.config.optim.name == "muon"), None)
         if matrix is not None:
-            self._before = (matrix[0], _master(matrix[1]))
+            self._before = (matrix[0], _master(matrix[1], sharded=self._sharded))
 
     def after_step(self) -> None:
         """After the optimizer step of the watched step; collective."""
         if self._before is None:
             return
         name, before = self._before
-        after = _master(dict(self.network.named_parameters())[name])
+        after = _master(dict(self.network.named_parameters())[name], sharded=self._sharded)
         change = (after - before).float()
         values = torch.linalg.svdvals(change)
         values = values[: max(1, math.ceil(0.9 * len(values)))]
@@ -182,23 +183,20 @@ def refuse_idle(receipts: list[Receipt]) -> None:
         raise TrainingError(f"options that did nothing: {'; '.join(idle)}; see effects.json")
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor | None:
+def _gradient(parameter: nn.Parameter, *, sharded: bool) -> Tensor | None:
+    """The whole averaged gradient; collective under ZeRO."""
     from deepspeed.utils import safe_get_full_grad
 
-    if hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None:
-        full: Tensor | None = safe_get_full_grad(parameter)
-        return full
-    return parameter.grad
+    gradient: Tensor | None = safe_get_full_grad(parameter) if sharded else parameter.grad
+    return gradient
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
+def _master(parameter: nn.Parameter, *, sharded: bool) -> Tensor:
     """The whole fp32 master of a parameter; collective under ZeRO."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None:
-        full: Tensor = safe_get_full_fp32_param(parameter)
-        return full.detach().clone()
-    return parameter.detach().float().clone()
+    whole: Tensor = safe_get_full_fp32_param(parameter) if sharded else parameter
+    return whole.detach().float().clone()
 
 
 def _matrices(network: nn.Module, *, muon: bool) -> Iterator[tuple[str, nn.Parameter]]:

@@ -46,7 +46,10 @@ class Exposure:
         self._tables = []
 
     def rewind(self, step: int) -> None:
-        """Forget every row of steps after `step`."""
+        """Forget every row of steps after `step`, also of a run that had ended."""
+        if self.target.exists():
+            self.parts.mkdir(exist_ok=True)
+            self.target.rename(self.parts / f"step-{0:06d}.parquet")
         for part in sorted(self.parts.glob("step-*.parquet")):
             table = pq.read_table(part)
             kept = table.filter(pc.less_equal(table["step"], step))

@@ -29,6 +29,7 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
 
     Raises Stopped after a save that a signal asked for, TrainingError when the run failed.
     """
+    joined_here = not distributed.is_joined()
     world = distributed.start()
     config = distributed.broadcast_object(runs.with_id(config))
     session = Session(config, world, launcher or {})
@@ -40,7 +41,8 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
         raise
     finally:
         session.close()
-        distributed.stop()
+        if joined_here:
+            distributed.stop()
 
 
 def loop(s: Session) -> Outcome:

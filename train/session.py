@@ -35,6 +35,7 @@ from tuneloom.train.exposure import Exposure
 from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, Tracker, peak_memory_gib
 from tuneloom.train.signals import StopFlag
+from tuneloom.train.universal import convert
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Session:
         accumulation = self._accumulation(found)
         universal = None
         if found and not found.same_layout(world.size, config.zero.stage):
-            universal = self._on_first(lambda: checkpoint.to_universal(found))
+            layout = {"world_size": world.size, "stage": config.zero.stage}
+            universal = self._on_first(lambda: convert(found, **layout))
         settings = zero.deepspeed_config(
             config, world, accumulation=accumulation, universal=universal is not None
         )
@@ -103,6 +105,7 @@ class Session:
         self.shape = flops.shape_of(network, frozen=config.method.kind != "full")
         self.engine = zero.build_engine(network, config, settings)
         self.network: nn.Module = self.engine.module
+        self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
 
         # data; then the proof that packs are isolated, before a step is taken
         self.feed = Feed(config, self.tokenizer, world, accumulation)
@@ -229,9 +232,8 @@ class Session:
     def set_lr(self, factor: float) -> float:
         """Scale every group's base learning rate; returns that of the first group."""
         groups = self.engine.optimizer.param_groups
-        for group in groups:
-            group.setdefault("base_lr", group["lr"])
-            group["lr"] = group["base_lr"] * factor
+        for group, base in zip(groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
         return float(groups[0]["lr"])
 
     @contextmanager

@@ -1,8 +1,9 @@
-"""For tests only: a tiny random Llama with its tokenizer, and free ports."""
+"""For tests only: a tiny random Llama with its tokenizer, rows, and a gang of gloo ranks."""
 
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -76,3 +77,101 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def small_config(folder: Path, run_id: str, **dotted: object) -> dict[str, object]:
+    """A train config over folder/base and folder/rows.jsonl that takes a second; keys such as `zero__stage`."""
+    config: dict[str, object] = {
+        "epochs": 100.0, "steps": 6, "run": {"root": str(folder / "runs"), "id": run_id},
+        "model": {"path": str(folder / "base"), "dtype": "fp32"}, "method": {"kind": "lora", "rank": 8},
+        "objective": {"kind": "sft"},
+        "data": {"path": str(folder / "rows.jsonl"), "validation": None},
+        "batch": {"max_length": 128, "tokens": 512, "window": 64},
+        "optim": {"lr": 5e-3, "warmup_steps": 2}, "zero": {"stage": 0}, "checkpoint": {"every": 0},
+        "train": {"drill": False}, "tracker": {"mode": "off"},
+    }  # fmt: skip
+    for key, value in dotted.items():
+        *path, last = key.split("__")
+        at: dict[str, object] = config
+        for part in path:
+            at = at.setdefault(part, {})  # type: ignore[assignment]
+        at[last] = value
+    return config
+
+
+def metrics(folder: Path, run_id: str, key: str = "train/loss") -> list[float]:
+    """One number a step of a run, as written."""
+    lines = (folder / "runs" / run_id / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row[key] for row in rows if key in row]
+
+
+class Gang:
+    """`size` processes joined by gloo that train one config after another: imports are paid once."""
+
+    def __init__(self, size: int) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def fit(self, config: dict[str, object], *, timeout_seconds: float = 180.0) -> None:
+        """Train on all ranks; raises rank 0's error, or AssertionError when a rank hangs or dies."""
+        for pipe in self.pipes:
+            pipe.send(config)
+        outcomes = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(timeout_seconds), f"rank {rank} gave no answer in {timeout_seconds:.0f} s"
+            outcomes.append(pipe.recv())
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    """One rank of a Gang: a config in, None or the exception out."""
+    import os
+
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    from tuneloom.config import build
+    from tuneloom.errors import TuneloomError
+    from tuneloom.train import distributed
+    from tuneloom.train.config import TrainConfig
+    from tuneloom.train.loop import fit
+
+    distributed.start()
+    while True:
+        try:
+            config = pipe.recv()
+        except EOFError:
+            return
+        try:
+            fit(build(TrainConfig, config))
+            pipe.send(None)
+        except TuneloomError as error:
+            pipe.send(error)
+        except Exception as error:
+            import traceback
+
+            pipe.send(AssertionError("".join(traceback.format_exception(error))))

@@ -1,0 +1,171 @@
+"""Checkpoints: exact resume, other layouts, damage found before use, nothing of the base inside."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloom.errors import ConfigError, RefusedError, Stopped
+from tuneloom.testing import Gang, free_port, metrics, small_config
+from tuneloom.train import checkpoint
+
+STEPS = 8
+
+
+def config(lab: Path, run_id: str, **dotted: object) -> dict[str, object]:
+    shared = {"steps": STEPS, "method__dropout": 0.1, "batch__accumulation": 2, "checkpoint__keep": 9}
+    return small_config(lab, run_id, **(shared | dotted))
+
+
+def interrupted(lab: Path, gang: Gang, run_id: str, **dotted: object) -> None:
+    """Run `run_id` to step 4 and no further: a copy of a whole run, cut back to its checkpoint."""
+    gang.fit(config(lab, run_id, checkpoint__every=4, **dotted))
+    shutil.rmtree(lab / "runs" / run_id / "checkpoints" / checkpoint.name(STEPS))
+
+
+def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
+    table = pq.read_table(lab / "runs" / run_id / "exposure.parquet")
+    return sorted(zip(*(table[c].to_pylist() for c in ("step", "record_id", "tokens")), strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resuming_gives_the_same_bits_as_never_stopping(lab: Path, two: Gang, stage: int) -> None:
+    whole, cut = f"whole{stage}", f"cut{stage}"
+    two.fit(config(lab, whole, zero__stage=stage))
+    interrupted(lab, two, cut, zero__stage=stage)
+    two.fit(config(lab, cut, zero__stage=stage, checkpoint__every=4))
+    assert metrics(lab, cut) == metrics(lab, whole)
+    assert exposures(lab, cut) == exposures(lab, whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 1), (1, 2)])
+def test_a_lora_run_resumes_on_one_rank_or_another_stage_with_its_global_batch(
+    lab: Path, one: Gang, two: Gang, before: int, after: int
+) -> None:
+    whole, cut = f"whole-{before}{after}", f"moved-{before}{after}"
+    two.fit(config(lab, whole, zero__stage=before, method__dropout=0.0))
+    interrupted(lab, two, cut, zero__stage=before, method__dropout=0.0)
+    one.fit(config(lab, cut, zero__stage=after, method__dropout=0.0, batch__accumulation=4))
+    assert metrics(lab, cut) == pytest.approx(metrics(lab, whole), rel=1e-5)
+    assert exposures(lab, cut) == exposures(lab, whole)
+
+
+def test_a_lora_checkpoint_holds_adapters_and_their_state_and_nothing_of_the_base(
+    lab: Path, two: Gang
+) -> None:
+    two.fit(config(lab, "small", zero__stage=2, method__rank=32))
+    folder = lab / "runs/small/checkpoints" / checkpoint.name(STEPS)
+    trainable = json.loads((lab / "runs/small/effects.json").read_text())["receipts"][0]["evidence"][
+        "trainable_parameters"
+    ]
+    wanted = trainable * 4 * 4  # the weights and fp32 master, first and second moment
+    engine = sum(f.stat().st_size for f in (folder / "engine").iterdir())
+    assert engine < 1.1 * wanted + 100_000
+
+
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(
+    lab: Path, one: Gang, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one.fit(config(lab, "flipped", checkpoint__every=4))
+    root = lab / "runs/flipped/checkpoints"
+    shard = max((root / checkpoint.name(STEPS) / "engine").iterdir(), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    said: list[str] = []
+    found = checkpoint.newest(root, said.append)
+    assert found is not None and found.step == 4
+    assert "sha256" in said[0] and checkpoint.name(STEPS) in said[0]
+
+
+def test_a_damaged_checkpoint_named_by_the_user_is_refused(lab: Path, one: Gang) -> None:
+    one.fit(config(lab, "named", checkpoint__every=4))
+    folder = lab / "runs/named/checkpoints" / checkpoint.name(4)
+    (folder / "trainer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="trainer.json has 2 bytes"):
+        checkpoint.opened(folder)
+
+
+def test_a_stop_file_saves_the_step_on_all_ranks_and_the_same_command_goes_on(
+    lab: Path, two: Gang
+) -> None:
+    two.fit(config(lab, "unstopped", zero__stage=2))
+    folder = lab / "runs/stopped"
+    folder.mkdir(parents=True)
+    (folder / "stop").touch()
+    with pytest.raises(Stopped, match="after step 1"):
+        two.fit(config(lab, "stopped", zero__stage=2))
+    two.fit(config(lab, "stopped", zero__stage=2))
+    assert metrics(lab, "stopped") == metrics(lab, "unstopped")
+
+
+def test_another_config_under_the_same_run_id_is_refused_by_key(lab: Path, one: Gang) -> None:
+    one.fit(config(lab, "mine"))
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.005 -> 0.1"):
+        one.fit(config(lab, "mine", optim__lr=0.1))
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(lab: Path, one: Gang) -> None:
+    one.fit(config(lab, "taken"))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        one.fit(config(lab, "taken", resume="never"))
+
+
+def test_a_second_writer_of_one_run_is_refused(lab: Path, one: Gang) -> None:
+    folder = lab / "runs/locked"
+    folder.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import fcntl,sys,time; f=open(sys.argv[1],'a+'); fcntl.flock(f, fcntl.LOCK_EX);"
+         "print('held', flush=True); time.sleep(60)", str(folder / "lock")],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with pytest.raises(RefusedError, match="is being written by"):
+        one.fit(config(lab, "locked"))
+    holder.kill()
+
+
+KILLER = """
+import os, signal, sys, json
+from tuneloom.config import build
+from tuneloom.train import checkpoint
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.loop import fit
+rank, config = os.environ["RANK"], json.loads(sys.argv[1])
+real = checkpoint._hash_share
+def die(folder, world):
+    if folder.name.endswith("000008") and rank == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(folder, world)
+checkpoint._hash_share = die
+fit(build(TrainConfig, config))
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_killed_inside_a_save_resumes_from_the_one_before_with_the_same_bits(
+    lab: Path, two: Gang, rank: str
+) -> None:
+    run_id, settings = f"killed{rank}", {"zero__stage": 2, "checkpoint__every": 4, "steps": 10}
+    two.fit(config(lab, f"alive{rank}", **settings))
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLER, json.dumps(config(lab, run_id, **settings)), rank],
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.DEVNULL,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    assert ranks[int(rank)].wait(120) == -9
+    assert ranks[1 - int(rank)].wait(120) != 0
+    left = sorted(p.name for p in (lab / "runs" / run_id / "checkpoints").iterdir())
+    assert left == [".torn-step-000008", "step-000004"]
+    two.fit(config(lab, run_id, **settings))
+    assert metrics(lab, run_id) == metrics(lab, f"alive{rank}")
+    assert exposures(lab, run_id) == exposures(lab, f"alive{rank}")

@@ -1,0 +1,88 @@
+"""A checkpoint for another layout: DeepSpeed's universal format, mended where 0.19.8 cannot read its own.
+
+`ds_to_universal` writes one folder a parameter, whole. Loading that at another ZeRO stage fails for want of
+files that only the old stage writes, and with other ranks under ZeRO-3 for want of one a rank; both are
+supplied here. Under ZeRO-0 nothing is sharded and DeepSpeed has no converter: refused by name.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneloom.errors import ConfigError, TrainingError
+from tuneloom.train.checkpoint import ENGINE, Found
+
+MOMENTS = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def convert(found: Found, *, world_size: int, stage: int) -> Path:
+    """A folder beside the checkpoint that loads at `world_size` and `stage` (1 to 3); run on one rank.
+
+    The files it reads were verified against the manifest before, so unpickling them is safe.
+    """
+    if 0 in (int(found.manifest["zero_stage"]), stage):
+        raise ConfigError(
+            f"zero.stage: {found.folder} was saved with zero.stage={found.manifest['zero_stage']} and cannot "
+            f"be resumed with {stage}; stages 1, 2 and 3 can be exchanged, 0 stays 0"
+        )
+    target = found.folder.with_name(f".universal-{found.folder.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    _run_converter(found.folder / ENGINE, target / ENGINE)
+    _mend(target / ENGINE, world_size, stage)
+    return target
+
+
+def _run_converter(source: Path, target: Path) -> None:
+    """In a process of its own: the converter forks, and torch is already running threads here."""
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source),
+        "--output_folder", str(target), "--num_extract_workers", "1", "--num_merge_workers", "1",
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        last = (ran.stderr or ran.stdout).strip().splitlines()[-1]
+        raise TrainingError(f"resume: {source} could not be converted to another layout: {last}")
+
+
+def _mend(folder: Path, world_size: int, stage: int) -> None:
+    """Supply the model-state files, step counters and shapes that `stage` looks for."""
+    states = sorted(folder.glob("*model_states.pt"))
+    state = torch.load(states[0], weights_only=False)
+    for file in states:
+        file.unlink()
+    parameters = [p for p in (folder / "zero").iterdir() if p.is_dir()]
+    optimizer_file = folder / "zero" / "optimizer_state.pt"
+    optimizer = torch.load(optimizer_file, weights_only=False)
+    counted = [p / "step.pt" for p in parameters if (p / "step.pt").exists()]
+    step = (
+        torch.load(counted[0], weights_only=False)
+        if counted
+        else optimizer["optimizer_state_dict"]["state"][0]["step"]
+    )
+    step = step if torch.is_tensor(step) else torch.tensor(float(step))
+    if not counted:  # ZeRO-3 writes flat tensors and no step of their own
+        shapes = {name: shape for group in state["param_shapes"] for name, shape in group.items()}
+        for parameter in parameters:
+            _shape(parameter, shapes[parameter.name])
+            torch.save(step, parameter / "step.pt")
+    optimizer.setdefault("ds_version", state.get("ds_version"))
+    optimizer.setdefault("clip_grad", 0.0)
+    optimizer["optimizer_state_dict"] = {
+        "state": {0: {"step": step}}, "param_groups": optimizer["param_groups"],
+    }  # fmt: skip
+    torch.save(optimizer, optimizer_file)
+    state["module"] = {}  # weights come from the fp32 masters
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)]
+    for name in names if stage == 3 else ["mp_rank_00_model_states.pt"]:
+        torch.save(state, folder / name)
+
+
+def _shape(parameter: Path, shape: Any) -> None:
+    for moment in MOMENTS:
+        held = torch.load(parameter / f"{moment}.pt", weights_only=False)
+        flat = held["param"] if isinstance(held, dict) else held
+        torch.save({"param": flat.reshape(shape), "cat_dim": 0}, parameter / f"{moment}.pt")
