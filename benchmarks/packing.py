@@ -1,0 +1,164 @@
+"""B2: packing and balance, ours against TRL's best-fit-decreasing on the same lengths in one run.
+
+    python -m venv .peer && .peer/bin/pip install trl==1.16.0 datasets
+    python -m benchmarks.packing --peer .peer/bin/python
+
+CPU seconds, because the machine may be shared: blocks of ours and TRL's alternate, the median of
+three counts. TRL packs and moves the tokens in one function, so whole is compared with whole:
+best-fit packing plus one array of the tokens in packed order. Straggling is the slowest over the
+mean of the ranks' costs, attention included, for the steps that `Plan` makes, against the same
+bins dealt at random.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from tuneloom.data.balance import cost, straggling
+from tuneloom.data.packing import pack
+from tuneloom.data.plan import Plan, PlanConfig
+
+BUDGET = 4096
+BLOCKS = 3
+SEED = 0
+CASES = {"alpaca": 100_000, "chat": 100_000, "mix": 100_000, "long": 50_000, "alpaca-1m": 1_000_000}
+WHOLE_TOKENS = 200_000_000
+"""Larger cases are planned but not materialised: two copies of the tokens may not fit."""
+WORLDS = ((8, 32_768), (64, 8_192), (64, 32_768), (64, 131_072))
+WINDOWS = (4_096, 16_384, 65_536)
+
+PEER = """
+import sys, time
+import numpy as np, pyarrow as pa
+from trl.data_utils import _pack_bfd
+lengths = np.load(sys.argv[1]); budget = int(sys.argv[2])
+offsets = np.concatenate([[0], np.cumsum(lengths)])
+values = pa.array(np.zeros(offsets[-1], np.int32))
+table = pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), values)})
+start = time.process_time()
+packed = _pack_bfd(table, budget)
+print(time.process_time() - start, len(packed))
+"""
+
+
+def lengths_of(case: str, count: int) -> np.ndarray:
+    """Synthetic lengths shaped like what people fine-tune on: (count,) int64."""
+    generator = np.random.default_rng(SEED)
+    if case.startswith("alpaca"):
+        draws = generator.lognormal(4.6, 0.65, count)
+    elif case == "chat":
+        draws = generator.lognormal(6.6, 0.8, count)
+    elif case == "mix":
+        short = generator.random(count) < 0.7
+        draws = np.where(
+            short, generator.lognormal(5.2, 0.7, count), generator.lognormal(7.6, 0.6, count)
+        )
+    else:
+        draws = generator.uniform(BUDGET * 0.26, BUDGET, count)
+    return np.clip(draws, 16, BUDGET).astype(np.int64)
+
+
+def materialise(bins: list[np.ndarray], lengths: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Tokens in packed order: (total,) int32."""
+    order = np.concatenate(bins)
+    sizes, starts = lengths[order], (np.cumsum(lengths) - lengths)[order]
+    shifts = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    return values[shifts + np.arange(len(shifts))]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def compare(case: str, count: int, peer: str | None, scratch: str) -> dict[str, Any]:
+    """One length distribution: CPU seconds and fill of both."""
+    lengths = lengths_of(case, count)
+    bins = pack(lengths, BUDGET)
+    result: dict[str, Any] = {"rows": count, "ours": {"fill": _fill(lengths, len(bins))}}
+    result["ours"]["plan_seconds"] = _median(
+        [seconds(lambda: pack(lengths, BUDGET)) for _ in "123"]
+    )
+    total = int(lengths.sum())
+    if total > WHOLE_TOKENS:
+        return result
+    values = np.zeros(total, np.int32)
+    ours, theirs, packs = [], [], 0
+    np.save(scratch, lengths)
+    for _ in range(BLOCKS):
+        ours.append(seconds(lambda: materialise(pack(lengths, BUDGET), lengths, values)))
+        if peer:
+            command = [peer, "-c", PEER, scratch, str(BUDGET)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            spent, packs = float(done.stdout.split()[-2]), int(done.stdout.split()[-1])
+            theirs.append(spent)
+    result["ours"]["whole_seconds"] = _median(ours)
+    if peer:
+        result["trl"] = {"fill": _fill(lengths, packs), "whole_seconds": _median(theirs)}
+        result["cpu_ratio_whole"] = _median(theirs) / _median(ours)
+    return result
+
+
+def balance(world: int, budget: int, window: int) -> dict[str, Any]:
+    """Straggling and fill of the plan's steps on a chat-like mix with long documents."""
+    generator = np.random.default_rng(SEED)
+    count = 300_000
+    short = generator.random(count) < 0.85
+    draws = np.where(
+        short, generator.lognormal(6.3, 0.9, count), generator.lognormal(9, 0.8, count)
+    )
+    lengths = np.clip(draws, 16, budget).astype(np.int64)
+    config = PlanConfig(
+        seed=SEED, epochs=1.0, shuffle=True, packing=True, tokens=budget, sequences=1,
+        window=window, group=world,
+    )  # fmt: skip
+    plan = Plan(count, lambda rows: lengths[rows], config)
+    bins = [members for step in iter(plan.next_step, []) for members in step if len(members)]
+    costs = np.array([cost(lengths[members]) for members in bins])
+    return {
+        "world": world,
+        "tokens": budget,
+        "window": window,
+        "straggling": straggling(costs, world),
+        "straggling_random": straggling(generator.permutation(costs), world),
+        "fill": _fill(lengths, len(bins), budget),
+    }
+
+
+def _fill(lengths: np.ndarray, bins: int, budget: int = BUDGET) -> float:
+    return float(lengths.sum() / (bins * budget))
+
+
+def _median(values: list[float]) -> float:
+    return float(np.median(values))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", help="a Python that has trl")
+    parser.add_argument("--scratch", default="/tmp/tuneloom-lengths.npy")
+    options = parser.parse_args(arguments)
+    packing = {}
+    for case, count in CASES.items():
+        packing[case] = compare(case, count, options.peer, options.scratch)
+        print(case, packing[case], flush=True)
+    balanced = []
+    for world, budget in WORLDS:
+        for window in WINDOWS:
+            balanced.append(balance(world, budget, window))
+            print(balanced[-1], flush=True)
+    result = {"peer": "trl 1.16.0" if options.peer else None, "tokens": BUDGET}
+    path = record.write("packing", {**result, "packing": packing, "balance": balanced}, seed=SEED)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
