@@ -5,8 +5,10 @@ composes in process, makes no output folder and changes no directory.
 """
 
 import importlib
+import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 from tuneloom.config import build, compose, dotted_keys, unknown_override
@@ -32,6 +34,9 @@ HYDRA_FLAGS = (
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Said on every load, and nothing a user can act on: a missing bitsandbytes kernel, PEFT's own call.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,8 +75,23 @@ def run(verb: str, rest: list[str]) -> int:
     module = importlib.import_module(VERBS[verb][0])
     known = list(dotted_keys(module.CONFIG))
     unknown_override(overrides, known)
+    texts, overrides = take_texts(overrides, getattr(module, "TEXT_KEYS", ()))
     mapping = compose(verb, overrides, config_dir=config_dir, known=known)
-    return int(module.main(build(module.CONFIG, mapping)))
+    return int(module.main(build(module.CONFIG, mapping | texts)))
+
+
+def take_texts(overrides: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Overrides of `keys` as they were typed: a prompt may hold what Hydra's grammar forbids."""
+    texts, others = {}, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in keys or value == "null":
+            others.append(override)
+        elif len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            texts[key] = value[1:-1]
+        else:
+            texts[key] = value
+    return texts, others
 
 
 def split_config_dir(rest: list[str]) -> tuple[str | None, list[str]]:

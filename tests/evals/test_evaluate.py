@@ -195,3 +195,43 @@ def test_a_run_on_a_raw_file_asks_for_held_out_rows(
 ) -> None:
     assert main(["evaluate", f"run={trained['run']}"]) == 2
     assert "holds out no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("cat, dog (x): what? {a} [b] ${c} \\n 50 % = 1/2", None),
+        ("two\nlines", None),
+        ('"quoted, as Hydra wants it"', "quoted, as Hydra wants it"),
+    ],
+)
+def test_a_prompt_reaches_the_model_as_it_was_typed(
+    trained: dict[str, Path], typed: str, meant: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuneloom.evals import decode
+
+    seen: list[str] = []
+    real = decode.stream
+
+    def watch(loaded: Any, prompt: Any, **options: Any) -> str:
+        seen.append(loaded.tokenizer.decode(prompt))
+        return real(loaded, prompt, **options)
+
+    monkeypatch.setattr(decode, "stream", watch)
+    arguments = [f"run={trained['run']}", f"prompt={typed}", "max_new_tokens=2", "device=cpu"]
+    assert main(["generate", *arguments]) == 0
+    assert f"<|user|>\n{meant or typed}<|end|>" in seen[0]
+
+
+def test_a_prompt_may_come_from_standard_input(
+    trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("fox 1: which kind?\n"))
+    arguments = [f"run={trained['run']}", "prompt=-", "max_new_tokens=6", "device=cpu"]
+    assert main(["generate", *arguments]) == 0
+    piped = capsys.readouterr().out
+    arguments[1] = "prompt=fox 1: which kind?"
+    assert main(["generate", *arguments]) == 0
+    assert capsys.readouterr().out == piped != "\n"

@@ -71,6 +71,8 @@ class GenerateConfig(Config):
 
 
 CONFIG = GenerateConfig
+TEXT_KEYS = ("prompt", "system")
+"""Overrides that the command takes as they are typed, commas and colons and all."""
 
 
 def main(config: GenerateConfig) -> int:
