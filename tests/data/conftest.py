@@ -160,6 +160,31 @@ def _prepend() -> Tokenizer:
     return tokenizer
 
 
+def _unigram() -> Tokenizer:
+    """T5's and Gemma's kind: control tokens are pieces of the model's own vocabulary."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    alphabet = sorted(set("".join(TEXT)) | set("<|>_[]/\n▁"))
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, unk_token="<unk>",
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return tokenizer
+
+
+def _word_piece() -> Tokenizer:
+    """BERT's kind, whose normaliser strips characters without a name."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return tokenizer
+
+
 def _train(tokenizer: Tokenizer, alphabet: list[str]) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
@@ -172,6 +197,8 @@ BUILDERS: dict[str, Callable[[], Tokenizer]] = {
     "metaspace_first": lambda: _metaspace("first"),
     "metaspace_always": lambda: _metaspace("always"),
     "prepend": _prepend,
+    "unigram": _unigram,
+    "word_piece": _word_piece,
 }
 _built: dict[str, str] = {}
 

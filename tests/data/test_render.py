@@ -14,7 +14,7 @@ from tuneloom.data.tokenizer import load_tokenizer
 from tuneloom.errors import DataError
 
 Maker = Callable[..., Any]
-KINDS = ["byte_level", "metaspace_first", "metaspace_always", "prepend"]
+KINDS = ["byte_level", "metaspace_first", "metaspace_always", "prepend", "unigram", "word_piece"]
 SHAPES = [
     "chatml", "tagged", "tagged_without_end", "llama3", "llama3_date", "mistral", "gemma", "phi3",
 ]  # fmt: skip
