@@ -72,6 +72,7 @@ class Contender:
     ops: bool = False
     """Our RMSNorm, RoPE and SwiGLU in place of transformers' (what Liger's would keep, too)."""
     diet: bool = False
+    augmented: bool = False
 
 
 PEFT = Contender("PEFT, bf16 adapters")
@@ -79,6 +80,7 @@ OURS = Contender("ours, LoRA", ops=True, diet=True)
 CONTENDERS = (
     OURS,
     replace(OURS, name="ours, LoRA, dropout 0.05", dropout=0.05),
+    replace(OURS, name="ours, LoRA, augmented products", augmented=True),
     replace(OURS, name="ours, full", lora=False),
     PEFT,
     replace(PEFT, name="PEFT, bf16 adapters, fused elementwise ops", ops=True),
@@ -137,6 +139,10 @@ def build(shape: str, contender: Contender, layers: int) -> nn.Module:
         with _default_dtype(contender.adapters), _unmoved():
             model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         model.enable_input_require_grads()
+    if contender.augmented:
+        from tuneloom.kernels.augmented_lora import augment
+
+        augment(model)
     trained: nn.Module = model.train()
     return trained
 

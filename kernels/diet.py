@@ -177,6 +177,7 @@ def layer_forward(
         return original(hidden_states, past_key_values=past_key_values, **kwargs)
     CALLS["activation_diet"] += 1
     q, k, v = norm_linears(hidden_states, first.weight, first.variance_epsilon, qkv)
+    v = v.contiguous()  # of an augmented product it is a view, and would keep q and k alive with it
     answered = _Answered(
         attention,
         {

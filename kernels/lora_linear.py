@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+GROUP = "_tuneloom_group"
+"""Attribute of a module whose linear sits in an augmented matrix (augmented_lora.py)."""
+
 
 class Unsupported(Exception):
     """This layer must run as it is; the message says why."""
@@ -40,6 +43,8 @@ class Linear:
     b: Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    group: Any = None
+    """augmented_lora.Group that this linear is part of, if any."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What autograd must know about."""
@@ -65,7 +70,8 @@ def linear_of(module: nn.Module) -> Linear:
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     _refuse_shards(a)
-    return Linear(weight, bias, a, b, layer.scaling[name], dropout)
+    group = module.__dict__.get(GROUP)
+    return Linear(weight, bias, a, b, layer.scaling[name], dropout, group)
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -152,6 +158,12 @@ def _versions(linears: Sequence[Linear]) -> tuple[int, ...]:
 
 def project(x: Tensor, linears: tuple[Linear, ...]) -> tuple[list[Tensor], Kept]:
     """Outputs (T, O_i) of x (T, D), outside autograd."""
+    group = _group(linears)
+    if group is not None:
+        from tuneloom.kernels import augmented_lora
+
+        ys, product = augmented_lora.forward(group, x, linears)
+        return ys, Kept(linears, (0,) * len(linears), [product], _versions(linears))
     ys, products, seeds = [], [], []
     for linear in linears:
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
@@ -176,6 +188,11 @@ def project_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx (T, D), and gradients in the order of `Linear.tensors`; outside autograd."""
     kept.check()
+    group = _group(kept.linears)
+    if group is not None:
+        from tuneloom.kernels import augmented_lora
+
+        return augmented_lora.backward(group, dys, x, products[0], kept.linears)
     dx: Tensor | None = None
     gradients: list[Tensor | None] = []
     left = list(products)
@@ -208,6 +225,13 @@ def _add_adapter_(dx: Tensor, dproduct: Tensor, linear: Linear, seed: int) -> No
         dx += dropped(dproduct @ a, linear.dropout, seed)
     else:
         dx.addmm_(dproduct, a)
+
+
+def _group(linears: Sequence[Linear]) -> Any:
+    """The augmented matrix that holds exactly these linears, or None."""
+    group = linears[0].group
+    whole = group is not None and len(group.outs) == len(linears)
+    return group if whole and all(linear.group is group for linear in linears) else None
 
 
 def draw_seed() -> int:
