@@ -5,6 +5,7 @@ stub and contract.json, by which whoever loads it knows the base, the tokenizer 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +254,8 @@ def load_base(folder: Path, *, dtype: str, quantised: bool, double_quantisation:
     from tuneloom.train.model import keep_unpacked
 
     logging.disable_progress_bar()
+    # DeepSpeed, which save_pretrained imports, picks its accelerator from this.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     options: dict[str, Any] = {"dtype": precision, "use_safetensors": True}
     if quantised:

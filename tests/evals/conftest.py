@@ -60,7 +60,7 @@ def train_adapter(base: Path, rows: Path, weights: Path, *, steps: int) -> None:
     model.save_pretrained(weights)
 
 
-def write_config(run: Path, base: Path, data: Path, **method: Any) -> None:
+def write_config(run: Path, base: Path, data: Path, **changes: Any) -> None:
     """config.yaml as the trainer resolves it."""
     from tuneloom.config import build
     from tuneloom.train.config import TrainConfig
@@ -69,12 +69,12 @@ def write_config(run: Path, base: Path, data: Path, **method: Any) -> None:
         "epochs": 1,
         "run": {"id": run.name},
         "model": {"path": str(base), "dtype": "fp32"},
-        "method": {"kind": "lora", "rank": 16, "alpha": 32, **method},
+        "method": {"kind": "lora", "rank": 16, "alpha": 32},
         "objective": {"kind": "sft"},
         "data": {"path": str(data)},
         "batch": {"max_length": 128, "tokens": 256},
     }
-    resolved = build(TrainConfig, mapping).model_dump(mode="json")
+    resolved = build(TrainConfig, {**mapping, **changes}).model_dump(mode="json")
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(yaml.safe_dump(resolved), encoding="utf-8")
 
@@ -94,3 +94,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     train_adapter(base, train, run / "weights", steps=60)
     export(run)
     return {"base": base, "train": train, "test": test, "run": run, "root": root}
+
+
+@pytest.fixture
+def pretrained(trained: dict[str, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A run that pretrained every weight from random ones, exported, and texts to score."""
+    import shutil
+
+    from tuneloom.train.export import export
+
+    run, texts = tmp_path / "pretrain-1", tmp_path / "texts.jsonl"
+    lines = [
+        json.dumps({"text": f"text number {i} about {WORDS['fruit'][i % 4]}"}) for i in range(9)
+    ]
+    texts.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_config(
+        run,
+        trained["base"],
+        texts,
+        model={"path": str(trained["base"]), "init": "random", "dtype": "fp32"},
+        method={"kind": "full"},
+        objective={"kind": "pretrain"},
+    )
+    shutil.copytree(trained["base"], run / "weights")
+    export(run)
+    return run, texts

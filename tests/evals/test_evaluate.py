@@ -235,3 +235,47 @@ def test_a_prompt_may_come_from_standard_input(
     arguments[1] = "prompt=fox 1: which kind?"
     assert main(["generate", *arguments]) == 0
     assert capsys.readouterr().out == piped != "\n"
+
+
+def test_an_adapter_is_scored_without_a_run_and_unknown_training_rows_are_called_so(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        ["evaluate", f"base={trained['base']}", f"adapter={trained['run'] / 'weights'}",
+         f"data.path={trained['test']}", "limit=8", "device=cpu"]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "test: 8 rows" in printed and "52 rows of the split were not scored" in printed
+    assert "whether these rows were trained on is not known" in printed
+
+
+def test_a_pretrained_model_is_scored_by_its_loss_alone(
+    pretrained: tuple[Path, Path],
+) -> None:
+    run, texts = pretrained
+    code = main(["evaluate", f"run={run}", f"data.path={texts}", "device=cpu"])
+    found = evaluation.read(run / "evals" / "texts.json")
+    assert code == 0 and found.metric == "loss" and found.base is None
+    assert found.tuned.exact_match is None and found.difference == {}
+    assert 5.0 < found.tuned.loss < 7.0  # untrained: ln 384 = 5.95
+    assert not gate.judge(found).passed
+
+
+def test_rows_seen_are_those_of_the_runs_own_record(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tuneloom.data.rows import open_rows
+    from tuneloom.evals.training import count_seen
+
+    test = open_rows(trained["test"])
+    ids = [test[i].id for i in range(5)]
+    pq.write_table(pa.table({"record_id": [*ids[:2], *ids[:2]]}), tmp_path / "exposure.parquet")
+    train = open_rows(trained["train"])
+    assert count_seen(set(ids), run=tmp_path, rows=train) == 2
+    assert count_seen(set(ids), run=None, rows=train) == 0
+    assert count_seen(set(ids), run=None, rows=test) == 5
+    assert count_seen(set(ids), run=None, rows=None) is None

@@ -96,8 +96,9 @@ class Evaluation(Config):
     """Why there is no baseline, where there is none."""
     constant: Constant | None
     labels: list[Label]
-    seen_in_training: int
-    """Scored rows whose id is among those trained on; anything but 0 voids the figures."""
+    seen_in_training: int | None
+    """Scored rows whose id is among those trained on; more than 0 voids the figures, null is
+    unknown."""
     left_out: int
     """Rows of the split that were not scored: over-length, or beyond `limit`."""
     data: dict[str, str]

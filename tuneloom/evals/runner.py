@@ -6,8 +6,6 @@ each row's answers beside it; `gate=true` ends with exit 6 unless tuned is bette
 
 import json
 import platform
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +19,9 @@ from tuneloom.evals import baseline, evaluation, gate, score
 from tuneloom.evals.evaluation import Baseline, Evaluation
 from tuneloom.evals.model import Device, Dtype, Loaded, exported, load, resolve_run
 from tuneloom.evals.score import Marks, Sheet
-from tuneloom.evals.tasks import Row, as_row
+from tuneloom.evals.tasks import Row
+from tuneloom.evals.terminal import progress, summary
+from tuneloom.evals.training import count_seen, drawn, open_training
 from tuneloom.registry.adapters import is_adapter
 
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -141,7 +141,8 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
     from tuneloom.data.rows import open_rows
 
     rows = open_rows(subject.data, split=config.data.split, format=config.data.format)
-    train = training_rows(config, subject)
+    trained_on = open_training(subject.data, subject.train, format=config.data.format)
+    train = drawn(trained_on, seed=config.seed)
     tuned, base = load_both(config, subject)
     sheet = score.prepare(
         rows,
@@ -153,7 +154,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
     )
     after, before = mark_both(tuned, base, sheet, batch_tokens=config.batch_tokens)
     known, missing = classical(config, sheet, train)
-    trained_on = exposed(subject.run) or {row.record.id for row in train}
+    ids = {scored.row.record.id for scored in sheet.rows}
     tuned_name, base_name = subject.tuned, subject.base
     found = Evaluation(
         task=config.task or task_name(subject.data, config.data.split),
@@ -166,7 +167,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
         baseline_missing=missing,
         constant=score.constant(sheet),
         labels=score.by_label(sheet, before, after),
-        seen_in_training=sum(scored.row.record.id in trained_on for scored in sheet.rows),
+        seen_in_training=count_seen(ids, run=subject.run, rows=trained_on),
         left_out=sheet.left_out,
         data={"path": subject.data, "split": config.data.split, "digest": rows.digest},
         models=digests(tuned, base),
@@ -174,34 +175,6 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
         examples=score.examples(sheet, before, after, seed=config.seed),
     )
     return found, score.row_lines(sheet, before, after)
-
-
-def training_rows(config: EvaluateConfig, subject: Subject) -> list[Row]:
-    """The rows that were trained on, where it is known which those are."""
-    from tuneloom.data.rows import open_rows
-
-    path, split = subject.data, subject.train or "train"
-    if subject.train is not None and Path(subject.train).is_file():
-        path = subject.train
-    elif not Path(path).is_dir() or (subject.train is None and not _has_split(path, split)):
-        return []
-    rows = open_rows(path, split=split, format=config.data.format)
-    return [as_row(rows[i]) for i in range(len(rows))]
-
-
-def exposed(run: Path | None) -> set[str]:
-    """Ids of the rows that a run stepped on, from its exposure.parquet; empty without one."""
-    path = run / "exposure.parquet" if run is not None else None
-    if path is None or not path.exists():
-        return set()
-    import pyarrow.parquet as pq
-
-    return set(pq.read_table(path, columns=["record_id"])["record_id"].to_pylist())
-
-
-def _has_split(path: str, split: str) -> bool:
-    manifest = Path(path, "manifest.json")
-    return manifest.exists() and split in json.loads(manifest.read_text("utf-8"))["splits"]
 
 
 def load_both(config: EvaluateConfig, subject: Subject) -> tuple[Loaded, Loaded | None]:
@@ -229,7 +202,7 @@ def mark_both(
 ) -> tuple[Marks, Marks | None]:
     """Marks of tuned and of base; with an adapter both are one model, the adapter on and off."""
     models = 2 if base is not None or tuned.adapter is not None else 1
-    advance = _progress(models * len(sheet.rows) * (2 if sheet.answered else 1))
+    advance = progress(models * len(sheet.rows) * (2 if sheet.answered else 1))
     after = score.mark(tuned, sheet, batch_tokens=batch_tokens, advance=advance)
     if base is not None:
         return after, score.mark(base, sheet, batch_tokens=batch_tokens, advance=advance)
@@ -273,54 +246,3 @@ def task_name(data: str, split: str) -> str:
     path = Path(data)
     name = f"{path.name.split('@')[0]}-{split}" if path.is_dir() else path.stem
     return "".join(c if c in SAFE else "-" for c in name)
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """A bar on a terminal, silence elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda count: None
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(console=Console(stderr=True), transient=True)
-    bar.start()
-    task, left = bar.add_task("scoring", total=total), total
-
-    def advance(count: int) -> None:
-        nonlocal left
-        left -= count
-        bar.advance(task, count)
-        if left <= 0:
-            bar.stop()
-
-    return advance
-
-
-def summary(found: Evaluation) -> str:
-    """A small table for the terminal."""
-    lines = [f"{found.task}: {found.n} rows, {found.data['path']} ({found.data['split']})"]
-    head = f"  {'':10}{'label accuracy':>24}{'exact match':>24}{'loss/token':>12}"
-    lines.append(head)
-    for name, one in (("base", found.base), ("tuned", found.tuned)):
-        if one is not None:
-            label, match = score.shown(one.label_accuracy), score.shown(one.exact_match)
-            lines.append(f"  {name:10}{label:>24}{match:>24}{one.loss:>12.4f}")
-    if found.baseline is not None:
-        text = score.shown(found.baseline.label_accuracy)
-        lines.append(f"  {'baseline':10}{text:>24}  {found.baseline.method}")
-    elif found.baseline_missing:
-        lines.append(f"  baseline: none, {found.baseline_missing}")
-    if found.constant is not None:
-        text = score.shown(found.constant.label_accuracy)
-        lines.append(f"  {'constant':10}{text:>24}  always answering {found.constant.answer!r}")
-    for metric, change in found.difference.items():
-        p = "" if change.p_value is None else f", McNemar p = {change.p_value:.2g}"
-        lines.append(
-            f"  tuned - base, {metric.replace('_', ' ')}: {change.value:+.3f} "
-            f"[{change.low:+.3f}, {change.high:+.3f}]{p}"
-        )
-    if found.seen_in_training:
-        lines.append(f"  {found.seen_in_training} of these rows were trained on: not held out")
-    if found.left_out:
-        lines.append(f"  {found.left_out} rows of the split were not scored (over-length or limit)")
-    return "\n".join(lines)
