@@ -35,7 +35,10 @@ class Feed:
 
     def next_step(self) -> list[np.ndarray]:
         """Row indices of every micro-batch of the step, all ranks'; empty when the epochs are over."""
-        return self.plan.next_step()
+        bins = self.plan.next_step()
+        if not bins:  # rows too long at the very end belong to no step
+            self.ledger.count(self.plan.dropped, self.store)
+        return bins
 
     def mine(self, bins: list[np.ndarray]) -> list[MicroBatch]:
         """This rank's micro-batches on its device."""

@@ -65,6 +65,7 @@ def test_every_row_is_seen_once_an_epoch_or_reported_dropped(
     while bins := made.next_step():
         assert len(bins) == plan.group
         seen += [int(row) for members in bins for row in members] + made.dropped.tolist()
+        assert made.consumed == len(seen)
     seen += made.dropped.tolist()
     assert plan.epochs is not None
     whole = int(plan.epochs)

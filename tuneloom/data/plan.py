@@ -74,7 +74,8 @@ class Plan:
         self._dropped = EMPTY
         self._next = 0  # packed: next bin of the window; not packed: next row of the stream
         self.dropped = EMPTY
-        """Rows of length 0 that the last step passed over, for the ledger."""
+        """Rows of length 0 that the last `next_step` passed over, for the ledger; there may be some
+        when it gives [], at the very end."""
 
     def next_step(self) -> list[np.ndarray]:
         """The step's G micro-batches of row indices, empty ones at the very end; [] after it."""
@@ -87,14 +88,14 @@ class Plan:
 
     @property
     def consumed(self) -> int:
-        """Rows of the stream that are trained on or dropped."""
+        """Rows of the stream that `next_step` has given, or has reported in `dropped`."""
         if not self.config.packing:
             return self._next
         start = self._start - len(self._waiting)
         if self._bins is None:
             return start
         sent = sum(len(members) for members in self._bins[: self._next])
-        return start + sent + len(self._dropped) * (self._next == len(self._bins))
+        return start + sent + len(self._dropped)
 
     @property
     def progress(self) -> float:
