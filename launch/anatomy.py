@@ -71,9 +71,8 @@ def saved_activations(config: TrainConfig) -> Saved:
         backend == "sdpa"
     ):  # fused kernels keep the same bytes for one long row, in the packed layout
         rows, length = 1, rows * length
-    return _saved(
-        _key(config.model), _frozen(config.method), config.model.dtype, backend, rows, length
-    )
+    shape, method = _key(config.model), _frozen(config.method)
+    return _saved(shape, method, config.model.kernels, config.model.dtype, backend, rows, length)
 
 
 def micro_batch(batch: BatchConfig) -> tuple[int, int]:
@@ -121,11 +120,12 @@ def _frozen(method: MethodConfig) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _network(shape: str, method: str) -> Any:
-    """The adapted network on the meta device."""
+def _network(shape: str, method: str, kernels: bool = False) -> Any:
+    """The adapted network on the meta device, with the fused ops of kernels/ or without."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from tuneloom.kernels.patch import patch
     from tuneloom.train import method as methods
 
     fields = json.loads(shape)
@@ -134,6 +134,8 @@ def _network(shape: str, method: str) -> Any:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             network.config.use_cache = False
+            if kernels:
+                patch(network)
             return methods.apply(network, MethodConfig.model_validate_json(method))
     except (ValueError, KeyError) as error:
         if isinstance(error, ConfigError):
@@ -184,13 +186,15 @@ def _layers(network: Any) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=32)
-def _saved(shape: str, method: str, dtype: str, backend: str, rows: int, length: int) -> Saved:
+def _saved(
+    shape: str, method: str, kernels: bool, dtype: str, backend: str, rows: int, length: int
+) -> Saved:
     import torch
 
     from tuneloom.kernels import attention
     from tuneloom.train.model import DTYPES
 
-    network = _network(shape, method).train()
+    network = _network(shape, method, kernels).train()
     attention.install(network, attention.Choice(backend, "planned"))
     ledger = _Ledger()
     with torch._subclasses.FakeTensorMode(), ledger.watch(_layers(network)):

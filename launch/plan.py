@@ -16,9 +16,8 @@ from tuneloom.config import Config
 from tuneloom.errors import RefusedError
 from tuneloom.launch import machine
 from tuneloom.launch.anatomy import Anatomy, anatomy, saved_activations
-from tuneloom.launch.config import JobConfig
+from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.memory import USABLE, Memory, Traffic, checkpoint_bytes, forecast, traffic
-from tuneloom.launch.run import training_of
 from tuneloom.launch.workload import Speed, Workload, speed, workload
 
 Positive = Annotated[float, Field(gt=0)]
@@ -189,10 +188,13 @@ def _memory(job: JobConfig, device: Device) -> tuple[Anatomy, Memory]:
 def problems(job: JobConfig, result: Plan) -> list[str]:
     """What does not fit, as sentences; the disk counts where the plan is for this machine."""
     found = memory_problems(job, result.device, result.memory)
+    if job.model.dtype == "fp16" and not result.device.cuda:
+        found.append("model.dtype: fp16 needs a GPU; set model.dtype=bf16 or fp32")
     if result.device.here and result.checkpoints > result.free_disk:
         found.append(
             f"run.root: {job.checkpoint.keep} checkpoints and the one being written take "
-            f"{gib(result.checkpoints)}, the disk has {gib(result.free_disk)} free"
+            f"{gib(result.checkpoints)}, the disk has {gib(result.free_disk)} free; lower "
+            "checkpoint.keep, free some, or point run.root elsewhere"
         )
     return found
 
@@ -236,7 +238,7 @@ def refusal(job: JobConfig, result: Plan) -> str:
     """Why it cannot run and what would make it, each alternative planned anew."""
     why = "; ".join(result.problems)
     if not memory_problems(job, result.device, result.memory):
-        return f"{why}; lower checkpoint.keep, free some disk, or point run.root elsewhere"
+        return why
     ways = [_way(job, change) for change in fitting(job, result.device)]
     if not ways:
         return f"{why}; no method, ZeRO stage, recomputation or batch fits: use more or larger GPUs"

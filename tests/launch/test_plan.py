@@ -14,7 +14,7 @@ from tuneloom.launch.anatomy import anatomy, saved_activations
 from tuneloom.launch.config import JobConfig
 from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, traffic
 from tuneloom.launch.plan import PlanConfig, changed, check, memory_problems, plan, ranks_of
-from tuneloom.launch.run import training_of
+from tuneloom.launch.config import training_of
 from tuneloom.launch.workload import speed, workload
 from tuneloom.testing import Gang, small_config
 from tuneloom.train import method as methods
@@ -108,6 +108,55 @@ def test_an_8b_layer_saves_the_bytes_measured_elsewhere(kind: str, kib: float) -
     config = shaped("meta-llama/Meta-Llama-3-8B", f"method={kind}", "batch.tokens=4096")
     middle = saved_activations(config).per_layer[1]
     assert middle / 4096 / 1024 == pytest.approx(kib, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_fused_ops_of_the_project_are_planned_with_what_they_save(kind: str) -> None:
+    config = shaped("meta-llama/Meta-Llama-3-8B", f"method={kind}", "model.kernels=true")
+    middle = saved_activations(config).per_layer[1]
+    assert middle / 8192 / 1024 == pytest.approx(92.1, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_peak_of_a_real_step_is_the_forecast_of_activations_and_head(
+    tmp_path: Path, dtype: str
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tuneloom.kernels import attention
+
+    shape = {
+        "vocab_size": 16384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "llama"}))
+    network = LlamaForCausalLM(LlamaConfig(**shape)).to(DTYPES[dtype]).train()
+    attention.install(network, attention.Choice("sdpa", "test"))
+    ids = torch.randint(0, 16384, (1, 512))
+
+    def loss() -> torch.Tensor:  # as train/loss.py: the logits' name ends before backward
+        logits = network(input_ids=ids, use_cache=False).logits[0]
+        return torch.nn.functional.cross_entropy(logits.float(), ids[0], reduction="sum")
+
+    config = shaped(str(tmp_path), "method=full", f"model.dtype={dtype}", "batch.max_length=512",
+                    "batch.tokens=512", "launch.gpus_per_worker=0")  # fmt: skip
+    memory = plan(config).memory
+    assert memory.activations + memory.loss_head == pytest.approx(peak_bytes(loss), rel=0.05)
+
+
+def peak_bytes(loss: Any) -> int:
+    """Most bytes that tensors on the processor took at once in a forward and backward pass."""
+    from torch.profiler import ProfilerActivity, profile
+
+    loss().backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss().backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def test_recomputation_keeps_an_input_a_layer_and_one_layer_whole() -> None:
@@ -234,6 +283,11 @@ def test_a_job_that_fits_this_machine_passes_and_a_huge_one_is_refused(lab: Path
     huge = shaped("meta-llama/Meta-Llama-3-70B", "method=full", "launch.gpus_per_worker=0")
     with pytest.raises(RefusedError, match="a rank needs"):
         check(huge)
+
+
+def test_fp16_is_refused_where_there_is_no_gpu(lab: Path) -> None:
+    with pytest.raises(RefusedError, match=r"model\.dtype: fp16 needs a GPU"):
+        check(local(lab, model__dtype="fp16"))
 
 
 def test_planned_steps_are_the_steps_a_run_takes(lab: Path, two: Gang) -> None:
