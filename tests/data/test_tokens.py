@@ -13,6 +13,7 @@ import pytest
 
 from tuneloom.data import tokens
 from tuneloom.data.ledger import Ledger
+from tuneloom.data.plan import Plan, PlanConfig, epoch_order
 from tuneloom.data.render import Renderer
 from tuneloom.data.rows import Rows, open_rows
 from tuneloom.data.tokens import TokenStore
@@ -304,6 +305,27 @@ def test_the_ledger_adds_up_to_the_token(tmp_path: Path, rows: Rows, make_tokeni
         ledger.write(tmp_path / "ledger.json")
         written = json.loads((tmp_path / "ledger.json").read_text())
         assert written["total"]["trained"] == trained and written["padded"] == 11
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_ledger_agrees_with_the_plan_after_every_step(
+    tmp_path: Path, rows: Rows, make_tokenizer: Maker, packing: bool
+) -> None:
+    ledger, renderer = Ledger(), Renderer(make_tokenizer(), max_length=LIMIT)
+    config = PlanConfig(
+        seed=1, epochs=1.3, shuffle=True, packing=packing, tokens=256, sequences=4, window=300,
+        group=4,
+    )  # fmt: skip
+    with TokenStore(tmp_path / "c", rows, renderer, epoch_order(COUNT, 1, 0)) as store:
+        plan, steps = Plan(COUNT, store.lengths, config), 0
+        while bins := plan.next_step():
+            ledger.count(np.concatenate(bins), store)
+            ledger.count(plan.dropped, store)
+            ledger.check(rows=plan.consumed)
+            steps += 1
+        ledger.count(plan.dropped, store)
+    assert steps > 20 and ledger.total.rows == round(1.3 * COUNT) == plan.consumed
+    ledger.check(rows=plan.consumed)
 
 
 def test_a_ledger_that_does_not_add_up_says_so(
