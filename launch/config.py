@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tuneloom.train.config import TrainConfig
 from tuneloom.config import Config
+from tuneloom.train.config import TrainConfig
 
 
 class LaunchConfig(Config):
@@ -23,3 +23,8 @@ class JobConfig(TrainConfig):
     """What `tuneloom train` composes and validates."""
 
     launch: LaunchConfig
+
+def training_of(job: TrainConfig) -> TrainConfig:
+    """The job without its launch: what every rank gets, the same whoever starts it."""
+    fields = {name: getattr(job, name) for name in TrainConfig.model_fields}
+    return TrainConfig.model_construct(**fields)

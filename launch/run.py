@@ -3,18 +3,19 @@
 import os
 import time
 
-from tuneloom.launch.config import JobConfig
-from tuneloom.train.config import TrainConfig
+from tuneloom.launch.config import JobConfig, training_of
+from tuneloom.launch.plan import check
 from tuneloom.train.runs import folder_of, with_id
 
 CONFIG = JobConfig
 
 
 def main(config: JobConfig) -> int:
-    """Launch and wait; returns 0, or raises the TuneloomError that ended the run."""
+    """Refuse what cannot fit, launch and wait; returns 0, or raises the TuneloomError that ended the run."""
     os.environ.setdefault("TUNELOOM_STARTED", str(time.time()))
     job = with_id(config)
     training = training_of(job)
+    check(job)
     print(f"run {job.run.id} in {folder_of(training)}", flush=True)
     if config.launch.kind == "inline":
         from tuneloom.train.loop import fit
@@ -25,9 +26,3 @@ def main(config: JobConfig) -> int:
 
         supervise(training, job.launch)
     return 0
-
-
-def training_of(job: TrainConfig) -> TrainConfig:
-    """The job without its launch: what every rank gets, the same whoever starts it."""
-    fields = {name: getattr(job, name) for name in TrainConfig.model_fields}
-    return TrainConfig.model_construct(**fields)

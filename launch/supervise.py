@@ -6,37 +6,65 @@ what its controller polled last (up to one interval older than the disk), and `r
 """
 
 import os
-import socket
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tuneloom.errors import RefusedError, TrainingError, TuneloomError
 from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.worker import Worker
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.runs import folder_of
 
-ENVIRONMENT = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OFFLINE", "HF_HOME",
-               "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
-               "CUDA_HOME")  # fmt: skip
-"""Variables that ranks inherit; secrets are not among them."""
+INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OFFLINE", "HF_HOME",
+             "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
+             "CUDA_HOME", "PATH")  # fmt: skip
+"""Variables that ranks get from the driver; secrets are not among them, W&B reads its own netrc."""
 
 
 def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
     """Run the gang until it is done; restart it at most `max_restarts` times when a worker dies.
 
-    Raises the error a rank raised, or TrainingError when workers kept dying.
+    Raises the error a rank raised, Stopped after a signal, TrainingError when workers kept dying.
     """
     import ray
 
     connect(launch)
     try:
-        for attempt in range(launch.max_restarts + 1):
-            lost = run_gang(config, launch, attempt)
-            if lost is None:
-                return
-            print(f"launch: {lost}; restart {attempt + 1} of {launch.max_restarts}", flush=True)
-        raise TrainingError(f"launch.max_restarts: {launch.max_restarts} restarts used up; last: {lost}")
+        with signals_ask_to_stop(folder_of(config)):
+            lost: str | None = None
+            for attempt in range(launch.max_restarts + 1):
+                lost = run_gang(config, launch, attempt)
+                if lost is None:
+                    return
+                print(f"launch: {lost}; restart {attempt + 1} of {launch.max_restarts}", flush=True)
+            raise TrainingError(
+                f"launch.max_restarts: all {launch.max_restarts} restarts are used up; last: {lost}"
+            )
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def signals_ask_to_stop(folder: Path) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 leave a `stop` file that rank 0 reads at its next step."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stop").touch()
+        print(f"launch: {signal.Signals(number).name}: saving, then stopping", flush=True)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def connect(launch: LaunchConfig) -> None:
@@ -46,27 +74,63 @@ def connect(launch: LaunchConfig) -> None:
     """
     import ray
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    shared: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
+    # Every line of every rank, as it was written: Ray drops lines that repeat across workers.
+    os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    shared: dict[str, Any] = {"logging_level": "error", "log_to_driver": True}
     if launch.kind == "local":
         ray.init(
-            address="local", num_cpus=max(launch.workers, os.cpu_count() or 1), include_dashboard=False,
-            object_store_memory=80 * 2**20, **shared,
+            address="local", num_cpus=max(launch.workers, os.cpu_count() or 1),
+            include_dashboard=False, object_store_memory=80 * 2**20, **shared,
         )  # fmt: skip
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        raise RefusedError("launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local")
+        raise RefusedError(
+            "launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local"
+        )
     ray.init(address=address, **shared)
 
 
 def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | None:
     """One attempt: place, start, wait. None when done, a sentence when a worker was lost."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.exceptions import RayActorError
+    from ray.util.placement_group import remove_placement_group
 
     gpus = gpus_per_worker(launch)
+    group = place(launch, gpus)
+    actors = [
+        ray.remote(Worker).options(
+            num_cpus=1, num_gpus=gpus, placement_group=group, placement_group_bundle_index=rank,
+            runtime_env={"env_vars": environment()}, max_restarts=0,
+        ).remote()
+        for rank in range(launch.workers)
+    ]  # fmt: skip
+    try:
+        places = ray.get([actor.place.remote() for actor in actors])
+        calls = [
+            actor.run.remote(
+                config.model_dump(mode="json"), launch.model_dump(mode="json"),
+                rendezvous(rank, places, attempt, gpus),
+            )
+            for rank, actor in enumerate(actors)
+        ]  # fmt: skip
+        wait(calls)
+        return None
+    except RayActorError as error:
+        return f"a worker was lost ({type(error).__name__})"
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(group)
+
+
+def place(launch: LaunchConfig, gpus: int) -> Any:
+    """Reserve a slot for every rank at once, nodes filled one by one; raises RefusedError."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+    from ray.util.placement_group import placement_group
+
     bundle = {"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})
     group = placement_group([bundle] * launch.workers, strategy="PACK")
     try:
@@ -77,46 +141,50 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
             f"launch.workers: {launch.workers} x {bundle} cannot be placed; the cluster has "
             f"{have.get('CPU', 0):.0f} CPU and {have.get('GPU', 0):.0f} GPU"
         ) from None
-    actors = [_worker_class().options(
-        num_cpus=1, num_gpus=gpus, placement_group=group, placement_group_bundle_index=rank,
-        runtime_env={"env_vars": environment()}, max_restarts=0,
-    ).remote() for rank in range(launch.workers)]  # fmt: skip
-    try:
-        places = ray.get([actor.place.remote() for actor in actors])
-        address, port = places[0]["address"], places[0]["port"]
-        hosts = [place["node"] for place in places]
-        waiting = [
-            actor.run.remote(config.model_dump(mode="json"), launch.model_dump(mode="json"), {
-                "RANK": str(rank), "WORLD_SIZE": str(launch.workers),
-                "LOCAL_RANK": str(0 if gpus else hosts[:rank].count(hosts[rank])),
-                "MASTER_ADDR": address, "MASTER_PORT": str(port), "TUNELOOM_ATTEMPT": str(attempt),
-            })
-            for rank, actor in enumerate(actors)
-        ]  # fmt: skip
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            for error in ray.get(done):
-                if error is not None:
-                    raise revived(error)
-        return None
-    except RayActorError as error:
-        return f"a worker was lost ({type(error).__name__})"
-    except RayTaskError as error:
-        raise TrainingError(f"a rank failed: {str(error.cause).strip()}") from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        remove_placement_group(group)
+    return group
+
+
+def rendezvous(
+    rank: int, places: list[dict[str, Any]], attempt: int, gpus: int
+) -> dict[str, str]:
+    """What torch.distributed reads from the environment; rank 0's host is the meeting point."""
+    node = places[rank]["node"]
+    same_host = sum(place["node"] == node for place in places[:rank])
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(len(places)),
+        # Ray shows a worker only its own GPU, as number 0.
+        "LOCAL_RANK": "0" if gpus else str(same_host),
+        "MASTER_ADDR": places[0]["address"],
+        "MASTER_PORT": str(places[0]["port"]),
+        "TUNELOOM_ATTEMPT": str(attempt),
+    }
+
+
+def wait(calls: list[Any]) -> None:
+    """Until every rank returned; raises the first error, after the others had 30 s to say the same."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    waiting, failure, deadline = calls, None, 0.0
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
+        try:
+            failures = [error for error in ray.get(done) if error is not None]
+        except RayTaskError as error:
+            raise TrainingError(f"a rank failed: {str(error.cause).strip()}") from error
+        if failures and failure is None:
+            failure, deadline = revived(failures[0]), time.monotonic() + 30.0
+        if failure is not None and time.monotonic() > deadline:
+            break
+    if failure is not None:
+        raise failure
 
 
 def revived(error: dict[str, str]) -> TuneloomError:
     """A rank's error as the class it was."""
-    classes = {c.__name__: c for c in _subclasses(TuneloomError)}
+    classes = {kind.__name__: kind for kind in TuneloomError.__subclasses__()}
     return classes.get(error["class"], TrainingError)(error["message"])
-
-
-def _subclasses(kind: type) -> list[type]:
-    return [s for c in kind.__subclasses__() for s in (c, *_subclasses(c))]
 
 
 def gpus_per_worker(launch: LaunchConfig) -> int:
@@ -130,46 +198,6 @@ def gpus_per_worker(launch: LaunchConfig) -> int:
 
 def environment() -> dict[str, str]:
     """Variables that the ranks get from here."""
-    passed = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    passed = {name: os.environ[name] for name in INHERITED if name in os.environ}
     passed.setdefault("OMP_NUM_THREADS", "1")
     return passed
-
-
-def _worker_class() -> Any:
-    import ray
-
-    return ray.remote(Worker)
-
-
-class Worker:
-    """One rank in a process of its own."""
-
-    def place(self) -> dict[str, Any]:
-        """Where this rank landed; rank 0's address and a free port become the rendezvous."""
-        import ray
-
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = listener.getsockname()[1]
-        return {
-            "address": ray.util.get_node_ip_address(),
-            "port": port,
-            "node": ray.get_runtime_context().get_node_id(),
-            "time": time.time(),
-        }
-
-    def run(
-        self, config: dict[str, Any], launcher: dict[str, Any], environment: dict[str, str]
-    ) -> dict[str, str] | None:
-        """Train as this rank; a TuneloomError comes back as its class and sentence."""
-        os.environ.update(environment)
-        from tuneloom.config import build
-        from tuneloom.train.loop import fit
-
-        try:
-            fit(build(TrainConfig, config), launcher=launcher)
-        except TuneloomError as error:
-            return {"class": type(error).__name__, "message": str(error)}
-        return None
-
-

@@ -1,0 +1,41 @@
+# make install | demo | test | check | bench; `make` alone prints this list.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:
+	@echo "make install   a virtual environment in .venv/, every version pinned in constraints.txt"
+	@echo "make demo      the main job on this machine: raw records to a scored adapter and report.html"
+	@echo "make test      the whole test suite (no GPU needed)"
+	@echo "make check     ruff, mypy, layers"
+	@echo "make bench     benchmarks that two CPU cores can run; results in benchmarks/results/"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,data,baseline]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: install
+	@bash examples/demo.sh
+
+test: install
+	$(BIN)/pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layers.py
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+.PHONY: help install demo test check bench
+.DEFAULT_GOAL := help
