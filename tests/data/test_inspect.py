@@ -61,6 +61,19 @@ def test_truncation_shows_where_it_cuts(folder: Path, capsys: pytest.CaptureFixt
     assert second["dropped"] == "" and second["tokens"] - second["cut"] == 30
 
 
+def test_text_is_shown_under_pretrain(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "rows.jsonl").write_text('{"text": "hello world"}\n')
+    assert inspect(folder, "objective=pretrain", "json=true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["template"] == {
+        "kind": "text",
+        "name": None,
+        "serves_what_it_trains": True,
+        "end_of_turn": "<|im_end|>",
+    }
+    assert [s["state"] for s in found["rows"][0]["segments"]] == ["masked", "trained"]
+
+
 def test_a_person_sees_trained_tokens_in_green(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,10 @@ class InspectModelConfig(Config):
     revision: str | None = None
 
 
+class InspectObjectiveConfig(Config):
+    kind: Objective = "sft"
+
+
 class InspectBatchConfig(Config):
     max_length: Annotated[int, Field(ge=2)] = 2048
     over_length: OverLength = "drop"
@@ -51,7 +55,7 @@ class InspectBatchConfig(Config):
 class InspectConfig(Config):
     data: InspectDataConfig
     model: InspectModelConfig
-    objective: Objective = "sft"
+    objective: InspectObjectiveConfig = InspectObjectiveConfig()
     batch: InspectBatchConfig = InspectBatchConfig()
     rows: Positive = 5
     """Rows shown, from the first."""
@@ -102,7 +106,7 @@ def main(config: InspectConfig) -> int:
     """Print rows and shares; returns the exit code."""
     rows = open_rows(config.data.path, config.data.split, config.data.format)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
-    renderer = Renderer(tokenizer, config.objective)
+    renderer = Renderer(tokenizer, config.objective.kind)
     shown = [show(rows, i, renderer, config.batch) for i in range(min(config.rows, len(rows)))]
     sample = scan(rows, renderer, config)
     template = _template(renderer, rows[0].kind)
