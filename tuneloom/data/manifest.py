@@ -14,8 +14,11 @@ from tuneloom.data.readers import Passed
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.splits import SPLITS
-from tuneloom.data.store import manifest_id
+from tuneloom.data.store import digest_of, manifest_id
 from tuneloom.errors import DataError
+
+VERSION = 1
+"""Raised when the same rows and recipe would give other records than before."""
 
 
 @dataclass
@@ -62,6 +65,10 @@ def make_manifest(
         "rejects_digest": tally.rejects.hexdigest(),
         "config_digest": hashlib.sha256(canonical(identity).encode()).hexdigest(),
         "recipe": identity,
+        "transforms": [
+            {"step": "ingest", "version": VERSION, "in_digest": _sources_digest(tally),
+             "out_digest": digest_of(written.splits), "rows": int(kept.sum())},
+        ],
         "created_from": [
             *decision.created_from,
             *({"name": p.source, "rows": tally.rows_of[p.source], "kept": kept_of.get(p.source, 0),
@@ -71,6 +78,12 @@ def make_manifest(
         ],
     }  # fmt: skip
     return manifest | {"id": manifest_id(manifest)}
+
+
+def _sources_digest(tally: Tally) -> str:
+    """One digest over the raw files, as they lie on disk."""
+    text = " ".join(f"{passed.source} {passed.sha256}" for passed in tally.passed)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plain(counter: Counter[str]) -> dict[str, int]:

@@ -42,7 +42,7 @@ class Recogniser:
         if self.words and not any(word.strip() in lowered for word in self.words):
             return
         for match in self.pattern.finditer(text):
-            start, end = match.span(match.lastgroup or 0)
+            start, end = match.span("value" if "value" in self.pattern.groupindex else 0)
             if self.words and not self.named(lowered[max(0, start - NEAR) : start]):
                 continue
             if self.unless and self.unless.search(text[max(0, start - NEAR) : start]):
@@ -229,7 +229,12 @@ RECOGNISERS = [
     ),
     Recogniser("iban", "digits", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}\b"), iban),
     Recogniser(
-        "card", "digits", re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?!\w|[.,-]\d)"), luhn
+        "card", "digits",
+        re.compile(
+            r"(?<![\w.,-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})"
+            r"(?!\w|[.,-]\d)"
+        ),
+        luhn,
     ),
     Recogniser(
         "ip", "dotted",

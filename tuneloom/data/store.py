@@ -80,6 +80,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(splits: dict[str, Any]) -> str:
+    """One digest over the rows of all splits."""
+    text = " ".join(f"{name} {part['digest']}" for name, part in sorted(splits.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def manifest_id(manifest: dict[str, Any]) -> str:
     """Twelve hex digits over all that the manifest says, the digests of content among it.
 

@@ -1,0 +1,225 @@
+"""Rows to models and back, and erasure proved: the new adapter never saw the rows."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloom.config import build
+from tuneloom.data.erase import EraseConfig, execute, make_plan
+from tuneloom.data.erase import main as erase
+from tuneloom.data.ingest import ingest
+from tuneloom.data.prepare import hash64
+from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.rows import open_rows
+from tuneloom.errors import ConfigError, DataError, RefusedError
+from tuneloom.registry.digests import weights_digest
+from tuneloom.registry.graph import Graph, subject_hash
+from tuneloom.registry.lineage import LineageConfig, ask, main
+from tuneloom.testing import tiny_model
+
+RECIPE: dict[str, Any] = {
+    "name": "d",
+    "record": {"messages": [{"role": "user", "content": "{q}"},
+                            {"role": "assistant", "content": "{a}"}]},
+    "key": "{q}",
+    "subject": "{who}",
+    "provenance": [{"match": "crm*", "licence": "MIT"},
+                   {"match": "forum*", "licence": "CC-BY-NC-4.0"}],
+    "use": "research",
+    "split": {"train": 0.8, "validation": 0.2, "test": 0.0},
+}  # fmt: skip
+
+
+def write_raw(folder: Path) -> Path:
+    rng = random.Random(0)
+    folder.mkdir(parents=True)
+    for name in ("crm", "forum"):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for i in range(40):
+                words = " ".join(rng.choice(["red", "green", "blue", "grey"]) for _ in range(6))
+                row = {
+                    "q": f"{name} question {i} {words}",
+                    "a": f"answer {i * i}",
+                    "who": f"user{i % 10}",
+                }
+                file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def make(root: Path, source: Path, **data: Any) -> Path:
+    mapping = {"data": RECIPE | data, "source": str(source), "root": str(root)}
+    return ingest(build(IngestConfig, mapping))
+
+
+def train(folder: Path, run_id: str, data: Path) -> Path:
+    command = [sys.executable, "-m", "tuneloom", "train", f"model.path={folder / 'base'}",
+               "model.dtype=fp32", f"data.path={data}", "launch=inline", "zero=stage0", "tracker=off", "epochs=1",
+               "batch.max_length=128", "batch.tokens=256", f"run.id={run_id}",
+               f"run.root={folder / 'runs'}",
+               "train.drill=false", "train.probe=false"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs" / run_id
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a dataset of two sources, and a run trained on it."""
+    folder = tmp_path_factory.mktemp("house")
+    tiny_model(folder / "base")
+    train(folder, "first", make(folder / "datasets", write_raw(folder / "raw")))
+    return folder
+
+
+def places(folder: Path) -> dict[str, str]:
+    return {"datasets": str(folder / "datasets"), "runs": str(folder / "runs")}
+
+
+def graph(folder: Path) -> Graph:
+    return Graph.load(folder / "datasets", folder / "runs")
+
+
+def asked(folder: Path, **question: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    answer, rows = ask(graph(folder), build(LineageConfig, question))
+    return answer, rows.to_pylist()
+
+
+def test_every_row_of_the_train_split_is_in_the_lineage_of_its_run_and_no_other(
+    house: Path,
+) -> None:
+    answer, rows = asked(house, run="first")
+    opened = open_rows(house / "datasets" / "d")
+    assert {row["record_id"] for row in rows} == {opened[i].id for i in range(len(opened))}
+    assert all(row["times"] == 1 and row["licence"] for row in rows)
+    assert sum(entry["rows"] for entry in answer["by_source"].values()) == len(rows)
+    assert answer["dataset"].endswith(" train")
+    adapter, _ = asked(house, adapter=str(house / "runs" / "first" / "weights"))
+    assert adapter["run"] == "first"
+
+
+def test_a_row_a_subject_a_source_and_a_licence_lead_to_the_run(house: Path) -> None:
+    _, rows = asked(house, run="first")
+    answer, _ = asked(house, row=rows[0]["record_id"][:12])
+    assert answer["rows"] == 1
+    assert answer["runs"]["first"]["first_step"] == rows[0]["first_step"]
+    subject, found = asked(house, subject="user3")
+    assert subject["rows"] == 8 == len(found)
+    forum = asked(house, source="forum.jsonl")[0]
+    assert forum["rows"] == 40
+    assert forum["runs"] == asked(house, licence="CC-BY-NC-4.0")[0]["runs"]
+    assert subject_hash("user3") == f"{hash64('user3'):016x}"
+
+
+def test_an_unknown_thing_is_named(house: Path) -> None:
+    with pytest.raises(DataError, match="no dataset holds 'user99'"):
+        asked(house, subject="user99")
+    with pytest.raises(DataError, match="run: no 'second' here"):
+        asked(house, run="second")
+    with pytest.raises(ConfigError, match="expected one of row="):
+        build(LineageConfig, {"run": "a", "row": "b" * 12})
+
+
+def test_out_writes_every_row(
+    house: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = {"run": "first", "out": str(tmp_path / "rows.parquet"), "format": "json",
+              **places(house)}  # fmt: skip
+    assert main(build(LineageConfig, config)) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert pq.read_table(tmp_path / "rows.parquet").num_rows == answer["rows"] > 20
+
+
+def test_a_plan_changes_nothing(house: Path) -> None:
+    before = sorted(p for p in house.rglob("*") if p.is_file())
+    config = {
+        "source": "forum.jsonl",
+        "datasets": str(house / "datasets"),
+        "runs": str(house / "runs"),
+    }
+    assert erase(build(EraseConfig, config)) == 0
+    assert sorted(p for p in house.rglob("*") if p.is_file()) == before
+
+
+def test_runs_started_from_a_run_are_its_descendants(tmp_path: Path) -> None:
+    def run(name: str, parent: str | None, base: str) -> None:
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        record = {
+            "parent": parent,
+            "base": {"path": base},
+            "dataset": {"digest": name},
+            "started": "x",
+        }
+        (folder / "run.json").write_text(json.dumps(record))
+
+    run("a", None, "base")
+    run("b", None, str(tmp_path / "runs" / "a" / "export" / "model"))
+    run("c", "b", "base")
+    run("d", None, "base")
+    loaded = graph(tmp_path)
+    assert [r.id for r in loaded.descendants([loaded.runs["a"]])] == ["b", "c"]
+
+
+def test_an_erased_row_takes_the_rows_of_its_key_in_derived_datasets(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    task = make(tmp_path / "datasets", raw)
+    text = make(tmp_path / "datasets", raw, name="text", record={"text": "{q}"}, split={"seed": 3},
+                within={"dataset": str(task), "split": "train"})  # fmt: skip
+    victim = open_rows(task)[0].id
+    config = build(EraseConfig, {"row": victim, "execute": True, "reason": "asked", "retrain": False,
+                                 **places(tmp_path)})  # fmt: skip
+    loaded = graph(tmp_path)
+    plan = make_plan(loaded, config)
+    assert plan.datasets == {task.name: 1, text.name: 1}
+    list(execute(loaded, plan, config))
+    after = graph(tmp_path).datasets
+    assert {d.manifest["name"] for d in after.values()} == {"d", "text"}
+    for dataset in after.values():
+        counts = dataset.manifest["counts"]
+        assert counts["quarantined"]["erased"] == 1
+        places = (
+            sum(counts[fate].values()) for fate in ("rejected", "deduplicated", "quarantined")
+        )
+        assert counts["in"] == counts["kept"] + sum(fates)
+        assert not [t for _, t in dataset.rows(["id"]) if set(t["id"].to_pylist()) & set(plan.ids)]
+    (derived,) = (d for d in after.values() if d.manifest["name"] == "text")
+    assert derived.parents() == [d.name for d in after.values() if d.manifest["name"] == "d"]
+    tombstone = json.loads((tmp_path / "datasets" / "tombstones.jsonl").read_text())
+    assert tombstone["ids"] == plan.ids and tombstone["reason"] == "asked"
+
+
+def test_a_running_run_is_not_pulled_away(house: Path) -> None:
+    config = build(EraseConfig, {"source": "forum.jsonl", "execute": True, "reason": "r",
+                                 **places(house)})  # fmt: skip
+    loaded = graph(house)
+    loaded.runs["first"].record["state"] = "running"
+    with pytest.raises(RefusedError, match="run first is still running"):
+        list(execute(loaded, make_plan(loaded, config), config))
+    assert not (house / "datasets" / "tombstones.jsonl").exists()
+
+
+def test_the_adapter_after_erasure_is_the_one_that_never_saw_the_rows(house: Path) -> None:
+    before = weights_digest(house / "runs" / "first" / "weights")
+    old = (house / "datasets" / "d").resolve()
+    config = build(EraseConfig, {"source": "forum.jsonl", "execute": True, "reason": "withdrawn",
+                                 **places(house)})  # fmt: skip
+    loaded = graph(house)
+    list(execute(loaded, make_plan(loaded, config), config))
+    assert not old.exists() and not (house / "runs" / "first").exists()
+
+    innocent = write_raw(house / "innocent" / "raw")
+    (innocent / "forum.jsonl").unlink()
+    twin = train(house / "innocent" / "..", "twin", make(house / "innocent" / "datasets", innocent))
+    after = weights_digest(house / "runs" / "first-erased" / "weights")
+    assert after == weights_digest(twin / "weights") != before
+
+    _, rows = asked(house, run="first-erased")
+    assert {row["source"] for row in rows} == {"crm.jsonl"}
+    with pytest.raises(DataError, match="no dataset holds"):
+        asked(house, source="forum.jsonl")

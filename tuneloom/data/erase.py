@@ -1,0 +1,236 @@
+"""`tuneloom erase row=ID`, or subject=, source=, licence=: the plan; `execute=true` does it.
+
+The plan lists every dataset version that holds the rows (or, made from one that does, rows of
+their keys), every run that saw them, every run started from those, and what it took to make them.
+Executing writes a tombstone, rebuilds the versions without the rows, trains the runs again on them,
+checks that no exposure is left, and removes the old versions, the old runs and the token caches.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import model_validator
+
+from tuneloom.config import Config
+from tuneloom.data.rebuild import rebuild
+from tuneloom.errors import DataError, RefusedError
+from tuneloom.registry.graph import Graph, Kind, Run
+from tuneloom.registry.lineage import ROW_KINDS, as_text, exposure_of
+
+TOMBSTONES = "tombstones.jsonl"
+
+
+class EraseConfig(Config):
+    row: str | None = None
+    """A record's id, or the first 8 digits of it or more."""
+    subject: str | None = None
+    """A person, as the recipe's `subject` template names them."""
+    source: str | None = None
+    """A raw file, by its name in the manifest."""
+    licence: str | None = None
+    """A licence, as the recipe gives it to sources."""
+    execute: bool = False
+    """Do what the plan says; without it nothing is changed."""
+    reason: str | None = None
+    """Why, for the tombstone; needed to execute."""
+    retrain: bool = True
+    """Train the runs again that saw the rows; false leaves that to you, and keeps the old runs."""
+    datasets: str = "datasets"
+    runs: str = "runs"
+
+    @model_validator(mode="after")
+    def one_selector(self) -> "EraseConfig":
+        chosen = [kind for kind in ROW_KINDS if getattr(self, kind) is not None]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"erase: expected one of row=, subject=, source=, licence=; got {chosen or 'none'}"
+            )
+        if self.row is not None and len(self.row) < 8:
+            raise ValueError("row: expected at least the first 8 digits of an id")
+        if self.execute and not self.reason:
+            raise ValueError("reason: required with execute=true, for the tombstone")
+        return self
+
+
+CONFIG = EraseConfig
+
+
+@dataclass
+class Plan:
+    """What holds or has learnt the rows."""
+
+    kind: Kind
+    value: str
+    ids: list[str]
+    sources: set[str]
+    """Sources that go as a whole."""
+    datasets: dict[str, int]
+    """Rows to remove, by version."""
+    runs: dict[str, dict[str, Any]]
+    """Exposure of the runs that saw the rows."""
+    descendants: list[str]
+    """Runs started from those: they carry what their parents learnt."""
+    exports: list[str]
+    train_seconds: float
+    """What the runs to make again took, by their own metrics."""
+
+
+def main(config: EraseConfig) -> int:
+    """Print the plan, or do it."""
+    graph = Graph.load(config.datasets, config.runs)
+    plan = make_plan(graph, config)
+    print(
+        as_text(
+            {k: v for k, v in asdict(plan).items() if k not in ("ids", "sources")}
+            | {"rows": len(plan.ids)}
+        )
+    )
+    if not config.execute:
+        print("\nnothing was changed; add execute=true reason='...' to do it")
+        return 0
+    for line in execute(graph, plan, config):
+        print(line, flush=True)
+    return 0
+
+
+def make_plan(graph: Graph, config: EraseConfig) -> Plan:
+    """Everything that the rows reached; raises DataError when there are no such rows."""
+    kind = next(k for k in ROW_KINDS if getattr(config, k) is not None)
+    value = str(getattr(config, kind))
+    found = graph.find_rows(kind, value)
+    if not found:
+        raise DataError(f"{kind}: no dataset holds {value!r}; nothing to erase")
+    ids = sorted({i for table in found.values() for i in table["id"].to_pylist()})
+    if kind == "row" and len(ids) > 1:
+        raise DataError(f"row: {value!r} begins {len(ids)} ids; give more digits")
+    for name in list(found):
+        for derived in graph.made_from(graph.datasets[name]):
+            same = graph.rows_of_keys(derived, keys_in(found[name]))
+            if len(same) and derived.name not in found:
+                found[derived.name] = same
+    ids = sorted({i for table in found.values() for i in table["id"].to_pylist()})
+    seen = {run.id: exposure_of(run, pa.array(ids)) for run in graph.runs.values()}
+    seen = {run_id: exposure for run_id, exposure in seen.items() if exposure}
+    later = graph.descendants([graph.runs[run_id] for run_id in seen])
+    again = [*(graph.runs[run_id] for run_id in seen), *later]
+    return Plan(
+        kind=kind, value=value, ids=ids,
+        sources=whole_sources(found) if kind in ("source", "licence") else set(),
+        datasets={name: len(t) for name, t in found.items()},
+        runs=seen, descendants=[run.id for run in later],
+        exports=[str(path) for run in again for path in run.exports()],
+        train_seconds=round(sum(map(seconds_of, again)), 1),
+    )  # fmt: skip
+
+
+def whole_sources(found: dict[str, pa.Table]) -> set[str]:
+    """The names of the sources that the rows come from."""
+    return {source for table in found.values() for source in table["source"].to_pylist()}
+
+
+def keys_in(table: pa.Table) -> set[str]:
+    """The split keys of rows, as their meta holds them."""
+    return {json.loads(meta)["key"] for meta in table["meta"].to_pylist()}
+
+
+def seconds_of(run: Run) -> float:
+    """Seconds of a run's steps, by the time/* keys of its metrics."""
+    total = 0.0
+    path = run.folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        total += sum(v for k, v in json.loads(line).items() if k.startswith("time/") and v)
+    return total
+
+
+def execute(graph: Graph, plan: Plan, config: EraseConfig) -> Any:
+    """Tombstone, rebuild, train again, remove; yields a line for each thing done."""
+    again = [graph.runs[i] for i in [*plan.runs, *plan.descendants]]
+    for run in again:
+        if run.record.get("state") == "running":
+            raise RefusedError(f"erase: run {run.id} is still running; stop it first")
+    tombstone = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "kind": plan.kind,
+                 "value": plan.value, "reason": config.reason, "ids": plan.ids,
+                 "datasets": list(plan.datasets), "runs": [run.id for run in again]}  # fmt: skip
+    with (Path(config.datasets) / TOMBSTONES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(tombstone, ensure_ascii=False) + "\n")
+    yield f"tombstone written to {Path(config.datasets) / TOMBSTONES}"
+    replaced: dict[str, Path] = {}
+    children = {name: len(graph.made_from(graph.datasets[name])) for name in plan.datasets}
+    for name in sorted(children, key=lambda name: -children[name]):
+        replaced[name] = rebuild(
+            graph.datasets[name].folder, set(plan.ids), sources=plan.sources,
+            renamed={old: new.name for old, new in replaced.items()},
+        )  # fmt: skip
+        yield f"rebuilt {name} as {replaced[name].name}"
+    moved: dict[str, str] = {}
+    for run in sorted(again, key=lambda run: run.record["started"]) if config.retrain else ():
+        moved[run.id] = train_again(graph, run, replaced, moved, config)
+        yield f"trained {run.id} again as {moved[run.id]}"
+        left = exposure_of(
+            Graph.load(config.datasets, config.runs).runs[moved[run.id]], pa.array(plan.ids)
+        )
+        if left:
+            raise DataError(f"erase: run {moved[run.id]} still saw {left['rows']} of the rows")
+        yield f"  exposures of the rows in {moved[run.id]}: 0"
+    for name in plan.datasets:
+        shutil.rmtree(graph.datasets[name].folder)
+        yield f"removed {name}"
+    for run_id in moved:
+        shutil.rmtree(graph.runs[run_id].folder)
+        yield f"removed run {run_id}"
+    shutil.rmtree(Path(config.runs) / ".tokens", ignore_errors=True)
+    yield f"removed the token caches of {config.runs}; they are made again when needed"
+
+
+def train_again(
+    graph: Graph, run: Run, replaced: dict[str, Path], moved: dict[str, str], config: EraseConfig
+) -> str:
+    """The same training on the rebuilt dataset, as a run of its own; returns the new run's id."""
+    import yaml
+
+    settings = json.loads(json.dumps(run.record["config"]))
+    known = graph.dataset_of(run)
+    if known is not None and known[0].name in replaced:
+        settings["data"]["path"] = str(replaced[known[0].name])
+    for old, new in moved.items():
+        settings["model"]["path"] = _moved(settings["model"]["path"], graph.runs[old].folder, new)
+        if settings["run"]["parent"] == old:
+            settings["run"]["parent"] = new
+    new_id = f"{run.id[:55]}-erased"
+    settings["run"] |= {"id": new_id, "root": config.runs}
+    launcher = run.record.get("launcher") or {"kind": "inline"}
+    folder = Path(config.runs) / f".{new_id}"
+    (folder / "experiment").mkdir(parents=True, exist_ok=True)
+    text = "# @package _global_\n" + yaml.safe_dump(settings | {"launch": launcher})
+    (folder / "experiment" / "again.yaml").write_text(text, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "tuneloom",
+        "train",
+        "--config-dir",
+        str(folder),
+        "experiment=again",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(
+            f"erase: training {run.id} again failed ({done.returncode}): {done.stderr[-800:]}"
+        )
+    shutil.rmtree(folder)
+    return new_id
+
+
+def _moved(path: str, folder: Path, new: str) -> str:
+    """A base that lies in a run made again lies in its replacement now."""
+    inside = Path(path).resolve()
+    if folder.resolve() in inside.parents:
+        return str(folder.parent / new / inside.relative_to(folder.resolve()))
+    return path

@@ -1,0 +1,107 @@
+"""A dataset version without some of its rows: the others stay in their splits, byte for byte."""
+
+import datetime
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tuneloom.data.card import card
+from tuneloom.data.provenance import Provenance, SourceInfo, summary
+from tuneloom.data.report import report
+from tuneloom.data.store import ShardWriter, digest_of, manifest_id, publish, read_manifest
+
+
+def rebuild(folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str, str]) -> Path:
+    """Write the version without the rows `ids` beside the old one; returns its folder.
+
+    What is said of rows from `sources`, which go as a whole, goes too; `renamed` are versions of
+    datasets that were rebuilt before this one.
+    """
+    manifest = read_manifest(folder)
+    root = folder.resolve().parent
+    unwanted = pa.array(sorted(ids), pa.string())
+    labels = {label: dict(by) for label, by in manifest["labels"].items()}
+    gone: Counter[str] = Counter()
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
+    try:
+        splits = {}
+        for split, part in manifest["splits"].items():
+            writer = ShardWriter(draft, split, manifest["recipe"]["rows_per_shard"])
+            for shard in part["shards"]:
+                table = pq.read_table(folder / shard["file"])
+                out = pc.is_in(table["id"], unwanted)
+                for row in table.filter(out).to_pylist():
+                    gone[row["source"]] += 1
+                    label = json.loads(row["meta"]).get("label")
+                    if label in labels:
+                        labels[label][split] -= 1
+                writer.add(table.filter(pc.invert(out)))
+            splits[split] = writer.close()
+        made = _manifest(manifest, splits, gone, renamed) | {
+            "labels": labels, "rejects_digest": _copy_paperwork(folder, draft, unwanted, sources),
+        }  # fmt: skip
+        made["id"] = manifest_id(made)
+        (draft / "card.md").write_text(card(made), encoding="utf-8", newline="\n")
+        (draft / "report.html").write_text(report(draft, made), encoding="utf-8", newline="\n")
+        return publish(draft, root, made)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _copy_paperwork(folder: Path, draft: Path, unwanted: pa.Array, sources: Set[str]) -> str:
+    """Rejects and rows set aside, without what goes; returns the digest of the rejects."""
+    sha = hashlib.sha256()
+    with (
+        (folder / "rejected.jsonl").open("rb") as old,
+        (draft / "rejected.jsonl").open("wb") as new,
+    ):
+        for line in old:
+            if json.loads(line)["source"] not in sources:
+                sha.update(line)
+                new.write(line)
+    aside = pq.read_table(folder / "set_aside.parquet")
+    out = pc.or_(
+        pc.is_in(aside["id"], unwanted),
+        pc.is_in(aside["source"], pa.array(sorted(sources), pa.string())),
+    )
+    pq.write_table(aside.filter(pc.invert(out)), draft / "set_aside.parquet", compression="zstd")
+    return sha.hexdigest()
+
+
+def _manifest(
+    before: dict[str, Any], splits: dict[str, Any], gone: Counter[str], renamed: dict[str, str]
+) -> dict[str, Any]:
+    """The old manifest with its counts brought up to date, and the rebuild on the record."""
+    counts, recipe = before["counts"], before["recipe"]
+    erased = counts["quarantined"].get("erased", 0) + gone.total()
+    created_from = []
+    for part in before["created_from"]:
+        if "dataset" in part:
+            created_from.append(part | {"dataset": renamed.get(part["dataset"], part["dataset"])})
+        else:
+            created_from.append(part | {"kept": part["kept"] - gone[part["name"]]})
+    kept_of = {part["name"]: part["kept"] for part in created_from if "name" in part}
+    provenance = Provenance([SourceInfo.model_validate(entry) for entry in recipe["provenance"]])
+    as_of = datetime.date.fromisoformat(recipe["as_of"]) if recipe["as_of"] else None
+    step = {
+        "step": "erase",
+        "in_digest": digest_of(before["splits"]),
+        "out_digest": digest_of(splits),
+    }
+    return {key: value for key, value in before.items() if key != "id"} | {
+        "splits": splits,
+        "counts": counts | {"kept": counts["kept"] - gone.total(),
+                            "quarantined": counts["quarantined"] | {"erased": erased}},
+        "licence": summary(kept_of, provenance, recipe["use"], as_of),
+        "created_from": created_from,
+        "transforms": [*before["transforms"], step | {"rows": gone.total()}],
+    }  # fmt: skip

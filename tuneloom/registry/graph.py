@@ -1,0 +1,202 @@
+"""What came from what: sources, datasets, rows, runs and exports, read from their own files.
+
+Nothing is kept beside those files that could differ from them: datasets/*/manifest.json and shards,
+runs/*/run.json and exposure.parquet.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tuneloom.errors import DataError
+
+Kind = Literal["row", "subject", "source", "licence"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One version of a dataset."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.manifest['name']}@{self.manifest['id']}"
+
+    def digests(self) -> dict[str, str]:
+        """The digest that a run records of each split, as tuneloom.data.rows computes it."""
+        return {
+            split: hashlib.sha256(
+                ("dataset " + " ".join(shard["sha256"] for shard in part["shards"])).encode()
+            ).hexdigest()
+            for split, part in self.manifest["splits"].items()
+        }
+
+    def rows(self, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Split and table of every shard."""
+        for split, part in self.manifest["splits"].items():
+            for shard in part["shards"]:
+                yield split, pq.read_table(self.folder / shard["file"], columns=columns)
+
+    def licences(self) -> dict[str, str | None]:
+        """Licence by source."""
+        return {
+            part["name"]: part["provenance"]["licence"]
+            for part in self.manifest["created_from"]
+            if "provenance" in part
+        }
+
+    def parents(self) -> list[str]:
+        """Versions of datasets this one was made from."""
+        return [part["dataset"] for part in self.manifest["created_from"] if "dataset" in part]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    def exposure(self) -> pa.Table:
+        """Rows that reached a step: those of a finished run, or of its checkpoints so far."""
+        files = sorted(self.folder.glob("exposure/step-*.parquet"))
+        whole = self.folder / "exposure.parquet"
+        tables = [pq.read_table(path) for path in ([whole] if whole.exists() else files)]
+        return (
+            pa.concat_tables(tables)
+            if tables
+            else pa.table({"record_id": pa.array([], pa.string())})
+        )
+
+    def exports(self) -> list[Path]:
+        """Its weights, and the adapters and models that were exported from them."""
+        folders = [self.folder / "weights", *sorted(self.folder.glob("export/*"))]
+        return [path for path in folders if path.is_dir()]
+
+    def comes_from(self, other: "Run") -> bool:
+        """True when this run was started from `other`: named as parent, or from its files."""
+        if self.record.get("parent") == other.id:
+            return True
+        base = self.record.get("base") or {}
+        return (
+            base.get("path") is not None
+            and other.folder.resolve() in Path(base["path"]).resolve().parents
+        )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All datasets below one root and all runs below another."""
+
+    datasets: dict[str, Dataset]
+    runs: dict[str, Run]
+
+    @classmethod
+    def load(cls, datasets: str | Path, runs: str | Path) -> "Graph":
+        """Read the manifests and run records; missing roots are empty."""
+        versions = [
+            Dataset(path.parent, _json(path))
+            for path in sorted(Path(datasets).glob("*@*/manifest.json"))
+        ]
+        found = [Run(path.parent, _json(path)) for path in sorted(Path(runs).glob("*/run.json"))]
+        return cls({d.name: d for d in versions}, {r.id: r for r in found})
+
+    def dataset_of(self, run: Run) -> tuple[Dataset, str] | None:
+        """The version and split a run was trained on; None for a raw file, or one that is gone."""
+        digest = (run.record.get("dataset") or {}).get("digest")
+        for dataset in self.datasets.values():
+            for split, own in dataset.digests().items():
+                if own == digest:
+                    return dataset, split
+        return None
+
+    def runs_of(self, dataset: Dataset) -> list[Run]:
+        """Runs trained on any split of a version."""
+        digests = set(dataset.digests().values())
+        return [
+            r
+            for r in self.runs.values()
+            if (r.record.get("dataset") or {}).get("digest") in digests
+        ]
+
+    def made_from(self, dataset: Dataset) -> list[Dataset]:
+        """Versions made from this one, directly or further on."""
+        found: list[Dataset] = []
+        for other in self.datasets.values():
+            if dataset.name in other.parents() and other not in found:
+                found += [other, *(d for d in self.made_from(other) if d not in found)]
+        return found
+
+    def descendants(self, runs: list[Run]) -> list[Run]:
+        """Runs started from these, directly or further on."""
+        found: list[Run] = []
+        todo = list(runs)
+        while todo:
+            parent = todo.pop()
+            for run in self.runs.values():
+                if run not in found and run not in runs and run.comes_from(parent):
+                    found.append(run)
+                    todo.append(run)
+        return sorted(found, key=lambda run: run.id)
+
+    def find_rows(self, kind: Kind, value: str) -> dict[str, pa.Table]:
+        """By dataset version, the rows meant: id, split, source, meta."""
+        found = {}
+        for dataset in self.datasets.values():
+            tables = []
+            for split, table in dataset.rows(["id", "source", "meta"]):
+                chosen = table.filter(_meant(table, kind, value, dataset))
+                column = pa.array([split] * len(chosen), pa.string())
+                tables.append(chosen.append_column("split", column))
+            joined = pa.concat_tables(tables) if tables else None
+            if joined is not None and len(joined):
+                found[dataset.name] = joined
+        return found
+
+    def rows_of_keys(self, dataset: Dataset, keys: set[str]) -> pa.Table:
+        """Rows of a version by the split keys in their meta: id, split, source, meta."""
+        tables = []
+        for split, table in dataset.rows(["id", "source", "meta"]):
+            meant = [json.loads(meta)["key"] in keys for meta in table["meta"].to_pylist()]
+            chosen = table.filter(pa.array(meant, pa.bool_()))
+            tables.append(
+                chosen.append_column("split", pa.array([split] * len(chosen), pa.string()))
+            )
+        return pa.concat_tables(tables)
+
+
+def _meant(table: pa.Table, kind: Kind, value: str, dataset: Dataset) -> Any:
+    """(N,) bool: the rows a selector means."""
+    if kind == "row":
+        return pc.starts_with(table["id"], value)
+    if kind == "source":
+        return pc.equal(table["source"], value)
+    if kind == "subject":
+        return pc.match_substring(table["meta"], f'"subject":"{subject_hash(value)}"')
+    names = [source for source, licence in dataset.licences().items() if licence == value]
+    return pc.is_in(table["source"], pa.array(names, pa.string()))
+
+
+def subject_hash(subject: str) -> str:
+    """How a row's meta names its subject: 64 bits of sha256, as data.prepare writes them."""
+    return hashlib.sha256(subject.encode("utf-8")).hexdigest()[:16]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
