@@ -19,7 +19,7 @@ def loaded(trained: dict[str, Path]) -> Loaded:
 
 @pytest.fixture(scope="module")
 def examples(loaded: Loaded, trained: dict[str, Path]) -> list[Any]:
-    rows, renderer = open_rows(trained["test"]), loaded.renderer()
+    rows, renderer = open_rows(trained["test"]), loaded.renderer
     return [(renderer.render(rows[i]), renderer.prompt_ids(rows[i])) for i in range(12)]
 
 

@@ -279,3 +279,48 @@ def test_rows_seen_are_those_of_the_runs_own_record(
     assert count_seen(set(ids), run=None, rows=train) == 0
     assert count_seen(set(ids), run=None, rows=test) == 5
     assert count_seen(set(ids), run=None, rows=None) is None
+
+
+def test_a_run_is_scored_before_it_is_exported_against_the_base_it_recorded(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuneloom.registry.digests import weights_digest
+
+    run = tmp_path / "labels-1"
+    shutil.copytree(trained["run"], run, ignore=shutil.ignore_patterns("export", "evals"))
+    ask = ["generate", f"run={run}", "prompt=cat 1: which kind?", "device=cpu", "max_new_tokens=6"]
+    assert main(ask) == 2
+    assert "has no run.json" in capsys.readouterr().err
+    facts: dict[str, Any] = {
+        "run_id": "labels-1",
+        "base": {"digest": weights_digest(trained["base"])},
+        "dataset": {"renderer": "r"},
+    }
+    (run / "run.json").write_text(json.dumps(facts))
+    assert main(ask) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() in ("animal", "fruit", "metal") and printed.err == ""
+    arguments = [f"run={run}", f"data.path={trained['test']}", "limit=6", "device=cpu"]
+    assert main(["evaluate", *arguments]) == 0
+    facts["base"]["digest"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(facts))
+    assert main(["evaluate", *arguments]) == 4
+    assert "0" * 16 in capsys.readouterr().err
+
+
+def test_the_closing_lines_say_what_was_measured_and_end_with_the_gates_code(
+    evaluated: Evaluation, trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuneloom.evals import verdict
+
+    run = trained["run"]
+    evaluation.write(run, evaluated)  # the newest of the run's evaluations
+    assert verdict.main([str(run), "83.4"]) == 0
+    printed = capsys.readouterr().out
+    assert "in 1 min 23 s" in printed and "60 held-out rows" in printed
+    assert "better than its base: label accuracy changed by +" in printed
+    assert f'tuneloom generate run={run} prompt="..."' in printed
+    evaluation.write(run, changed(evaluated, task="seen-again", seen_in_training=1))
+    assert verdict.main([str(run)]) == 6
+    (run / "evals" / "seen-again.json").unlink()
+    assert verdict.main([str(run / "nowhere")]) == 2

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneloom.data import golden
 from tuneloom.evals.model import Loaded
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384
@@ -36,11 +37,9 @@ def stop_ids(loaded: Loaded) -> list[int]:
     """Ids that end an answer: the model's, the tokenizer's, and the template's end of turn."""
     found = loaded.model.generation_config.eos_token_id
     ids = {loaded.tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])}
-    for golden in loaded.contract.golden if loaded.contract else ():
-        if golden.targets and "messages" in golden.record:
-            last = golden.ids[golden.targets[-1][1] - 1]
-            if last in loaded.tokenizer.all_special_ids:
-                ids.add(last)
+    special = set(loaded.tokenizer.all_special_ids)
+    ends = {one.ids[one.targets[-1][1] - 1] for one in golden.goldens(loaded.renderer)}
+    ids |= ends & special
     return sorted(i for i in ids if i is not None)
 
 

@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from tuneloom.config import Config
 from tuneloom.data.records import Format
 from tuneloom.errors import DONE, ConfigError, DataError
-from tuneloom.evals.model import Device, Dtype, Loaded, exported, load, resolve_run
+from tuneloom.evals.model import Device, Dtype, Loaded, load
+from tuneloom.evals.runs import open_run, weights_of
 from tuneloom.registry.adapters import is_adapter
 
 
@@ -91,17 +92,21 @@ def main(config: GenerateConfig) -> int:
 
 def open_model(config: GenerateConfig) -> Loaded:
     """The model that the config names, checked against its contract."""
-    path, revision, adapter = config.model.path, config.model.revision, config.adapter
-    if config.run is not None:
-        folder, trained = resolve_run(config.run)
-        export = exported(folder)
-        path, revision = str(export), None
-        if is_adapter(export):
-            path, revision = trained["model"]["path"], trained["model"]["revision"]
-            adapter = str(export)
-    assert path is not None, "validated by the config"
+    options: dict[str, Any] = {"device": config.device, "dtype": config.model.dtype}
+    if config.run is None:
+        assert config.model.path is not None, "validated by the config"
+        revision = config.model.revision
+        return load(config.model.path, adapter=config.adapter, revision=revision, **options)
+    folder, trained = open_run(config.run)
+    left = weights_of(folder, trained)
+    if not is_adapter(left.folder):
+        return load(str(left.folder), **options)
     return load(
-        path, adapter=adapter, revision=revision, device=config.device, dtype=config.model.dtype
+        trained["model"]["path"],
+        adapter=str(left.folder),
+        revision=trained["model"]["revision"],
+        contract=left.contract,
+        **options,
     )
 
 
@@ -114,7 +119,7 @@ def answer_prompt(loaded: Loaded, config: GenerateConfig) -> str:
     messages = [{"role": "system", "content": config.system}] if config.system else []
     # The last answer is what prompt_ids leaves out, so a record needs one.
     turns = [*messages, {"role": "user", "content": text}, {"role": "assistant", "content": "?"}]
-    ids = loaded.renderer().prompt_ids(parse({"messages": turns}))
+    ids = loaded.renderer.prompt_ids(parse({"messages": turns}))
     _fits(loaded, len(ids), config.max_new_tokens)
 
     def write(piece: str) -> None:
@@ -142,7 +147,7 @@ def answer_records(loaded: Loaded, config: GenerateConfig) -> list[dict[str, Any
     count = min(len(rows), config.limit or len(rows))
     if count == 0:
         raise DataError(f"{config.data.path}: no rows to answer in split {config.data.split}")
-    renderer = loaded.renderer()
+    renderer = loaded.renderer
     records = [rows[i] for i in range(count)]
     prompts = [list(renderer.prompt_ids(record)) for record in records]
     _fits(loaded, max(len(prompt) for prompt in prompts), config.max_new_tokens)

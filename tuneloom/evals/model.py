@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from tuneloom.data import golden
 from tuneloom.data.render import Renderer
 from tuneloom.data.tokenizer import load_tokenizer
 from tuneloom.errors import ConfigError
-from tuneloom.registry.adapters import is_adapter, model_folder, open_adapter
+from tuneloom.registry.adapters import model_folder, open_adapter
 from tuneloom.registry.contract import (
     FILE,
     Contract,
@@ -56,6 +57,7 @@ class Loaded:
         with self.model.disable_adapter():
             yield
 
+    @cached_property
     def renderer(self) -> Renderer:
         """Renders as in training; rows longer than the context come back dropped, to be counted."""
         return Renderer(
@@ -79,18 +81,22 @@ def load(
     device: Device = "auto",
     dtype: Dtype = "auto",
     key: str = "model.path",
+    contract: Contract | None = None,
 ) -> Loaded:
     """Load a base and put an adapter on it, once every digest in the adapter's contract holds.
 
     Raises RefusedError, naming both digests, for an adapter of another base, and ConfigError for
-    an adapter in place of a base or the other way round. `key` is what the user calls the base.
+    an adapter in place of a base or the other way round. `key` is what the user calls the base;
+    `contract` holds for an adapter that has no contract.json, straight from its run.
     """
     folder = model_folder(path, revision=revision, key=key)
     digest = weights_digest(folder)
-    contract, tokenizer_folder = read(folder), folder
+    tokenizer_folder = folder
     if adapter is not None:
-        contract, tokenizer_folder = _checked_adapter(adapter, folder, digest=digest, given=path)
-    elif contract is not None:
+        exported = open_adapter(adapter).contract
+        contract = _checked(exported or contract, adapter, digest=digest, given=path)
+        tokenizer_folder = Path(adapter) if exported else folder
+    elif (contract := read(folder)) is not None:
         check_weights(contract, folder, digest=digest)
     if contract is not None:
         check_tokenizer(contract, tokenizer_folder, holder=adapter or folder)
@@ -113,25 +119,24 @@ def load(
         contract=contract,
     )
     if contract is not None:
-        golden.check(contract, loaded.renderer(), holder=adapter or str(folder))
+        golden.check(contract, loaded.renderer, holder=adapter or str(folder))
     return loaded
 
 
-def _checked_adapter(
-    adapter: str, base: Path, *, digest: str, given: str
-) -> tuple[Contract | None, Path]:
-    """The adapter's contract, held against base and weights, and the folder of its tokenizer."""
-    opened = open_adapter(adapter)
-    if opened.contract is None:
+def _checked(
+    contract: Contract | None, adapter: str, *, digest: str, given: str
+) -> Contract | None:
+    """The adapter's contract, held against the base and the adapter's own weights."""
+    if contract is None:
         print(
             f"tuneloom: {adapter} has no {FILE}: nothing says which base it was trained on, "
             "so the base is not checked",
             file=sys.stderr,
         )
-        return None, base
-    check_base(opened.contract, adapter, digest=digest, given=given)
-    check_weights(opened.contract, adapter, digest=weights_digest(adapter))
-    return opened.contract, opened.folder
+        return None
+    check_base(contract, adapter, digest=digest, given=given)
+    check_weights(contract, adapter, digest=weights_digest(adapter))
+    return contract
 
 
 def _device(device: Device) -> "torch.device":
@@ -181,21 +186,3 @@ def _network(folder: Path, contract: Contract | None, *, device: "torch.device",
             # Else bitsandbytes on a CPU answers with another kernel than the one that trained.
             module.support_avx512bf16_for_cpu = False
     return network
-
-
-def resolve_run(run: str) -> tuple[Path, dict[str, Any]]:
-    """A run folder and its resolved config; raises ConfigError where it is not one."""
-    import yaml
-
-    folder = Path(run)
-    if not Path(folder, "config.yaml").exists():
-        raise ConfigError(f"run: {run} has no config.yaml; give a run folder such as runs/RUN_ID")
-    return folder, yaml.safe_load(Path(folder, "config.yaml").read_text("utf-8"))
-
-
-def exported(run: Path) -> Path:
-    """The newer of export/adapter and export/model; raises ConfigError where there is neither."""
-    found = [f for f in (run / "export" / "adapter", run / "export" / "model") if f.is_dir()]
-    if not found:
-        raise ConfigError(f"run: {run} has no export; make it with `tuneloom export run={run}`")
-    return next((f for f in found if is_adapter(f)), found[0])

@@ -17,12 +17,14 @@ from tuneloom.data.records import Format
 from tuneloom.errors import DONE, ConfigError, GateError
 from tuneloom.evals import baseline, evaluation, gate, score
 from tuneloom.evals.evaluation import Baseline, Evaluation
-from tuneloom.evals.model import Device, Dtype, Loaded, exported, load, resolve_run
+from tuneloom.evals.model import Device, Dtype, Loaded, load
+from tuneloom.evals.runs import open_run, weights_of
 from tuneloom.evals.score import Marks, Sheet
 from tuneloom.evals.tasks import Row
 from tuneloom.evals.terminal import progress, summary
 from tuneloom.evals.training import count_seen, drawn, open_training
 from tuneloom.registry.adapters import is_adapter
+from tuneloom.registry.contract import Contract
 
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -88,6 +90,7 @@ class Subject:
     base: str | None
     revision: str | None
     tuned: str
+    contract: Contract | None
     run: Path | None
     data: str
     train: str | None
@@ -115,9 +118,16 @@ def find(config: EvaluateConfig) -> Subject:
     """Base, tuned weights and rows, from the run's own record where there is one."""
     if config.run is None:
         assert config.adapter is not None and config.data.path is not None
-        train = config.data.train
-        return Subject(config.base, config.revision, config.adapter, None, config.data.path, train)
-    run, trained = resolve_run(config.run)
+        return Subject(
+            base=config.base,
+            revision=config.revision,
+            tuned=config.adapter,
+            contract=None,
+            run=None,
+            data=config.data.path,
+            train=config.data.train,
+        )
+    run, trained = open_run(config.run)
     model, data = trained["model"], trained["data"]
     path = config.data.path or data["path"]
     if config.data.path is None and not Path(path).is_dir():
@@ -126,10 +136,12 @@ def find(config: EvaluateConfig) -> Subject:
             "set data.path= to rows that were not trained on"
         )
     own = path == data["path"]
+    left = weights_of(run, trained)
     return Subject(
         base=model["path"] if model["init"] == "pretrained" else None,
         revision=model["revision"],
-        tuned=str(exported(run)),
+        tuned=str(left.folder),
+        contract=left.contract,
         run=run,
         data=path,
         train=config.data.train or (data["split"] if own else None),
@@ -147,7 +159,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
     sheet = score.prepare(
         rows,
         train,
-        tuned.renderer(),
+        tuned.renderer,
         limit=config.limit,
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
@@ -187,6 +199,7 @@ def load_both(config: EvaluateConfig, subject: Subject) -> tuple[Loaded, Loaded 
             adapter=subject.tuned,
             revision=subject.revision,
             key="base",
+            contract=subject.contract,
             **options,
         )
         return loaded, None
@@ -229,7 +242,7 @@ def classical(
 
 def digests(tuned: Loaded, base: Loaded | None) -> dict[str, str]:
     """Which weights were scored: digests of base, tuned weights and renderer."""
-    found = {"renderer": tuned.renderer().digest}
+    found = {"renderer": tuned.renderer.digest}
     if tuned.adapter is not None:
         found["base"] = tuned.digest
         if tuned.contract is not None:

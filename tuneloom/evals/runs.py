@@ -1,0 +1,77 @@
+"""A run folder as evaluation sees it: its config, and the weights it left, exported or not yet."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuneloom.data.golden import goldens
+from tuneloom.data.render import Renderer
+from tuneloom.data.tokenizer import load_tokenizer
+from tuneloom.errors import ConfigError
+from tuneloom.registry.adapters import is_adapter, model_folder
+from tuneloom.registry.contract import Base, Contract
+from tuneloom.registry.digests import template_digest, tokenizer_digest, weights_digest
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Weights of a run; `contract` where the folder has none of its own."""
+
+    folder: Path
+    contract: Contract | None
+
+
+def open_run(run: str) -> tuple[Path, dict[str, Any]]:
+    """A run folder and its resolved config; raises ConfigError where it is not one."""
+    folder = Path(run)
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"run: {run} has no config.yaml; give a run folder such as runs/RUN_ID")
+    return folder, yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+
+
+def weights_of(run: Path, config: dict[str, Any]) -> Tuned:
+    """The exported adapter or model, else the adapter as the trainer left it.
+
+    Raises ConfigError for a run that left no weights, or a whole model that is not exported.
+    """
+    for folder in (run / "export" / "adapter", run / "export" / "model"):
+        if folder.is_dir():
+            return Tuned(folder, None)
+    weights = run / "weights"
+    if not is_adapter(weights):
+        way = f"tuneloom export run={run}" if weights.is_dir() else "train it to its end"
+        raise ConfigError(f"run: {run} has no exported weights; {way}")
+    return Tuned(weights, contract_of(run, config, weights))
+
+
+def contract_of(run: Path, config: dict[str, Any], weights: Path) -> Contract:
+    """What an export would promise of the adapter, from the record made before step 0."""
+    if not (run / "run.json").exists():
+        raise ConfigError(f"run: {run} has no run.json, so its base is unknown; export it instead")
+    facts = json.loads((run / "run.json").read_text("utf-8"))
+    base = model_folder(config["model"]["path"], revision=config["model"]["revision"])
+    method, batch = config["method"], config["batch"]
+    objective = config["objective"]["kind"]
+    return Contract(
+        kind="adapter",
+        run=facts["run_id"],
+        method=method["kind"],
+        base=Base(
+            path=config["model"]["path"],
+            revision=config["model"]["revision"],
+            digest=facts["base"]["digest"],
+        ),
+        weights=weights_digest(weights),
+        dtype=config["model"]["dtype"],
+        double_quantisation=method["double_quantisation"] if method["kind"] == "qlora" else None,
+        tokenizer=tokenizer_digest(base),
+        template=template_digest(base),
+        renderer=facts["dataset"]["renderer"],
+        max_length=batch["max_length"],
+        over_length=batch["over_length"],
+        objective=objective,
+        golden=goldens(Renderer(load_tokenizer(str(base)), objective)),
+    )
