@@ -16,8 +16,8 @@ USABLE = 0.95
 """Share of a device that a plan may fill; the rest is fragmentation."""
 GPU_CONTEXT = 1536 * 2**20
 """CUDA context, cuBLAS workspace, NCCL buffers of a rank: estimate, about 1.5 GiB on an H100."""
-PROCESS = 900 * 2**20
-"""Resident Python, torch, transformers, PEFT and DeepSpeed of one CPU rank: measured 0.87 GiB."""
+PROCESS = 700 * 2**20
+"""Resident Python, torch, transformers, PEFT and DeepSpeed of one CPU rank: measured 0.66 GiB."""
 BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size: elements of the staging buffer, allocated whole on a GPU."""
 MAX_LIVE = 1_000_000_000

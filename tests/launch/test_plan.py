@@ -11,10 +11,18 @@ from tuneloom import cli
 from tuneloom.config import build, compose
 from tuneloom.errors import DataError, RefusedError
 from tuneloom.launch.anatomy import anatomy, saved_activations
-from tuneloom.launch.config import JobConfig
+from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, traffic
-from tuneloom.launch.plan import PlanConfig, changed, check, memory_problems, plan, ranks_of
-from tuneloom.launch.config import training_of
+from tuneloom.launch.plan import (
+    Device,
+    PlanConfig,
+    changed,
+    check,
+    memory_problems,
+    plan,
+    ranks_of,
+    surely_fits,
+)
 from tuneloom.launch.workload import speed, workload
 from tuneloom.testing import Gang, small_config
 from tuneloom.train import method as methods
@@ -279,10 +287,22 @@ def test_offload_is_refused_where_the_host_is_too_small() -> None:
 
 
 def test_a_job_that_fits_this_machine_passes_and_a_huge_one_is_refused(lab: Path) -> None:
-    assert check(local(lab)).fits
+    assert check(local(lab)) is None and plan(local(lab)).fits
     huge = shaped("meta-llama/Meta-Llama-3-70B", "method=full", "launch.gpus_per_worker=0")
     with pytest.raises(RefusedError, match="a rank needs"):
         check(huge)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+def test_the_bound_that_spares_a_plan_is_above_the_plan(
+    lab: Path, kind: str, attention: str
+) -> None:
+    config = local(lab, method__kind=kind, model__attention=attention)
+    needed = plan(config).memory.device
+    sizes = [needed * factor // 10 for factor in (10, 15, 19)]
+    tight = [Device("test", size, cuda=False, host=size, here=True) for size in sizes]
+    assert not any(surely_fits(config, device) for device in tight)
 
 
 def test_fp16_is_refused_where_there_is_no_gpu(lab: Path) -> None:
