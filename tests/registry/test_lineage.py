@@ -59,8 +59,8 @@ def make(root: Path, source: Path, **data: Any) -> Path:
 
 def train(folder: Path, run_id: str, data: Path) -> Path:
     command = [sys.executable, "-m", "tuneloom", "train", f"model.path={folder / 'base'}",
-               "model.dtype=fp32", f"data.path={data}", "launch=inline", "zero=stage0", "tracker=off", "epochs=1",
-               "batch.max_length=128", "batch.tokens=256", f"run.id={run_id}",
+               "model.dtype=fp32", f"data.path={data}", "launch=inline", "zero=stage0",
+               "tracker=off", "epochs=1", "batch.max_length=128", "batch.tokens=256", f"run.id={run_id}",
                f"run.root={folder / 'runs'}",
                "train.drill=false", "train.probe=false"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -172,8 +172,8 @@ def test_an_erased_row_takes_the_rows_of_its_key_in_derived_datasets(tmp_path: P
     text = make(tmp_path / "datasets", raw, name="text", record={"text": "{q}"}, split={"seed": 3},
                 within={"dataset": str(task), "split": "train"})  # fmt: skip
     victim = open_rows(task)[0].id
-    config = build(EraseConfig, {"row": victim, "execute": True, "reason": "asked", "retrain": False,
-                                 **places(tmp_path)})  # fmt: skip
+    order = {"row": victim, "execute": True, "reason": "asked", "retrain": False}
+    config = build(EraseConfig, order | places(tmp_path))
     loaded = graph(tmp_path)
     plan = make_plan(loaded, config)
     assert plan.datasets == {task.name: 1, text.name: 1}
@@ -183,9 +183,7 @@ def test_an_erased_row_takes_the_rows_of_its_key_in_derived_datasets(tmp_path: P
     for dataset in after.values():
         counts = dataset.manifest["counts"]
         assert counts["quarantined"]["erased"] == 1
-        places = (
-            sum(counts[fate].values()) for fate in ("rejected", "deduplicated", "quarantined")
-        )
+        fates = (sum(counts[fate].values()) for fate in ("rejected", "deduplicated", "quarantined"))
         assert counts["in"] == counts["kept"] + sum(fates)
         assert not [t for _, t in dataset.rows(["id"]) if set(t["id"].to_pylist()) & set(plan.ids)]
     (derived,) = (d for d in after.values() if d.manifest["name"] == "text")
