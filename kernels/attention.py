@@ -1,4 +1,5 @@
-"""One attention for packed and padded batches: picks flash-attn, varlen, SDPA or eager, and says which.
+"""One attention for packed and padded batches: picks flash-attn, varlen, SDPA or eager, and says
+which.
 
 No attention is written here: `varlen` is `torch.nn.attention.varlen` (FlashAttention-2 in core),
 `flash` is the flash-attn package, `sdpa` is PyTorch's fused kernel, `eager` is the plain reference.
@@ -45,7 +46,9 @@ def has_varlen() -> bool:
 
 
 def choose(requested: str, *, dtype: torch.dtype, head_dim: int, softcap: float | None) -> Choice:
-    """Backend for `model.attention=requested`; raises ConfigError when it was named and cannot run."""
+    """Backend for `model.attention=requested`; raises ConfigError when it was named and cannot
+    run.
+    """
     half = dtype in (torch.bfloat16, torch.float16)
     blockers = {
         "flash": None if has_flash() and half and torch.cuda.is_available() else
@@ -90,7 +93,8 @@ def _arguments(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any
     """What a transformers attention layer passes, in our names; unknown features are refused."""
     if kwargs.get("s_aux") is not None:
         raise ConfigError(
-            f"model.path: {type(module).__name__} has attention sinks, which no backend here computes"
+            f"model.path: {type(module).__name__} has attention sinks, "
+            "which no backend here computes"
         )
     return {
         "cu_seqlens": kwargs.get("cu_seq_lens_q"),
@@ -153,7 +157,8 @@ def _fused_varlen(
 
         out = flash_attn_varlen_func(
             q, k, v, cu_seqlens, cu_seqlens, max_length, max_length,
-            softmax_scale=scale, causal=True, window_size=span if window else (-1, -1), softcap=softcap or 0.0,
+            softmax_scale=scale, causal=True, window_size=span if window else (-1, -1),
+            softcap=softcap or 0.0,
         )  # fmt: skip
     else:
         from torch.nn.attention.varlen import varlen_attn
@@ -171,7 +176,8 @@ def _by_document(
 ) -> Tensor:  # fmt: skip
     """Unpack (1, H, T, C) into (N, H, L, C) padded documents, attend causally, pack again.
 
-    Costs N * L^2 in place of the T^2 of a block mask: a pack of 16 documents of 64 tokens is 16 times less.
+    Costs N * L^2 in place of the T^2 of a block mask: a pack of 16 documents of 64 tokens is 16
+    times less.
     """
     starts = cu_seqlens[:-1].long()  # (N,)
     lengths = cu_seqlens[1:].long() - starts  # (N,)

@@ -1,1 +1,3 @@
-"""What brings ranks into being and keeps them alive; the only package that may import everything."""
+"""What brings ranks into being and keeps them alive; the only package that may import
+everything.
+"""

@@ -24,6 +24,7 @@ class JobConfig(TrainConfig):
 
     launch: LaunchConfig
 
+
 def training_of(job: TrainConfig) -> TrainConfig:
     """The job without its launch: what every rank gets, the same whoever starts it."""
     fields = {name: getattr(job, name) for name in TrainConfig.model_fields}

@@ -1,4 +1,6 @@
-"""`tuneloom train`: validate, plan, claim the run, launch its ranks, end with the contract's exit code."""
+"""`tuneloom train`: validate, plan, claim the run, launch its ranks, end with the contract's exit
+code.
+"""
 
 import os
 import time
@@ -11,7 +13,9 @@ CONFIG = JobConfig
 
 
 def main(config: JobConfig) -> int:
-    """Refuse what cannot fit, launch and wait; returns 0, or raises the TuneloomError that ended the run."""
+    """Refuse what cannot fit, launch and wait; returns 0, or raises the TuneloomError that ended
+    the run.
+    """
     os.environ.setdefault("TUNELOOM_STARTED", str(time.time()))
     job = with_id(config)
     training = training_of(job)

@@ -1,7 +1,10 @@
-"""Ranks as Ray actors in one placement group: started together, watched, restarted from the last checkpoint.
+"""Ranks as Ray actors in one placement group: started together, watched, restarted from the last
+checkpoint.
 
-Ray Core and not Ray Train: bare Ray Train needs 22 s from a killed worker to the next step, resumes from
-what its controller polled last (up to one interval older than the disk), and `report()` costs 2 s a step
+Ray Core and not Ray Train: bare Ray Train needs 22 s from a killed worker to the next step, resumes
+from
+what its controller polled last (up to one interval older than the disk), and `report()` costs 2 s a
+step
 (measured on 2.60.0). Here a checkpoint on disk that verifies is the only thing a restart believes.
 """
 
@@ -70,12 +73,17 @@ def signals_ask_to_stop(folder: Path) -> Iterator[None]:
 def connect(launch: LaunchConfig) -> None:
     """Start an embedded Ray (`local`) or join the cluster this process is on (`ray`).
 
-    Never address="auto": on a shared host it follows a pointer in /tmp/ray into another user's cluster.
+    Never address="auto": on a shared host it follows a pointer in /tmp/ray into another user's
+    cluster.
     """
     import ray
 
     # Every line of every rank, as it was written: Ray drops lines that repeat across workers.
-    os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ |= {
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
     shared: dict[str, Any] = {"logging_level": "error", "log_to_driver": True}
     if launch.kind == "local":
         ray.init(
@@ -99,7 +107,7 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
 
     gpus = gpus_per_worker(launch)
     group = place(launch, gpus)
-    actors = [
+    actors: list[Any] = [
         ray.remote(Worker).options(
             num_cpus=1, num_gpus=gpus, placement_group=group, placement_group_bundle_index=rank,
             runtime_env={"env_vars": environment()}, max_restarts=0,
@@ -144,9 +152,7 @@ def place(launch: LaunchConfig, gpus: int) -> Any:
     return group
 
 
-def rendezvous(
-    rank: int, places: list[dict[str, Any]], attempt: int, gpus: int
-) -> dict[str, str]:
+def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int) -> dict[str, str]:
     """What torch.distributed reads from the environment; rank 0's host is the meeting point."""
     node = places[rank]["node"]
     same_host = sum(place["node"] == node for place in places[:rank])
@@ -162,7 +168,9 @@ def rendezvous(
 
 
 def wait(calls: list[Any]) -> None:
-    """Until every rank returned; raises the first error, after the others had 30 s to say the same."""
+    """Until every rank returned; raises the first error, after the others had 30 s to say the
+    same.
+    """
     import ray
     from ray.exceptions import RayTaskError
 

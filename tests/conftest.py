@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline", "DO_NOT_TRACK": "1",
+os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline",
+               "DO_NOT_TRACK": "1",
                "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
 
 from tuneloom.testing import Gang, chat_rows, tiny_model

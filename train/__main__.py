@@ -1,6 +1,7 @@
 """Train without Ray: torchrun --nproc-per-node 2 -m tuneloom.train experiment=demo run.id=my-run
 
-Also one process: python -m tuneloom.train ...; the same config, data order and losses as `tuneloom train`.
+Also one process: python -m tuneloom.train ...; the same config, data order and losses as `tuneloom
+train`.
 """
 
 import os
@@ -13,7 +14,9 @@ from tuneloom.train.config import TrainConfig
 
 
 def main(overrides: list[str]) -> int:
-    """Compose conf/train.yaml, leave its `launch` to torchrun, train as the rank of the environment."""
+    """Compose conf/train.yaml, leave its `launch` to torchrun, train as the rank of the
+    environment.
+    """
     os.environ.setdefault("TUNELOOM_STARTED", str(time.time()))
     known = [*dotted_keys(TrainConfig), "launch"]
     try:

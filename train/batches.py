@@ -1,8 +1,10 @@
-"""Micro-batches of one rank: the plan's bins turned into tensors, packed or padded, with what they hold.
+"""Micro-batches of one rank: the plan's bins turned into tensors, packed or padded, with what they
+hold.
 
-Labels are already shifted: labels[b, t] is the token that follows input_ids[b, t], or -100. An empty bin
-(the run's last step may not fill every rank) becomes one token without a label, so that every rank still
-takes part in every collective.
+Labels are already shifted: labels[b, t] is the token that follows input_ids[b, t], or -100. An
+empty bin
+(the run's last step may not fill every rank) becomes one token without a label, so that every rank
+still takes part in every collective.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ from torch import Tensor
 
 IGNORED = -100
 Example = tuple[np.ndarray, np.ndarray]
-"""(ids (L,) int32, target (L,) bool) as rendered: target[i] says that token i is predicted with loss."""
+"""(ids (L,) int32, target (L,) bool) as rendered: target[i] says that token i is predicted with
+loss.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class MicroBatch:
         if device.type == "cpu":
             return self
         moved: dict[str, Any] = {
-            name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.pin_memory().to(device, non_blocking=True)
+            if isinstance(value, Tensor)
+            else value
             for name, value in vars(self).items()
         }
         return MicroBatch(**moved)
@@ -90,7 +96,10 @@ def _shifted(ids: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _pack(
-    rows: tuple[int, ...], examples: Sequence[Example], lengths: tuple[int, ...], targets: tuple[int, ...]
+    rows: tuple[int, ...],
+    examples: Sequence[Example],
+    lengths: tuple[int, ...],
+    targets: tuple[int, ...],
 ) -> MicroBatch:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([ids for ids, _ in examples]).astype(np.int64)
@@ -109,7 +118,10 @@ def _pack(
 
 
 def _pad(
-    rows: tuple[int, ...], examples: Sequence[Example], lengths: tuple[int, ...], targets: tuple[int, ...]
+    rows: tuple[int, ...],
+    examples: Sequence[Example],
+    lengths: tuple[int, ...],
+    targets: tuple[int, ...],
 ) -> MicroBatch:
     """Right padding: under causal attention no real token sees it, so no mask is needed."""
     shape = (len(examples), max(lengths))

@@ -1,7 +1,8 @@
-"""Checkpoints that are one or do not exist: written aside, hashed, fsynced, renamed; verified before use.
+"""Checkpoints that are one or do not exist: written aside, hashed, fsynced, renamed; verified
+before use.
 
-    checkpoints/step-000500/MANIFEST.json   every file with size and sha256; step, world, ZeRO stage, digests
-                            trainer.json    data position, ledger, counters
+    checkpoints/step-000500/MANIFEST.json   every file with size and sha256; step, world, ZeRO
+    stage, digests trainer.json    data position, ledger, counters
                             rng-00000.safetensors ...                      one a rank
                             engine/         DeepSpeed's shards (adapters only under LoRA)
     latest                                  the newest one's name: a hint, never trusted alone
@@ -231,7 +232,10 @@ def newest(root: Path, say: Any = print) -> Found | None:
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
-        say(f"checkpoint {folder.name} is damaged ({fault}); set aside as {aside.name}, using the one before")
+        say(
+            f"checkpoint {folder.name} is damaged ({fault}); "
+            f"set aside as {aside.name}, using the one before"
+        )
     return None
 
 
@@ -239,7 +243,9 @@ def opened(folder: Path) -> Found:
     """A checkpoint named by the user; raises ConfigError when it does not verify."""
     fault = verify(folder)
     if fault:
-        raise ConfigError(f"resume: {folder} cannot be used: {fault}; resume=auto takes the newest good one")
+        raise ConfigError(
+            f"resume: {folder} cannot be used: {fault}; resume=auto takes the newest good one"
+        )
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     return Found(folder, manifest, trainer)

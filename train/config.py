@@ -37,11 +37,15 @@ class RunConfig(Config):
 
 class ModelConfig(Config):
     path: str
-    """A folder or hub id with config.json, safetensors, tokenizer; or, for a new model, its config."""
+    """A folder or hub id with config.json, safetensors, tokenizer; or, for a new model, its
+    config.
+    """
     revision: str | None = None
     """Commit of a hub id; None takes the newest and records which it was."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random` builds the architecture in `path`/config.json from the seed, with no weights read."""
+    """`random` builds the architecture in `path`/config.json from the seed, with no weights
+    read.
+    """
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of weights and activations; masters and optimizer state are fp32 whatever this says."""
     attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
@@ -69,7 +73,9 @@ class MethodConfig(Config):
     rslora: bool = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
     double_quantisation: bool = True
-    """QLoRA: quantise the NF4 block constants too, 0.37 bits a parameter less (arXiv 2305.14314)."""
+    """QLoRA: quantise the NF4 block constants too, 0.37 bits a parameter less (arXiv
+    2305.14314).
+    """
 
 
 class ObjectiveConfig(Config):
@@ -183,7 +189,9 @@ class TrainConfig(Config):
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     resume: str = "auto"
-    """`auto` continues run.id if its folder holds a checkpoint, `never` refuses, else a checkpoint path."""
+    """`auto` continues run.id if its folder holds a checkpoint, `never` refuses, else a checkpoint
+    path.
+    """
     debug: bool = False
     """Anomaly detection, at most 20 steps, and a verdict whether it is safe to scale."""
     run: RunConfig = RunConfig()
@@ -203,7 +211,9 @@ class TrainConfig(Config):
         from tuneloom.train.rules import violations
 
         if self.steps is None and self.epochs is None:
-            raise ValueError("steps, epochs: at least one must be set, both are null; set steps=1000")
+            raise ValueError(
+                "steps, epochs: at least one must be set, both are null; set steps=1000"
+            )
         for message in violations(self):
             raise ValueError(message)
         return self

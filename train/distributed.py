@@ -46,7 +46,8 @@ def start(*, timeout_seconds: int = 1800) -> World:
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     if not cuda:
-        # Muon's Newton-Schulz is torch.compiled at first use: 53 to 89 s on a CPU, 1 s without (measured).
+        # Muon's Newton-Schulz is torch.compiled at first use: 53 to 89 s on a CPU, 1 s without
+        # (measured).
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -62,7 +63,9 @@ def quiet_libraries() -> None:
     """Progress bars and advice of libraries are noise in a log that several ranks write."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.distributed")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers|torch.distributed"
+    )
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -81,7 +84,9 @@ def is_joined() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """The same seed on every rank: adapters are initialised alike, dropout differs by rank later."""
+    """The same seed on every rank: adapters are initialised alike, dropout differs by rank
+    later.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

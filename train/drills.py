@@ -1,7 +1,7 @@
 """The first-checkpoint drill: what was saved is opened by a fresh process while training goes on.
 
-Empty adapters (trl#4416: 40 bytes) and weights that load but answer otherwise are found at the first
-checkpoint, not after the last.
+Empty adapters (trl#4416: 40 bytes) and weights that load but answer otherwise are found at the
+first checkpoint, not after the last.
 """
 
 import json
@@ -22,7 +22,9 @@ PROBE_TOKENS = 32
 
 
 class FirstCheckpoint:
-    """Saves weights and live logits in runs/<id>/drill and starts the process that compares them."""
+    """Saves weights and live logits in runs/<id>/drill and starts the process that compares
+    them.
+    """
 
     def __init__(self, session: "Session") -> None:
         self.world, self.folder = session.world, session.folder / "drill"
@@ -55,7 +57,8 @@ class FirstCheckpoint:
         fault = distributed.broadcast_object(fault)
         if fault:
             raise TrainingError(
-                f"train.drill: the checkpoint of step {self.step}, opened by a fresh process, {fault}; "
+                f"train.drill: the checkpoint of step {self.step}, opened by a fresh process, "
+                f"{fault}; "
                 f"its files are in {self.folder}"
             )
 

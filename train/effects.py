@@ -93,14 +93,18 @@ class Witness:
             yield Receipt("method=qlora", bool(quantised), {"modules_in_nf4": len(quantised)})
         if method.dora:
             vectors = [n for n in moved if "lora_magnitude_vector" in n]
-            yield Receipt("method.dora", bool(vectors), {"magnitude_vectors_with_gradient": len(vectors)})
+            yield Receipt(
+                "method.dora", bool(vectors), {"magnitude_vectors_with_gradient": len(vectors)}
+            )
         if method.rslora:
             scales = {s for m in self.network.modules() for s in getattr(m, "scaling", {}).values()}
             want = method.alpha / math.sqrt(method.rank)
             yield Receipt("method.rslora", scales == {want}, {"scaling": sorted(scales)})
         for extra in method.extra_modules:
             names = [n for n in moved if f"{extra}.modules_to_save" in n]
-            yield Receipt(f"method.extra_modules={extra}", bool(names), {"with_gradient": len(names)})
+            yield Receipt(
+                f"method.extra_modules={extra}", bool(names), {"with_gradient": len(names)}
+            )
 
     def _optimizer(self) -> Iterator[Receipt]:
         optim = self.config.optim
@@ -153,12 +157,13 @@ class Witness:
         yield Receipt(f"model.attention={model.attention}", bool(calls), {"calls": calls})
         dtypes: dict[str, int] = {}
         for parameter in self.network.parameters():
-            dtypes[str(parameter.dtype).removeprefix("torch.")] = (
-                dtypes.get(str(parameter.dtype).removeprefix("torch."), 0) + true_numel(parameter)
-            )
+            dtypes[str(parameter.dtype).removeprefix("torch.")] = dtypes.get(
+                str(parameter.dtype).removeprefix("torch."), 0
+            ) + true_numel(parameter)
         yield Receipt(f"model.dtype={model.dtype}", True, {"parameters": dtypes})
         if model.checkpointing != "off":
-            layers: Any = self.network.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+            network: Any = self.network
+            layers = network.config.get_text_config().num_hidden_layers
             per_micro = sum(calls.values()) / max(1, len(self._documents))
             yield Receipt(
                 f"model.checkpointing={model.checkpointing}",
@@ -203,7 +208,11 @@ def _matrices(network: nn.Module, *, muon: bool) -> Iterator[tuple[str, nn.Param
     """Trainable matrices that a receipt can watch: under Muon only those on its branch."""
     for name, parameter in network.named_parameters():
         matrix = len(getattr(parameter, "ds_shape", parameter.shape)) == 2
-        if parameter.requires_grad and matrix and (not muon or getattr(parameter, "use_muon", False)):
+        if (
+            parameter.requires_grad
+            and matrix
+            and (not muon or getattr(parameter, "use_muon", False))
+        ):
             yield name, parameter
 
 

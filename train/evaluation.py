@@ -45,7 +45,9 @@ class Validation:
         """-log p per target token over all validation rows; the same on all ranks; collective."""
         lengths = self.store.lengths(self.order)
         kept = self.order[lengths > 0]
-        budget = self.config.batch.tokens if self.config.batch.packing else self.config.batch.max_length
+        budget = (
+            self.config.batch.tokens if self.config.batch.packing else self.config.batch.max_length
+        )
         bins = [kept[members] for members in pack(lengths[lengths > 0], budget)]
         bins += [np.empty(0, np.int64)] * (-len(bins) % self.world.size)
         engine.eval()
@@ -66,7 +68,7 @@ class Validation:
         prompts = [self.renderer.prompt_ids(record) for record in records]
         if not prompts:
             return
-        stops = {int(self.tokenizer.eos_token_id)}
+        stops = self._stops()
         answers = samples.answer(
             engine.module, prompts, stops=stops, max_tokens=self.config.train.sample_tokens,
             device=self.world.device,
@@ -80,6 +82,13 @@ class Validation:
                 }
                 for prompt, answer, record in zip(prompts, answers, records, strict=True)
             ])  # fmt: skip
+
+    def _stops(self) -> set[int]:
+        """The end-of-sequence token and the one that the chat template ends a turn with."""
+        stops = {self.tokenizer.eos_token_id}
+        if self.tokenizer.chat_template and self.renderer.template.end_of_turn:
+            stops.add(self.tokenizer.convert_tokens_to_ids(self.renderer.template.end_of_turn))
+        return {int(token) for token in stops if token is not None}
 
     def close(self) -> None:
         if self.rows:

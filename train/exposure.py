@@ -1,7 +1,7 @@
 """Which row was in which step: one line per example and step, the root of every lineage question.
 
-Kept in parts, one a checkpoint, so that a resumed run drops what it will do again; joined at the end
-into exposure.parquet: record_id, step, rank, tokens, target_tokens.
+Kept in parts, one a checkpoint, so that a resumed run drops what it will do again; joined at the
+end into exposure.parquet: record_id, step, rank, tokens, target_tokens.
 """
 
 import shutil
@@ -32,7 +32,9 @@ class Exposure:
         """One step's examples; arrays are (n,) and in the order of `ids`."""
         columns = (ids, [step] * len(ids), ranks, tokens, targets)
         self._tables.append(
-            pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+            pa.table(
+                [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+            )
         )
 
     def flush(self, step: int) -> None:

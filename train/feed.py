@@ -1,4 +1,6 @@
-"""The data of a run on one rank: tokens, plan, this rank's micro-batches, and the account of who saw what."""
+"""The data of a run on one rank: tokens, plan, this rank's micro-batches, and the account of who
+saw what.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from tuneloom.train.exposure import Exposure
 class Feed:
     """Training rows as the steps' micro-batches; `state` and `restore` make a resume exact."""
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, world: World, accumulation: int) -> None:
+    def __init__(
+        self, config: TrainConfig, tokenizer: Any, world: World, accumulation: int
+    ) -> None:
         self.config, self.world, self.accumulation = config, world, accumulation
         batch, data = config.batch, config.data
         self.rows: Rows = open_rows(data.path, data.split, data.format, verify=world.first)
@@ -34,7 +38,9 @@ class Feed:
         self.ledger = Ledger()
 
     def next_step(self) -> list[np.ndarray]:
-        """Row indices of every micro-batch of the step, all ranks'; empty when the epochs are over."""
+        """Row indices of every micro-batch of the step, all ranks'; empty when the epochs are
+        over.
+        """
         bins = self.plan.next_step()
         if not bins:  # rows too long at the very end belong to no step
             self.ledger.count(self.plan.dropped, self.store)
@@ -46,7 +52,9 @@ class Feed:
 
     def _collated(self, rows: np.ndarray) -> MicroBatch:
         examples = [self.store.example(int(row)) for row in rows]
-        return collate(list(rows), examples, packing=self.config.batch.packing).to(self.world.device)
+        return collate(list(rows), examples, packing=self.config.batch.packing).to(
+            self.world.device
+        )
 
     def account(self, bins: list[np.ndarray], step: int, padded: int, exposure: Exposure) -> None:
         """Book one step of all ranks on the ledger and the exposure record; rank 0 only."""
@@ -80,7 +88,9 @@ def renderer(config: TrainConfig, tokenizer: Any) -> Renderer:
 def make_store(
     config: TrainConfig, rows: Rows, render: Renderer, order: np.ndarray, world: World
 ) -> TokenStore:
-    """Tokens of `rows`, made once by rank 0 in a cache that the runs under `run.root` share; collective."""
+    """Tokens of `rows`, made once by rank 0 in a cache that the runs under `run.root` share;
+    collective.
+    """
 
     def construct() -> TokenStore:
         return TokenStore(

@@ -1,8 +1,10 @@
 """Model FLOPs of a step by what the mathematics needs, and the peak of the device it ran on.
 
-Full:  6 N_linear + 6 V D f + 3 L 2 s d_attn a token.    LoRA: 4 N_linear + 6 N_adapter + 4 V D f + the same
-attention (no weight gradients of the frozen base). s = sum(len^2) / sum(len) of the packed documents, causal;
-f = share of tokens with a label. Padding and recomputation are never counted (PaLM, arXiv 2204.02311, app. B).
+Full:  6 N_linear + 6 V D f + 3 L 2 s d_attn a token.    LoRA: 4 N_linear + 6 N_adapter + 4 V D f +
+the same attention (no weight gradients of the frozen base). s = sum(len^2) / sum(len) of the packed
+documents, causal;
+f = share of tokens with a label. Padding and recomputation are never counted (PaLM, arXiv
+2204.02311, app. B).
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 
 # Dense bf16 TFLOP/s, vendor data sheets, without sparsity.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
+               "L4": 121,
                "B200": 2250, "GB200": 2500, "4090": 165, "3090": 71, "V100": 125}  # fmt: skip
 
 
@@ -47,7 +50,9 @@ def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
             size = true_numel(parameter)
             if frozen and parameter.requires_grad:
                 adapter += size
-            elif name == "weight" and isinstance(module, nn.Linear) and id(parameter) != head_weight:
+            elif (
+                name == "weight" and isinstance(module, nn.Linear) and id(parameter) != head_weight
+            ):
                 linear += size
     text = _causal(network).config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -1,4 +1,6 @@
-"""The training loop: read this first. Set-up is `Session.prepare`, in dependency order; then one flat loop."""
+"""The training loop: read this first. Set-up is `Session.prepare`, in dependency order; then one
+flat loop.
+"""
 
 import math
 import time
@@ -71,7 +73,8 @@ def loop(s: Session) -> Outcome:
         tally = s.agree(micros)
 
         # forward and backward of each: token losses, summed, over the whole step's target tokens.
-        # DeepSpeed averages gradients over ranks, hence times world; it must not divide by accumulation.
+        # DeepSpeed averages gradients over ranks, hence times world; it must not divide by
+        # accumulation.
         lr = s.set_lr(lr_at(s.step, progress, config.optim))
         total = torch.zeros((), dtype=torch.float32, device=world.device)
         for index, micro in enumerate(micros):
@@ -91,7 +94,8 @@ def loop(s: Session) -> Outcome:
                  seconds=time.time() - started)  # fmt: skip
         if bad_steps > config.train.max_bad_steps:
             raise TrainingError(
-                f"train.max_bad_steps: {bad_steps} steps in a row were not finite, the last was step "
+                f"train.max_bad_steps: {bad_steps} steps in a row were not finite, the last was "
+                "step "
                 f"{s.step}; lower optim.lr, or look at their rows in exposure/"
             )
 

@@ -1,6 +1,8 @@
-"""The loss: a sum over target tokens, divided once, by the target tokens of the whole step on all ranks.
+"""The loss: a sum over target tokens, divided once, by the target tokens of the whole step on all
+ranks.
 
-So accumulation, packing, world size and ZeRO stage all give one curve (transformers#34191 and its kin).
+So accumulation, packing, world size and ZeRO stage all give one curve (transformers#34191 and its
+kin).
 """
 
 from typing import Any

@@ -1,4 +1,6 @@
-"""What is trained: every weight, or adapters on a frozen base (LoRA, QLoRA, DoRA, rsLoRA), by PEFT."""
+"""What is trained: every weight, or adapters on a frozen base (LoRA, QLoRA, DoRA, rsLoRA), by
+PEFT.
+"""
 
 from typing import Any
 
@@ -12,8 +14,8 @@ from tuneloom.train.config import MethodConfig
 def apply(network: nn.Module, method: MethodConfig) -> nn.Module:
     """Freeze and adapt `network` as `method` says; full fine-tuning returns it as it is.
 
-    Called after the seed, so adapters start alike on every rank. Raises ConfigError when a target or
-    extra module does not exist in the model.
+    Called after the seed, so adapters start alike on every rank. Raises ConfigError when a target
+    or extra module does not exist in the model.
     """
     if method.kind == "full":
         return network
@@ -40,7 +42,12 @@ def apply(network: nn.Module, method: MethodConfig) -> nn.Module:
 def _known_modules(network: nn.Module, method: MethodConfig) -> None:
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in network.named_modules() if name})
     targets = [] if method.targets == "all-linear" else method.targets
-    for key, wanted in (("method.targets", targets), ("method.extra_modules", method.extra_modules)):
+    for key, wanted in (
+        ("method.targets", targets),
+        ("method.extra_modules", method.extra_modules),
+    ):
         for name in wanted:
             if name.rsplit(".", 1)[-1] not in names:
-                raise ConfigError(f"{key}: the model has no module {name!r}{did_you_mean(name, names)}")
+                raise ConfigError(
+                    f"{key}: the model has no module {name!r}{did_you_mean(name, names)}"
+                )

@@ -1,4 +1,6 @@
-"""metrics.jsonl always, W&B where it can, a progress line, and where each second of the run went."""
+"""metrics.jsonl always, W&B where it can, a progress line, and where each second of the run
+went.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ PHASES = ("productive", "data", "checkpoint", "evaluation", "startup", "lost")
 
 
 class Clock:
-    """Splits wall time into phases that sum to 100 %: what is in no phase is `productive` or `startup`."""
+    """Splits wall time into phases that sum to 100 %: what is in no phase is `productive` or
+    `startup`.
+    """
 
     def __init__(self, started: float | None = None) -> None:
         self.started = started or float(os.environ.get("TUNELOOM_STARTED", time.time()))
@@ -100,9 +104,16 @@ class Tracker:
     """W&B behind one door; `mode` after construction is what really happens."""
 
     def __init__(
-        self, tracker: TrackerConfig, folder: Path, run_id: str, config: dict[str, Any], *, offline: bool = False
+        self,
+        tracker: TrackerConfig,
+        folder: Path,
+        run_id: str,
+        config: dict[str, Any],
+        *,
+        offline: bool = False,
     ) -> None:
         self.run: Any = None
+        self.mode: Any
         self.mode, reason = self._decide(tracker.mode)
         print(f"tracker: W&B {self.mode} ({reason})", flush=True)
         if self.mode == "off":
@@ -118,7 +129,10 @@ class Tracker:
             self.run = wandb.init(mode=self.mode, settings=_settings(wandb), **shared)
         except wandb.errors.CommError as error:
             first = str(error).splitlines()[0]
-            print(f"tracker: W&B cannot be reached ({first}); writing offline, `wandb sync` later", flush=True)
+            print(
+                f"tracker: W&B cannot be reached ({first}); writing offline, `wandb sync` later",
+                flush=True,
+            )
             self.mode = "offline"
             self.run = wandb.init(mode="offline", settings=_settings(wandb), **shared)
 
@@ -141,8 +155,11 @@ class Tracker:
 
 
 def _settings(wandb: Any) -> Any:
-    # An unreachable server blocks init for 90 s by default (measured); rank 0 would stall all ranks.
-    return wandb.Settings(init_timeout=15, console="off", silent=True, disable_git=True, x_disable_stats=True)
+    # An unreachable server blocks init for 90 s by default (measured); rank 0 would stall all
+    # ranks.
+    return wandb.Settings(
+        init_timeout=15, console="off", silent=True, disable_git=True, x_disable_stats=True
+    )
 
 
 def _netrc_has_wandb() -> bool:

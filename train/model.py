@@ -1,4 +1,5 @@
-"""The base model and its tokenizer: found, checked, loaded in the right precision, nothing run from it.
+"""The base model and its tokenizer: found, checked, loaded in the right precision, nothing run from
+it.
 
 Only safetensors are read and no remote code is executed; no key of any config turns that on.
 """
@@ -19,7 +20,8 @@ MOE_BLOCKS = ("MoeBlock", "SparseMoe", "MoE", "MLPExperts", "Experts")
 
 
 def locate(model: ModelConfig) -> Path:
-    """The local folder of `model.path`: itself, or the hub snapshot, downloaded where there is a network.
+    """The local folder of `model.path`: itself, or the hub snapshot, downloaded where there is a
+    network.
 
     Raises ConfigError when there is neither, when the folder is an adapter, or has no tokenizer.
     """
@@ -32,18 +34,22 @@ def locate(model: ModelConfig) -> Path:
             "set model.path to the base it was trained on and adapter= where you use it"
         )
     if not (folder / "config.json").exists():
-        raise ConfigError(f"model.path: {folder} has no config.json; give a Hugging Face model folder")
+        raise ConfigError(
+            f"model.path: {folder} has no config.json; give a Hugging Face model folder"
+        )
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(
             f"model.path: {folder} has no tokenizer (tokenizer.json); copy it beside the weights"
         )
     if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         raise ConfigError(
-            f"model.path: {folder}/config.json asks for remote code (auto_map), which is never run; "
+            f"model.path: {folder}/config.json asks for remote code (auto_map), never run here; "
             "remove the key if transformers knows the architecture"
         )
     if model.init == "pretrained" and not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.path: {folder} has no *.safetensors; pickled weights are not read")
+        raise ConfigError(
+            f"model.path: {folder} has no *.safetensors; pickled weights are not read"
+        )
     return folder
 
 
@@ -71,20 +77,15 @@ def _download(model: ModelConfig) -> Path:
         ) from None
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
 def load(
     folder: Path, model: ModelConfig, method: MethodConfig, device: torch.device, *, seed: int
 ) -> nn.Module:
     """The causal language model in `model.dtype` on `device`, attention installed, caches off.
 
-    Under ZeRO-3 the caller has switched partitioned initialisation on (`train/zero.py`), and weights
-    arrive already sharded over ranks. Raises ConfigError for an architecture that is not a causal LM.
+    Under ZeRO-3 the caller has switched partitioned initialisation on (`train/zero.py`), and
+    weights
+    arrive already sharded over ranks. Raises ConfigError for an architecture that is not a causal
+    LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -156,17 +157,20 @@ def _quantisation(method: MethodConfig, dtype: torch.dtype, device: torch.device
 
 
 def checkpoint_activations(network: nn.Module, model: ModelConfig) -> int:
-    """Turn recomputation on for all or every n-th decoder layer; returns how many layers recompute."""
+    """Turn recomputation on for all or every n-th decoder layer; returns how many layers
+    recompute.
+    """
     if model.checkpointing == "off":
         return 0
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     causal: Any = network
     causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers: list[Any] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"model.checkpointing: {type(network).__name__} has no layers that recompute; set it to off"
+            f"model.checkpointing: {type(network).__name__} has no layers that recompute; "
+            "set it to off"
         )
     every = model.checkpoint_every_layers if model.checkpointing == "selective" else 1
     for index, layer in enumerate(layers):
@@ -180,4 +184,3 @@ def moe_blocks(network: nn.Module) -> list[type[nn.Module]]:
         {type(m) for m in network.modules() if type(m).__name__.endswith(MOE_BLOCKS)},
         key=lambda kind: kind.__name__,
     )
-

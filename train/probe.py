@@ -15,7 +15,9 @@ LENGTH = 12
 
 @torch.no_grad()
 def isolation(network: nn.Module, vocabulary: int, device: torch.device, *, seed: int) -> float:
-    """Largest change of B's logits when A changes; raises TrainingError if B sees A. Collective under ZeRO-3."""
+    """Largest change of B's logits when A changes; raises TrainingError if B sees A. Collective
+    under ZeRO-3.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocabulary, (3, LENGTH), generator=generator).int().numpy()
     targets = tokens >= 0
@@ -31,7 +33,8 @@ def isolation(network: nn.Module, vocabulary: int, device: torch.device, *, seed
     assert moved_a > 0, "document A's logits did not move when its tokens changed"
     if moved_b > 0:
         raise TrainingError(
-            f"batch.packing: documents in a pack see each other in this model (logits of the second moved "
+            "batch.packing: documents in a pack see each other in this model (logits of the second "
+            "moved "
             f"by {moved_b:.3g} when the first changed); set batch.packing=false"
         )
     return moved_b

@@ -10,12 +10,14 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tuneloom.errors import ConfigError, RefusedError
 from tuneloom.train.config import TrainConfig
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "wandb", "hydra-core", "bitsandbytes",
+C = TypeVar("C", bound=TrainConfig)
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "wandb", "hydra-core",
+            "bitsandbytes",
             "flash-attn", "triton", "numpy", "pyarrow", "tokenizers")  # fmt: skip
 
 
@@ -24,7 +26,7 @@ def new_id(name: str) -> str:
     return f"{name[:40]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
-def with_id(config: TrainConfig) -> TrainConfig:
+def with_id(config: C) -> C:
     """The same config with `run.id` filled in, so that every rank and restart names one folder."""
     if config.run.id is not None:
         return config
@@ -49,7 +51,9 @@ def claim(config: TrainConfig) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"run.root: {folder} cannot be written ({error.strerror}); choose another") from None
+        raise ConfigError(
+            f"run.root: {folder} cannot be written ({error.strerror}); choose another"
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -84,7 +88,16 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
         )
 
 
-RESUMABLE = ("resume", "launch", "tracker", "zero", "debug", "train", "checkpoint", "batch.accumulation")
+RESUMABLE = (
+    "resume",
+    "launch",
+    "tracker",
+    "zero",
+    "debug",
+    "train",
+    "checkpoint",
+    "batch.accumulation",
+)
 """Keys that a resumed run may change: none of them moves the loss curve."""
 
 
@@ -93,7 +106,9 @@ def plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def digest(config: TrainConfig) -> str:
-    """sha256 of what decides the curve: the resolved config without the keys a resume may change."""
+    """sha256 of what decides the curve: the resolved config without the keys a resume may
+    change.
+    """
     content = plain(config)
     for key in RESUMABLE:
         *path, last = key.split(".")
@@ -135,7 +150,9 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
         **facts,
     }
     write_json(folder / "run.json", content)
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8"
+    )
 
 
 def update(folder: Path, facts: dict[str, Any]) -> None:
@@ -165,7 +182,10 @@ def code_version() -> dict[str, Any]:
 def _commit(root: Path) -> str | None:
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -174,10 +194,14 @@ def _commit(root: Path) -> str | None:
 
 def environment() -> dict[str, Any]:
     """Python, platform and the versions that decide numerics."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }

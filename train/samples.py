@@ -1,4 +1,6 @@
-"""Greedy answers of the live model to a few validation prompts, without a cache: right under any ZeRO stage."""
+"""Greedy answers of the live model to a few validation prompts, without a cache: right under any
+ZeRO stage.
+"""
 
 import json
 from pathlib import Path
@@ -10,9 +12,15 @@ from torch import nn
 
 @torch.no_grad()
 def answer(
-    network: nn.Module, prompts: list[list[int]], *, stops: set[int], max_tokens: int, device: torch.device
+    network: nn.Module,
+    prompts: list[list[int]],
+    *,
+    stops: set[int],
+    max_tokens: int,
+    device: torch.device,
 ) -> list[list[int]]:
-    """New token ids for each prompt, ended by a stop token or `max_tokens`. Collective under ZeRO-3.
+    """New token ids for each prompt, ended by a stop token or `max_tokens`. Collective under
+    ZeRO-3.
 
     Right-padded rows, causal attention: each step reads the logits at each row's own last token.
     """

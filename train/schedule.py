@@ -1,7 +1,7 @@
 """Learning rate as a pure function of the step and of how far the run is, in [0, 1].
 
-Progress, not a step count, drives the decay: with streamed tokenising nobody knows at step 1 how many
-packs an epoch will make, but rows consumed over rows to come is known exactly.
+Progress, not a step count, drives the decay: with streamed tokenising nobody knows at step 1 how
+many packs an epoch will make, but rows consumed over rows to come is known exactly.
 """
 
 import math

@@ -1,4 +1,6 @@
-"""Everything a run holds on one rank, made in dependency order, and the few things its loop asks for."""
+"""Everything a run holds on one rank, made in dependency order, and the few things its loop asks
+for.
+"""
 
 import math
 import os
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tuneloom.data.tokenizer import load_tokenizer
 from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
 from tuneloom.registry.digests import weights_digest
 from tuneloom.train import (
@@ -50,7 +53,9 @@ class Tally:
 
 
 class Session:
-    """One run on one rank. `prepare` is collective; attributes that only rank 0 has are None elsewhere."""
+    """One run on one rank. `prepare` is collective; attributes that only rank 0 has are None
+    elsewhere.
+    """
 
     engine: Any
     feed: Feed
@@ -94,7 +99,7 @@ class Session:
         # model and method; adapters are made after the seed, alike on every rank
         base = self._on_first(lambda: model.locate(config.model))
         self.base = base
-        self.tokenizer = model.load_tokenizer(base)
+        self.tokenizer = load_tokenizer(str(base))
         with zero.partitioned_init(settings):
             network = model.load(base, config.model, config.method, world.device, seed=config.seed)
             self.patched = _patch(network) if config.model.kernels else {}
@@ -146,17 +151,22 @@ class Session:
     def _resume_point(self) -> checkpoint.Found | None:
         config, root = self.config, self.folder / "checkpoints"
         if config.resume in ("auto", "never"):
-            return self._on_first(lambda: checkpoint.newest(root) if config.resume == "auto" else None)
+            return self._on_first(
+                lambda: checkpoint.newest(root) if config.resume == "auto" else None
+            )
         return self._on_first(lambda: checkpoint.opened(Path(config.resume)))
 
     def _accumulation(self, found: checkpoint.Found | None) -> int:
-        """Micro-batches of this rank a step; a resumed run keeps its global batch on any world size."""
+        """Micro-batches of this rank a step; a resumed run keeps its global batch on any world
+        size.
+        """
         if found is None:
             return self.config.batch.accumulation
         group = int(found.trainer["group"])
         if group % self.world.size:
             raise ConfigError(
-                f"launch.workers: the run takes {group} micro-batches a step, which {self.world.size} "
+                f"launch.workers: the run takes {group} micro-batches a step, which "
+                f"{self.world.size} "
                 f"ranks cannot share evenly; use a divisor of {group}"
             )
         return group // self.world.size
@@ -172,7 +182,8 @@ class Session:
                 "digest": None if config.model.init == "random" else weights_digest(self.base),
             },
             "dataset": {
-                "path": config.data.path, "digest": self.feed.rows.digest, "rows": len(self.feed.rows),
+                "path": config.data.path, "digest": self.feed.rows.digest,
+                "rows": len(self.feed.rows),
                 "renderer": self.feed.renderer.digest,
             },
             "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
@@ -216,13 +227,16 @@ class Session:
         return max(by_steps, self.feed.plan.progress)
 
     def agree(self, micros: list[MicroBatch]) -> Tally:
-        """Sum the step's tokens over ranks; one small CPU collective that also carries the stop flag."""
+        """Sum the step's tokens over ranks; one small CPU collective that also carries the stop
+        flag.
+        """
         assert self.stop is not None
         if self.witness is not None:
             self.witness.saw_micro_batches([len(m.rows) for m in micros])
         values = [
             sum(m.target_tokens for m in micros), sum(m.tokens for m in micros),
-            sum(m.square_tokens for m in micros), sum(m.padded for m in micros), int(self.stop.asked()),
+            sum(m.square_tokens for m in micros), sum(m.padded for m in micros),
+            int(self.stop.asked()),
         ]  # fmt: skip
         summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
         target, tokens, square, padded, stop = (int(v) for v in summed)
@@ -247,13 +261,19 @@ class Session:
         self.witness.after_step()
         receipts = self.witness.receipts()
         if self.world.first:
-            extra = {"step": self.step + 1, "kernels": self.patched, "layers_recomputing": self.recomputing}
+            extra = {
+                "step": self.step + 1,
+                "kernels": self.patched,
+                "layers_recomputing": self.recomputing,
+            }
             runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
         effects.refuse_idle(receipts)
         self.witness = None
 
     def optimizer_step(self) -> tuple[float, bool]:
-        """Step, and say the gradient norm and whether it was applied: non-finite gradients are not."""
+        """Step, and say the gradient norm and whether it was applied: non-finite gradients are
+        not.
+        """
         engine = self.engine
         if self.config.zero.stage == 0 and self.config.model.dtype == "fp32":
             return self._plain_step()
@@ -263,7 +283,9 @@ class Session:
         return float(norm) if norm is not None else math.nan, engine.skipped_steps == skipped
 
     def _plain_step(self) -> tuple[float, bool]:
-        """Without ZeRO in fp32 DeepSpeed neither reports a norm nor refuses a NaN, so both happen here."""
+        """Without ZeRO in fp32 DeepSpeed neither reports a norm nor refuses a NaN, so both happen
+        here.
+        """
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         limit = self.config.optim.clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, limit))
@@ -296,7 +318,9 @@ class Session:
         peak = flops.peak_flops(self.world.device)
         if peak is not None:
             work = self.shape.step(
-                tokens=tally.tokens, target_tokens=tally.target_tokens, square_tokens=tally.square_tokens
+                tokens=tally.tokens,
+                target_tokens=tally.target_tokens,
+                square_tokens=tally.square_tokens,
             )
             row["speed/mfu"] = work / (seconds * peak * self.world.size)
         self.metrics.write(row | self.clock.row())
@@ -353,9 +377,13 @@ class Session:
         }
 
     def finish(self, loss: float) -> None:
-        """After the last step: validation, samples, checkpoint, weights, receipts; the run is done."""
+        """After the last step: validation, samples, checkpoint, weights, receipts; the run is
+        done.
+        """
         if self.step == 0:
-            raise TrainingError("nothing was trained: the run ended at step 0; look at data.path and epochs")
+            raise TrainingError(
+                "nothing was trained: the run ended at step 0; look at data.path and epochs"
+            )
         self.validate()
         self.sample()
         self.save()

@@ -1,7 +1,8 @@
-"""Asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) or a `stop` file in the run folder set a flag, no more.
+"""Asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) or a `stop` file in the run folder set a flag,
+no more.
 
-Ranks agree on the flag at the step boundary, save the same step and leave with exit 75. A handler that
-saves by itself deadlocks with more than one rank (transformers' JIT checkpoint, measured).
+Ranks agree on the flag at the step boundary, save the same step and leave with exit 75. A handler
+that saves by itself deadlocks with more than one rank (transformers' JIT checkpoint, measured).
 """
 
 import signal

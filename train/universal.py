@@ -1,8 +1,10 @@
-"""A checkpoint for another layout: DeepSpeed's universal format, mended where 0.19.8 cannot read its own.
+"""A checkpoint for another layout: DeepSpeed's universal format, mended where 0.19.8 cannot read
+its own.
 
-`ds_to_universal` writes one folder a parameter, whole. Loading that at another ZeRO stage fails for want of
-files that only the old stage writes, and with other ranks under ZeRO-3 for want of one a rank; both are
-supplied here. Under ZeRO-0 nothing is sharded and DeepSpeed has no converter: refused by name.
+`ds_to_universal` writes one folder a parameter, whole. Loading that at another ZeRO stage fails for
+want of
+files that only the old stage writes, and with other ranks under ZeRO-3 for want of one a rank; both
+are supplied here. Under ZeRO-0 nothing is sharded and DeepSpeed has no converter: refused by name.
 """
 
 import shutil
@@ -20,13 +22,15 @@ MOMENTS = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 def convert(found: Found, *, world_size: int, stage: int) -> Path:
-    """A folder beside the checkpoint that loads at `world_size` and `stage` (1 to 3); run on one rank.
+    """A folder beside the checkpoint that loads at `world_size` and `stage` (1 to 3); run on one
+    rank.
 
     The files it reads were verified against the manifest before, so unpickling them is safe.
     """
     if 0 in (int(found.manifest["zero_stage"]), stage):
         raise ConfigError(
-            f"zero.stage: {found.folder} was saved with zero.stage={found.manifest['zero_stage']} and cannot "
+            f"zero.stage: {found.folder} was saved with zero.stage={found.manifest['zero_stage']} "
+            "and cannot "
             f"be resumed with {stage}; stages 1, 2 and 3 can be exchanged, 0 stays 0"
         )
     target = found.folder.with_name(f".universal-{found.folder.name}")

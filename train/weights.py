@@ -1,4 +1,6 @@
-"""The trained weights out of the engine: an adapter in PEFT's layout, or a whole model, as safetensors."""
+"""The trained weights out of the engine: an adapter in PEFT's layout, or a whole model, as
+safetensors.
+"""
 
 import json
 import shutil
@@ -13,7 +15,9 @@ from tuneloom.train.distributed import World
 
 
 def gather(network: nn.Module, *, trainable_only: bool, world: World) -> dict[str, Tensor]:
-    """Whole tensors by name on rank 0 (empty elsewhere), one parameter at a time under ZeRO-3; collective."""
+    """Whole tensors by name on rank 0 (empty elsewhere), one parameter at a time under ZeRO-3;
+    collective.
+    """
     import deepspeed
 
     state: dict[str, Tensor] = {}
@@ -33,8 +37,8 @@ def gather(network: nn.Module, *, trainable_only: bool, world: World) -> dict[st
 def save(network: nn.Module, tokenizer: Any, folder: Path, world: World) -> None:
     """Write `folder` with the weights, tokenizer and chat template; collective, written by rank 0.
 
-    LoRA: adapter_config.json and adapter_model.safetensors. Full: config.json and model safetensors.
-    The folder appears whole or not at all.
+    LoRA: adapter_config.json and adapter_model.safetensors. Full: config.json and model
+    safetensors. The folder appears whole or not at all.
     """
     from peft import PeftModel
 
@@ -69,7 +73,9 @@ def _saved_names(network: nn.Module) -> list[str]:
 
 
 def store_probe(folder: Path, ids: Tensor, logits: Tensor, facts: dict[str, Any]) -> None:
-    """What a fresh process compares with: token ids (1, S) and the live model's logits (S, V) fp32."""
+    """What a fresh process compares with: token ids (1, S) and the live model's logits (S, V)
+    fp32.
+    """
     from safetensors.torch import save_file
 
     save_file({"ids": ids.cpu(), "logits": logits.float().cpu()}, folder / "probe.safetensors")
@@ -82,6 +88,8 @@ def live_logits(network: nn.Module, ids: Tensor, device: torch.device) -> Tensor
     was_training = network.training
     network.eval()
     positions = torch.arange(ids.shape[1])[None].to(device)
-    logits: Tensor = network(input_ids=ids.to(device), position_ids=positions, use_cache=False).logits[0]
+    logits: Tensor = network(
+        input_ids=ids.to(device), position_ids=positions, use_cache=False
+    ).logits[0]
     network.train(was_training)
     return logits

@@ -46,12 +46,16 @@ def _plain(config: TrainConfig) -> bool:
 def _zero(config: TrainConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
-        # Overlap has cost users correct losses (DeepSpeed#5545); off until a GPU run proves it here.
+        # Overlap has cost users correct losses (DeepSpeed#5545); off until a GPU run proves it
+        # here.
         "overlap_comm": False,
         "contiguous_gradients": True,
     }
     if config.zero.offload != "none":
-        zero["offload_optimizer"] = {"device": config.zero.offload, "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {
+            "device": config.zero.offload,
+            "pin_memory": torch.cuda.is_available(),
+        }
     if config.zero.offload_parameters != "none":
         zero["offload_param"] = {
             "device": config.zero.offload_parameters,
@@ -79,7 +83,9 @@ def _muon(optim: OptimConfig) -> dict[str, Any]:
 
 @contextmanager
 def partitioned_init(settings: dict[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, transformers builds each parameter already sharded, so no rank holds the model whole."""
+    """Under ZeRO-3, transformers builds each parameter already sharded, so no rank holds the model
+    whole.
+    """
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return
@@ -96,10 +102,13 @@ def partitioned_init(settings: dict[str, Any]) -> Iterator[None]:
 
 def parameter_groups(network: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices, which decay, and the rest, which never do."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and "embed" not in name
+            matrix = (
+                len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and "embed" not in name
+            )
             (decayed if matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
@@ -146,7 +155,8 @@ def build_engine(network: nn.Module, config: TrainConfig, settings: dict[str, An
         model=network, optimizer=optimizer, model_parameters=groups, config=settings
     )
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
-        # Its constructor takes one optimizer step on zeros, so that Adam's first real update would be
+        # Its constructor takes one optimizer step on zeros, so that Adam's first real update would
+        # be
         # its second: 0.744 lr, another curve than ZeRO 1 to 3 (measured, 0.19.8).
         engine.optimizer.optimizer.state.clear()
     return engine

@@ -1,7 +1,7 @@
 """The command `tuneloom VERB [overrides]`: compose, validate, run one verb, end with its exit code.
 
-Hydra's own flags (--help, --cfg, --info, --multirun, --shell-completion) go to Hydra; an ordinary call
-composes in process, makes no output folder and changes no directory.
+Hydra's own flags (--help, --cfg, --info, --multirun, --shell-completion) go to Hydra; an ordinary
+call composes in process, makes no output folder and changes no directory.
 """
 
 import importlib
@@ -15,7 +15,10 @@ from tuneloom.config import build, compose, dotted_keys, unknown_override
 from tuneloom.errors import CONFIGURATION, ConfigError, TuneloomError
 
 VERBS = {
-    "doctor": ("tuneloom.launch.doctor", "Is this machine fit to train? One line each, with the fix."),
+    "doctor": (
+        "tuneloom.launch.doctor",
+        "Is this machine fit to train? One line each, with the fix.",
+    ),
     "ingest": ("tuneloom.data.ingest", "Raw records into a versioned dataset."),
     "inspect": ("tuneloom.data.inspect", "Rows as the trainer sees them, mask in colour."),
     "plan": ("tuneloom.launch.plan", "Memory, steps, disk and time, before anything starts."),
@@ -107,7 +110,9 @@ def split_config_dir(rest: list[str]) -> tuple[str | None, list[str]]:
         elif argument.startswith("--config-dir="):
             config_dir = argument.split("=", 1)[1]
         elif argument.startswith("--"):
-            raise ConfigError(f"{argument}: unknown flag; keys are written key=value, without dashes")
+            raise ConfigError(
+                f"{argument}: unknown flag; keys are written key=value, without dashes"
+            )
         else:
             overrides.append(argument)
     if pending or (config_dir and not os.path.isdir(config_dir)):
@@ -116,7 +121,9 @@ def split_config_dir(rest: list[str]) -> tuple[str | None, list[str]]:
 
 
 def run_under_hydra(verb: str, rest: list[str]) -> int:
-    """Hydra's own flags, sweeps and completion; each job of a sweep runs as an ordinary call would."""
+    """Hydra's own flags, sweeps and completion; each job of a sweep runs as an ordinary call
+    would.
+    """
     import hydra
     from omegaconf import DictConfig, OmegaConf
 

@@ -65,7 +65,9 @@ def build(model: type[C], mapping: Mapping[str, Any]) -> C:
 
 
 def _refuse_code_keys(value: Any, path: str) -> None:
-    """Hydra's instantiation keys name code to run; no config of ours may hold one (CVE-2026-68508)."""
+    """Hydra's instantiation keys name code to run; no config of ours may hold one
+    (CVE-2026-68508).
+    """
     if isinstance(value, Mapping):
         for key, inner in value.items():
             here = f"{path}.{key}" if path else str(key)
@@ -133,7 +135,12 @@ def unknown_override(overrides: list[str], known: list[str]) -> None:
     """
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0].split("@")[0]
-        if "." in key and not key.startswith("hydra.") and key not in known and not _is_open(key, known):
+        if (
+            "." in key
+            and not key.startswith("hydra.")
+            and key not in known
+            and not _is_open(key, known)
+        ):
             raise ConfigError(f"{key}: unknown key{did_you_mean(key, known)}, in {override!r}")
 
 

@@ -1,4 +1,5 @@
-"""The errors a person sees: one sentence (what, where, value, way out) and the exit code it ends with.
+"""The errors a person sees: one sentence (what, where, value, way out) and the exit code it ends
+with.
 
 Each class is also the standard exception a library user would catch. Instances cross Ray, so they
 carry one positional string and pickle as they are.
@@ -20,7 +21,9 @@ class TuneloomError(Exception):
 
 
 class ConfigError(TuneloomError, ValueError):
-    """A key, value or combination of keys that cannot run. The message starts with the dotted key."""
+    """A key, value or combination of keys that cannot run. The message starts with the dotted
+    key.
+    """
 
     exit_code = CONFIGURATION
 
@@ -38,7 +41,9 @@ class RefusedError(TuneloomError, RuntimeError):
 
 
 class TrainingError(TuneloomError, RuntimeError):
-    """Training failed: non-finite steps, divergence, an option that did not act, a bad checkpoint."""
+    """Training failed: non-finite steps, divergence, an option that did not act, a bad
+    checkpoint.
+    """
 
     exit_code = TRAINING
 

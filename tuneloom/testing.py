@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -37,7 +38,9 @@ def tiny_tokenizer(folder: Path, texts: list[str], vocab_size: int = 384) -> Non
 def tiny_model(
     folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, dtype: str = "float32"
 ) -> Path:
-    """A random Llama of about 100,000 parameters with tokenizer and chat template, saved in `folder`."""
+    """A random Llama of about 100,000 parameters with tokenizer and chat template, saved in
+    `folder`.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -80,10 +83,13 @@ def free_port() -> int:
 
 
 def small_config(folder: Path, run_id: str, **dotted: object) -> dict[str, object]:
-    """A train config over folder/base and folder/rows.jsonl that takes a second; keys such as `zero__stage`."""
+    """A train config over folder/base and folder/rows.jsonl that takes a second; keys such as
+    `zero__stage`.
+    """
     config: dict[str, object] = {
         "epochs": 100.0, "steps": 6, "run": {"root": str(folder / "runs"), "id": run_id},
-        "model": {"path": str(folder / "base"), "dtype": "fp32"}, "method": {"kind": "lora", "rank": 8},
+        "model": {"path": str(folder / "base"), "dtype": "fp32"},
+        "method": {"kind": "lora", "rank": 8},
         "objective": {"kind": "sft"},
         "data": {"path": str(folder / "rows.jsonl"), "validation": None},
         "batch": {"max_length": 128, "tokens": 512, "window": 64},
@@ -107,7 +113,9 @@ def metrics(folder: Path, run_id: str, key: str = "train/loss") -> list[float]:
 
 
 class Gang:
-    """`size` processes joined by gloo that train one config after another: imports are paid once."""
+    """`size` processes joined by gloo that train one config after another: imports are paid
+    once.
+    """
 
     def __init__(self, size: int) -> None:
         import multiprocessing
@@ -124,12 +132,16 @@ class Gang:
             self.processes.append(process)
 
     def fit(self, config: dict[str, object], *, timeout_seconds: float = 180.0) -> None:
-        """Train on all ranks; raises rank 0's error, or AssertionError when a rank hangs or dies."""
+        """Train on all ranks; raises rank 0's error, or AssertionError when a rank hangs or
+        dies.
+        """
         for pipe in self.pipes:
             pipe.send(config)
         outcomes = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(timeout_seconds), f"rank {rank} gave no answer in {timeout_seconds:.0f} s"
+            assert pipe.poll(timeout_seconds), (
+                f"rank {rank} gave no answer in {timeout_seconds:.0f} s"
+            )
             outcomes.append(pipe.recv())
         for outcome in outcomes:
             if outcome is not None:
@@ -148,8 +160,10 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import os
 
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     import torch
 

@@ -1,4 +1,6 @@
-"""One curve, however it is computed: ZeRO stage, world size, accumulation, packing, recomputation, method."""
+"""One curve, however it is computed: ZeRO stage, world size, accumulation, packing, recomputation,
+method.
+"""
 
 import json
 from pathlib import Path
@@ -46,7 +48,9 @@ def test_recomputing_activations_changes_no_bit(
     assert metrics(lab, checkpointing) == reference
 
 
-def test_packed_and_padded_give_one_curve_when_a_step_is_the_whole_set(lab: Path, one: Gang) -> None:
+def test_packed_and_padded_give_one_curve_when_a_step_is_the_whole_set(
+    lab: Path, one: Gang
+) -> None:
     one.fit(padded(lab, "whole-padded", 48, steps=20))
     ledger = json.loads((lab / "runs/whole-padded/ledger.json").read_text())["total"]
     tokens = (ledger["trained"] + ledger["masked"]) // 20
