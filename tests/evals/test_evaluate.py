@@ -15,8 +15,8 @@ from tuneloom.evals.evaluation import Evaluation
 @pytest.fixture(scope="module")
 def evaluated(trained: dict[str, Path]) -> Evaluation:
     code = main(
-        ["evaluate", f"run={trained['run']}", f"data.path={trained['test']}",
-         f"data.train={trained['train']}", "task=kinds", "device=cpu"]
+        ["evaluate", f"run={trained['run']}", f"data.path={trained['test']}", "task=kinds",
+         "device=cpu"]
     )  # fmt: skip
     assert code == 0
     return evaluation.read(trained["run"] / "evals" / "kinds.json")

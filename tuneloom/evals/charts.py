@@ -196,7 +196,8 @@ def _grid_line(y: float, text: str) -> Markup:
 
 
 def _x_tick(x: float, text: str) -> Markup:
-    return _text(x, HEIGHT - BOTTOM + 17, text, "middle")
+    anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
+    return _text(x, HEIGHT - BOTTOM + 17, text, anchor)
 
 
 def _text(x: float, y: float, text: str, anchor: str, css: str = "tick") -> Markup:

@@ -36,7 +36,7 @@ class EvaluateData(Config):
     """Split of a dataset folder that is scored."""
     train: str | None = None
     """Split or JSONL that was trained on: for labels, baseline and the check for rows seen in
-    training. Without one, the split `train` of a dataset folder."""
+    training. By default what `run` was trained on, else the split `train` of a dataset folder."""
     format: Format = "auto"
 
 
@@ -94,6 +94,8 @@ class Subject:
     run: Path | None
     data: str
     train: str | None
+    train_holder: str
+    """Dataset that `train` is a split of, where it is no file."""
 
 
 def main(config: EvaluateConfig) -> int:
@@ -126,6 +128,7 @@ def find(config: EvaluateConfig) -> Subject:
             run=None,
             data=config.data.path,
             train=config.data.train,
+            train_holder=config.data.path,
         )
     run, trained = open_run(config.run)
     model, data = trained["model"], trained["data"]
@@ -135,7 +138,10 @@ def find(config: EvaluateConfig) -> Subject:
             f"data.path: {config.run} was trained on the file {path}, which holds out no rows; "
             "set data.path= to rows that were not trained on"
         )
-    own = path == data["path"]
+    train, holder = config.data.train, path
+    if train is None:  # what the run itself was trained on, whatever is scored
+        holder = data["path"]
+        train = data["split"] if Path(holder).is_dir() else holder
     left = weights_of(run, trained)
     return Subject(
         base=model["path"] if model["init"] == "pretrained" else None,
@@ -144,7 +150,8 @@ def find(config: EvaluateConfig) -> Subject:
         contract=left.contract,
         run=run,
         data=path,
-        train=config.data.train or (data["split"] if own else None),
+        train=train,
+        train_holder=holder,
     )
 
 
@@ -153,7 +160,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
     from tuneloom.data.rows import open_rows
 
     rows = open_rows(subject.data, split=config.data.split, format=config.data.format)
-    trained_on = open_training(subject.data, subject.train, format=config.data.format)
+    trained_on = open_training(subject.train_holder, subject.train, format=config.data.format)
     train = drawn(trained_on, seed=config.seed)
     tuned, base = load_both(config, subject)
     sheet = score.prepare(
