@@ -5,6 +5,7 @@ Only safetensors are read and no remote code is executed; no key of any config t
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def load(
                 f"model.path: {folder} is no causal language model ({config.model_type})"
             ) from None
         raise
-    network.config.use_cache = False
+    causal: Any = network
+    causal.config.use_cache = False
     choose_attention(network, model)
     if method.kind == "qlora":
         keep_unpacked(network)
@@ -123,7 +125,8 @@ def keep_unpacked(network: nn.Module) -> None:
     0.50.2 packs at the first forward in eval mode without gradients, never unpacks, and gradients
     of later training steps are wrong: their sum was 82,020 in place of 189,277 (test_export.py).
     """
-    for module in network.modules():
+    modules: Iterable[Any] = network.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
