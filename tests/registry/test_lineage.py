@@ -14,7 +14,7 @@ from tuneloom.config import build
 from tuneloom.data.erase import EraseConfig, execute, make_plan
 from tuneloom.data.erase import main as erase
 from tuneloom.data.ingest import ingest
-from tuneloom.data.prepare import hash64
+from tuneloom.data.questions import hash64
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError, RefusedError

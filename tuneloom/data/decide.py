@@ -33,9 +33,11 @@ class Columns:
     label: np.ndarray  # (N,) int32, -1 for none
     source: np.ndarray  # (N,) int32
     weak: np.ndarray  # (N,) int32, -1 for none
+    leak: np.ndarray  # (N,) int32, -1 for none
     labels: list[str]
     sources: list[str]
     weaknesses: list[str]
+    leaks: list[str]
 
 
 class Collector:
@@ -43,7 +45,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.parts: dict[str, list[np.ndarray]] = {}
-        self.names: dict[str, dict[str, int]] = {"label": {}, "source": {}, "weak": {}}
+        self.names: dict[str, dict[str, int]] = {"label": {}, "source": {}, "weak": {}, "leak": {}}
 
     def add(self, table: pa.Table) -> None:
         """Take the numbers of one range."""
@@ -64,7 +66,11 @@ class Collector:
             place = np.array([*(names[name].index(v) for v in known), -1], np.int32)
             joined[name] = place[joined[name]]
         return Columns(
-            **joined, labels=names["label"], sources=names["source"], weaknesses=names["weak"]
+            **joined,
+            labels=names["label"],
+            sources=names["source"],
+            weaknesses=names["weak"],
+            leaks=names["leak"],
         )
 
 
@@ -78,6 +84,7 @@ class Decision:
     split: np.ndarray
     created_from: list[dict[str, Any]]
     conflicts: int
+    leaks: dict[str, int]
 
     def counts(self) -> dict[str, Counter[str]]:
         """Rows by kind of fate and reason."""
@@ -93,7 +100,7 @@ def decide(columns: Columns, signatures: np.ndarray | None, recipe: Recipe) -> D
     """Set rows aside in the order of the sentences below, then split what is left."""
     count = len(columns.key)
     decision = Decision([("kept", "")], np.zeros(count, np.int32), np.arange(count),
-                        np.full(count, -1, np.int8), [], 0)  # fmt: skip
+                        np.full(count, -1, np.int8), [], 0, {})  # fmt: skip
     if recipe.within:
         folder, split = Path(recipe.within.dataset), recipe.within.split
         manifest = read_manifest(folder)
@@ -103,6 +110,13 @@ def decide(columns: Columns, signatures: np.ndarray | None, recipe: Recipe) -> D
         decision.created_from.append({"dataset": parent, "split": split})
     for code, name in enumerate(columns.weaknesses):
         _set_aside(decision, columns.weak == code, "quarantined", name)
+    decision.leaks = {
+        name: int(((columns.leak == code) & (decision.fate == 0)).sum())
+        for code, name in enumerate(columns.leaks)
+    }
+    if recipe.against.action == "drop":
+        for code, name in enumerate(columns.leaks):
+            _set_aside(decision, columns.leak == code, "quarantined", f"leak_{name}")
     if recipe.licence_action == "drop":
         provenance = Provenance(recipe.provenance)
         for code, source in enumerate(columns.sources):

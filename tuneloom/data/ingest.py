@@ -17,7 +17,13 @@ from tuneloom.data.aside import ASIDE, aside_rows, write_rows
 from tuneloom.data.card import balance, card
 from tuneloom.data.decide import Collector, Columns, decide, open_signatures
 from tuneloom.data.gather import Spill, first_of_each
-from tuneloom.data.manifest import Tally, make_manifest, refuse_blocked, refuse_over_budget
+from tuneloom.data.manifest import (
+    Tally,
+    make_manifest,
+    refuse_blocked,
+    refuse_leaks,
+    refuse_over_budget,
+)
 from tuneloom.data.pool import prepare_all
 from tuneloom.data.readers import read_blocks
 from tuneloom.data.recipe import IngestConfig, Recipe
@@ -78,6 +84,7 @@ def _make(
     clock.append(time.perf_counter())
     manifest = make_manifest(recipe, tally, columns, decision, exact, written)
     refuse_blocked(recipe, manifest["licence"])
+    refuse_leaks(recipe, manifest["leaks"])
     stages = ("prepare", "merge", "decide", "write")
     seconds = {s: round(b - a, 3) for s, a, b in zip(stages, clock, clock[1:], strict=False)}
     return manifest, seconds

@@ -13,6 +13,7 @@ from tuneloom.data.provenance import Provenance, summary
 from tuneloom.data.readers import Passed
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.records import canonical
+from tuneloom.data.rows import open_rows
 from tuneloom.data.splits import SPLITS
 from tuneloom.data.store import digest_of, manifest_id
 from tuneloom.errors import DataError
@@ -59,6 +60,7 @@ def make_manifest(
         "lengths": _lengths(written.lengths),
         "sanitised": plain(tally.changed),
         "found": plain(tally.found),
+        "leaks": decision.leaks,
         "label_conflicts": decision.conflicts,
         "labels": _label_table(columns, decision.split),
         "licence": summary(kept_of, provenance, recipe.use, recipe.as_of),
@@ -68,6 +70,10 @@ def make_manifest(
         "transforms": [
             {"step": "ingest", "version": VERSION, "in_digest": _sources_digest(tally),
              "out_digest": digest_of(written.splits), "rows": int(kept.sum())},
+        ],
+        "against": [
+            {"name": entry.name, "digest": open_rows(entry.path, entry.split).digest}
+            for entry in recipe.against.sets
         ],
         "created_from": [
             *decision.created_from,
@@ -93,7 +99,8 @@ def plain(counter: Counter[str]) -> dict[str, int]:
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe without where files happen to lie on this machine, and without keys to secrets."""
-    whole = recipe.model_dump(mode="json", exclude={"source": True, "privacy": {"key_file"}})
+    places = {"source": True, "privacy": {"key_file"}, "against": {"sets": {"__all__": {"path"}}}}
+    whole = recipe.model_dump(mode="json", exclude=places)
     if recipe.within:
         whole["within"] = {"split": recipe.within.split}
     return whole
@@ -119,6 +126,16 @@ def refuse_blocked(recipe: Recipe, licence: dict[str, Any]) -> None:
         raise DataError(
             f"data.licence_action: {licence['rows_to_drop']:,} rows do not allow "
             f"{recipe.use} use; drop these sources\n" + "\n".join(lines)
+        )
+
+
+def refuse_leaks(recipe: Recipe, leaks: dict[str, int]) -> None:
+    """Raise DataError when rows stand in an evaluation set and the recipe asks to fail then."""
+    if recipe.against.action == "fail" and any(leaks.values()):
+        lines = [f"  {name:<32}{rows:>10,}" for name, rows in leaks.items() if rows]
+        raise DataError(
+            f"data.against: {sum(leaks.values()):,} rows are known to an evaluation set; remove them "
+            "from the source, or set data.against.action=drop\n" + "\n".join(lines)
         )
 
 

@@ -8,7 +8,7 @@ Rows come back as an Arrow table sorted by id; `gather.py` merges the tables of 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,13 @@ import orjson
 import pyarrow as pa
 
 from tuneloom.data import records
+from tuneloom.data.contamination import Contamination
 from tuneloom.data.dedupe import signature
 from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import UnknownShape, mapper
 from tuneloom.data.provenance import Provenance
 from tuneloom.data.quality import texts, weakness
+from tuneloom.data.questions import asked_and_answered, hash64
 from tuneloom.data.readers import Block
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.redact import DropRow, Redactor, excerpt_redactor
@@ -31,7 +33,7 @@ from tuneloom.errors import DataError
 ROW = pa.schema([
     ("id", pa.string()), ("record", pa.string()), ("source", pa.string()), ("meta", pa.string()),
     ("line", pa.int64()), ("rank", pa.int32()), ("key", pa.uint64()), ("asked", pa.uint64()),
-    ("answer", pa.uint64()), ("label", pa.string()), ("weak", pa.string()),
+    ("answer", pa.uint64()), ("label", pa.string()), ("weak", pa.string()), ("leak", pa.string()),
     ("signature", pa.binary()),
 ])  # fmt: skip
 EXCERPT = 200
@@ -50,11 +52,6 @@ class Prepared:
     found: Counter[str] = field(default_factory=Counter)
 
 
-def hash64(text: str) -> int:
-    """64 bits of sha256: what keys, questions and answers are compared by."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
-
-
 class Preparer:
     """A recipe made ready to run: templates and patterns compiled once a process."""
 
@@ -67,6 +64,7 @@ class Preparer:
             compile_template(recipe.subject, key="data.subject") if recipe.subject else None
         )
         self.provenance = Provenance(recipe.provenance)
+        self.contamination = Contamination(recipe.against, recipe.near)
         self.redactor = Redactor(recipe.privacy)
 
     def __call__(self, block: Block) -> Prepared:
@@ -113,11 +111,13 @@ class Preparer:
             meta["pii"] = findings
             done.found.update(finding["entity"] for finding in findings)
         near = self.recipe.near
+        record_id = hashlib.sha256(encoded).hexdigest()
         return (
-            hashlib.sha256(encoded).hexdigest(), encoded, source,
+            record_id, encoded, source,
             orjson.dumps(meta, option=SORTED), line,
             self.provenance.of(source).rank, key_number, asked, hash64(answer), label,
             weakness(content, self.recipe.quality),
+            self.contamination.hit(record_id, asked, content),
             signature("\n".join(texts(content)), near) if near.action != "off" else None,
         )  # fmt: skip
 
@@ -268,18 +268,6 @@ def _finite(constant: str) -> float:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_finite)
-
-
-def asked_and_answered(content: Mapping[str, Any]) -> tuple[str, str]:
-    """The input side of a record and its answer: rows that share one and not the other conflict."""
-    if "messages" in content:
-        turns = content["messages"]
-        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        before = "\x1e".join(f"{turn['role']}\x1f{turn.get('content')}" for turn in turns[:last])
-        return before, f"{turns[last].get('content')}{turns[last].get('tool_calls') or ''}"
-    if "completion" in content:
-        return content["prompt"], content["completion"]
-    return content["text"], ""
 
 
 def excerpt(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tuneloom.config import Config
+from tuneloom.data.contamination import AgainstConfig
 from tuneloom.data.dedupe import NearConfig
 from tuneloom.data.provenance import SourceInfo, Use
 from tuneloom.data.quality import QualityConfig
@@ -59,6 +60,8 @@ class Recipe(Config):
     privacy: PrivacyConfig = PrivacyConfig()
     quality: QualityConfig = QualityConfig()
     near: NearConfig = NearConfig()
+    against: AgainstConfig = AgainstConfig()
+    """Validation, golden and evaluation sets that no row may be taken from."""
     conflicts: Literal["list", "quarantine"] = "list"
     """Rows that answer one question differently: counted only, or set aside."""
     provenance: list[SourceInfo] = []

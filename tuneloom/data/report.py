@@ -116,8 +116,14 @@ def _flow(manifest: Mapping[str, Any]) -> str:
         for what, number in balance(counts)
     ]  # fmt: skip
     extra = ""
+    if manifest["against"]:
+        names = ", ".join(escape(entry["name"]) for entry in manifest["against"])
+        hits = (
+            table(["known to, by", "rows"], manifest["leaks"].items()) if manifest["leaks"] else ""
+        )
+        extra = f"<p>Compared with {names}: {'' if hits else 'no row is known there.'}</p>{hits}"
     if manifest["label_conflicts"]:
-        extra = (f"<p>{manifest['label_conflicts']:,} rows answer a question that another row answers "
+        extra += (f"<p>{manifest['label_conflicts']:,} rows answer a question that another row answers "
                  "differently.</p>")  # fmt: skip
     return f'<h2>Every row accounted for</h2><div class="flow">{bar}</div>{table(["", "rows", ""], rows)}{extra}'
 
