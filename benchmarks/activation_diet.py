@@ -170,7 +170,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _unmoved() -> Iterator[None]:
     """PEFT moves adapters to the base's device, which fake parameters refuse and do not need."""
     before = nn.Module.to
-    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]
     try:
         yield
     finally:

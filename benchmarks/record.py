@@ -28,7 +28,7 @@ def made() -> dict[str, Any]:
     """When, on which machine, with which code and versions."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "machine": {
             "cpu": _cpu(),
@@ -46,7 +46,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Short hash of the commit that is checked out."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
     return done.stdout.strip() or None

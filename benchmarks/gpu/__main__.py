@@ -1,0 +1,107 @@
+"""B6 to B10 on one GPU, without Ray, W&B or a network: `python -m benchmarks.gpu [NAME ...]`.
+
+    python -m benchmarks.gpu                # what has no result for this commit yet
+    python -m benchmarks.gpu loss_head --again
+    python -m benchmarks.gpu --dry-run      # the same code, tiny sizes, on a CPU; writes nothing
+
+Each name is one process of its own with a limit of 10 minutes, so that a crash, a fragmented
+allocator or a peer's monkey patch reaches no other. Results: benchmarks/results/gpu_NAME.json.
+Needs torch >= 2.11, triton >= 3.6, transformers >= 5.17, peft; peers are taken if installed
+(liger-kernel, cut-cross-entropy, bitsandbytes), and named under `not_run` if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+LIMIT_SECONDS = 600
+BENCHMARKS = {
+    "lora_step": ("B6", "benchmarks.gpu.lora_step:run_step"),
+    "loss_head": ("B7", "benchmarks.gpu.loss_head:run"),
+    "lora_block": ("B8", "benchmarks.gpu.lora_block:run"),
+    "small_06b": ("B9", "benchmarks.gpu.lora_step:run_small"),
+    "small_1b": ("B9", "benchmarks.gpu.lora_step:run_1b"),
+    "reach": ("B9", "benchmarks.gpu.lora_step:run_reach"),
+    "low_precision": ("B10", "benchmarks.gpu.lora_step:run_low_precision"),
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none")
+    parser.add_argument("--again", action="store_true", help="even if this commit has a result")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, print, write nothing")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; one of {list(BENCHMARKS)}")
+    return arguments
+
+
+def main() -> int:
+    """Run each benchmark in a child; exit code 1 if one failed."""
+    arguments = parse()
+    if arguments.inside:
+        return inside(arguments.inside, arguments.dry_run)
+    import torch
+
+    if not (arguments.dry_run or torch.cuda.is_available()):
+        print("no GPU here: nothing is measured; --dry-run checks the code on the CPU")
+        return 1
+    failed = 0
+    for name in arguments.names or BENCHMARKS:
+        if done(name) and not (arguments.again or arguments.dry_run):
+            print(f"{name}: has a result for this commit; --again runs it once more")
+            continue
+        failed += child(name, arguments.dry_run) != 0
+    return 1 if failed else 0
+
+
+def done(name: str) -> bool:
+    """Whether results/ holds this benchmark of the commit that is checked out."""
+    path = record.RESULTS / f"gpu_{name}.json"
+    if not path.exists():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8"))["made"]["commit"] == record.commit())
+
+
+def child(name: str, dry: bool) -> int:
+    """One benchmark in its own process; killed past its limit."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name]
+    command += ["--dry-run"] if dry else []
+    try:
+        root = Path(__file__).parents[2]
+        return subprocess.run(command, timeout=LIMIT_SECONDS, cwd=root).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{name}: stopped after {LIMIT_SECONDS} s, no result")
+        return 1
+
+
+def inside(name: str, dry: bool) -> int:
+    """Measure, and write unless it was a dry run."""
+    from benchmarks.gpu.timing import Plan
+
+    identifier, place = BENCHMARKS[name]
+    module, function = place.split(":")
+    plan = Plan(blocks=1, warm_up=1, timed=1) if dry else Plan()
+    result: dict[str, Any] = getattr(importlib.import_module(module), function)(plan, dry)
+    if dry:
+        print(f"{name} ({identifier}): dry run, numbers mean nothing")
+        print(json.dumps(result)[:400])
+        return 0
+    print(record.write(f"gpu_{name}", {"id": identifier, **result}, seed=0))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The GPU benchmarks' code at tiny sizes on the CPU: every contender runs and passes its gate."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu import lora_block, lora_step, loss_head
+from benchmarks.gpu.timing import Plan
+
+ONCE = Plan(blocks=1, warm_up=0, timed=1)
+
+
+def test_the_lora_step_runs_and_ours_agrees_with_float32() -> None:
+    found = lora_step.run_step(ONCE, dry=True)
+    assert set(found["rows"]) >= {"ours", "ours, augmented", "PEFT, kept activations"}
+    assert all(gate["passed"] for gate in found["parity"].values()), found["parity"]
+    assert set(found["not_run"]) == {"PEFT, Liger"}  # it needs a GPU
+
+
+def test_the_gate_fails_a_wrong_loss() -> None:
+    truth = lora_step._first_step(lora_step.TINY, lora_step.Way(exact=True))
+    wrong = {**truth, "loss": truth["loss"] * 1.02}
+    assert not lora_step.agreement(wrong, truth)["passed"]
+    turned = {name: value * (-1 if "lora_A" in name else 1) for name, value in truth.items()}
+    assert not lora_step.agreement(turned, truth)["passed"]
+
+
+def test_every_loss_head_agrees_with_float32() -> None:
+    for shape in loss_head.run(ONCE, dry=True)["shapes"]:
+        assert all(gate["passed"] for gate in shape["parity"].values()), shape
+        assert "limit: products alone" in shape["times"]
+
+
+def test_the_lora_block_and_the_low_precision_step_run() -> None:
+    pytest.importorskip("bitsandbytes")
+    block = lora_block.run(ONCE, dry=True)
+    assert {"PEFT", "ours", "ours, augmented"} <= set(block["linears"][0]["overhead"])
+    assert set(block["elementwise"][0]["times"]) == {"rms_norm", "add_rms_norm", "rope", "swiglu"}
+    assert "ours, NF4" in lora_step.run_low_precision(ONCE, dry=True)["rows"]
+
+
+def test_reach_finds_the_largest_micro_batch_that_fits() -> None:
+    assert set(lora_step.run_reach(ONCE, dry=True)["tokens"].values()) == {64}
