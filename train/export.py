@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -51,6 +51,8 @@ class ExportConfig(Config):
     """Run folder, such as runs/RUN_ID."""
     merge: bool = False
     """Add the adapter to its base and write a whole model; a QLoRA base is dequantised first."""
+    dtype: Literal["trained", "bf16", "fp16", "fp32"] = "trained"
+    """Precision of a whole model's weights; an adapter stays as it was trained."""
     out: str | None = None
     """Folder to write; by default export/adapter or export/model in the run folder."""
 
@@ -61,7 +63,7 @@ CONFIG = ExportConfig
 def main(config: ExportConfig) -> int:
     """Export and say what was written."""
     out = Path(config.out) if config.out else None
-    folder = export(Path(config.run), merge=config.merge, out=out)
+    folder = export(Path(config.run), merge=config.merge, dtype=config.dtype, out=out)
     held = contracts.read(folder)
     assert held is not None, "export writes a contract"
     size = sum(file.stat().st_size for file in weight_files(folder))
@@ -71,7 +73,9 @@ def main(config: ExportConfig) -> int:
     return DONE
 
 
-def export(run: Path, *, merge: bool = False, out: Path | None = None) -> Path:
+def export(
+    run: Path, *, merge: bool = False, dtype: str = "trained", out: Path | None = None
+) -> Path:
     """Write the run's adapter or model; returns its folder, which appears whole or not at all.
 
     Raises ConfigError for what is no finished run, RefusedError when the base has changed since the
@@ -90,8 +94,14 @@ def export(run: Path, *, merge: bool = False, out: Path | None = None) -> Path:
             "export an earlier checkpoint of the run"
         )
     kind = "adapter" if is_adapter(weights) and not merge else "model"
+    if kind == "adapter" and dtype != "trained":
+        raise ConfigError(
+            f"dtype: an adapter stays as it was trained, got {dtype!r}; drop it, or set merge=true"
+        )
     folder = out or run / "export" / kind
     held = contract_of(run, config, base, digest=digest, kind=kind)
+    if dtype != "trained":
+        held = held.model_copy(update={"dtype": dtype})
     write_whole(folder, lambda aside: _fill(aside, config, base, weights, held))
     return folder
 
@@ -196,9 +206,30 @@ def _fill(aside: Path, config: TrainConfig, base: Path, weights: Path, held: Con
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, aside / name)
+    if held.kind == "model" and held.dtype != config.model.dtype:
+        cast(aside, held.dtype)
     complete = held.model_copy(update={"weights": weights_digest(aside)})
     contracts.write(aside, complete)
     (aside / "README.md").write_text(card(config, complete), encoding="utf-8")
+
+
+def cast(folder: Path, dtype: str) -> None:
+    """Rewrite a model's safetensors and its config in another precision, one file at a time."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    for file in weight_files(folder):
+        state = {
+            name: tensor.to(precision) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(state, file, metadata={"format": "pt"})
+    path = folder / "config.json"
+    described = json.loads(path.read_text("utf-8")) | {
+        "dtype": str(precision).removeprefix("torch.")
+    }
+    path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_adapter(weights: Path, aside: Path, config: TrainConfig) -> None:

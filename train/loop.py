@@ -85,8 +85,7 @@ def loop(s: Session) -> Outcome:
                 engine.step()  # counts the micro-batch; the optimizer steps after the last
 
         # the optimizer step, refused on all ranks alike when it is not finite
-        with s.watching():
-            grad_norm, applied = s.optimizer_step()
+        grad_norm, applied = s.optimizer_step()
         s.step += 1
         loss = float(distributed.sum_over_ranks(total)) / tally.target_tokens
         bad_steps = 0 if applied and math.isfinite(loss) else bad_steps + 1

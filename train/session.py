@@ -4,8 +4,6 @@ for.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -250,30 +248,32 @@ class Session:
             group["lr"] = base * factor
         return float(groups[0]["lr"])
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the optimizer step: evidence for effects.json at the watched step."""
-        if self.witness is None or self.step + 1 != self.config.train.effects_step:
-            yield
-            return
-        self.witness.before_step()
-        yield
-        self.witness.after_step()
-        receipts = self.witness.receipts()
+    def optimizer_step(self) -> tuple[float, bool]:
+        """Step; says the gradient norm and whether it was applied: non-finite gradients are not."""
+        witness = self.witness if self.step + 1 >= self._effects_step() else None
+        if witness is not None:
+            witness.before_step()
+        norm, applied = self._engine_step()
+        if witness is not None and applied:
+            witness.after_step()
+            self._write_receipts(witness.receipts())
+        return norm, applied
+
+    def _effects_step(self) -> int:
+        wanted = self.config.train.effects_step
+        return min(wanted, self.last_step) if self.last_step > 0 else wanted
+
+    def _write_receipts(self, receipts: list[effects.Receipt]) -> None:
+        """effects.json, and the end of the run when an option did nothing."""
+        self.witness = None
         if self.world.first:
             extra = {
-                "step": self.step + 1,
-                "kernels": self.patched,
-                "layers_recomputing": self.recomputing,
-            }
+                "step": self.step + 1, "kernels": self.patched, "layers_recomputing": self.recomputing,
+            }  # fmt: skip
             runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
         effects.refuse_idle(receipts)
-        self.witness = None
 
-    def optimizer_step(self) -> tuple[float, bool]:
-        """Step, and say the gradient norm and whether it was applied: non-finite gradients are
-        not.
-        """
+    def _engine_step(self) -> tuple[float, bool]:
         engine = self.engine
         if self.config.zero.stage == 0 and self.config.model.dtype == "fp32":
             return self._plain_step()

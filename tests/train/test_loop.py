@@ -1,0 +1,131 @@
+"""The loop refuses what is not finite, stops when told to, loses no step, accounts for its time."""
+
+import json
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tuneloom.errors import TrainingError
+from tuneloom.testing import Gang, chat_rows, metrics, small_config, tiny_model
+
+
+def run_json(lab: Path, run_id: str) -> dict[str, object]:
+    facts: dict[str, object] = json.loads((lab / "runs" / run_id / "run.json").read_text())
+    return facts
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lab whose base has NaN in the embedding of one token that one row holds."""
+    lab = tmp_path_factory.mktemp("poisoned")
+    tiny_model(lab / "base", tied=False)
+    chat_rows(lab / "rows.jsonl", 40)
+    row = [{"role": "user", "content": "\x7f"}, {"role": "assistant", "content": "answer 1"}]
+    with (lab / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": row}) + "\n")
+    from transformers import AutoTokenizer
+
+    token = AutoTokenizer.from_pretrained(lab / "base")("\x7f", add_special_tokens=False).input_ids
+    state = load_file(lab / "base" / "model.safetensors")
+    state["model.embed_tokens.weight"][token[0]] = math.nan
+    save_file(state, lab / "base" / "model.safetensors", metadata={"format": "pt"})
+    return lab
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_bad_step_is_refused_on_all_ranks_and_the_weights_stay_finite(
+    poisoned: Path, two: Gang, stage: int
+) -> None:
+    run_id = f"nan{stage}"
+    two.fit(
+        small_config(
+            poisoned, run_id, epochs=1.0, steps=None, zero__stage=stage, train__probe=False,
+            batch__packing=False, batch__sequences=2,
+        )
+    )  # fmt: skip
+    losses, skipped = metrics(poisoned, run_id), metrics(poisoned, run_id, "train/skipped")
+    assert sum(skipped) == 1
+    assert [math.isfinite(loss) for loss in losses] == [not skip for skip in skipped]
+    adapter = load_file(poisoned / "runs" / run_id / "weights" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in adapter.values())
+
+
+def test_a_run_of_bad_steps_ends_the_run_and_names_the_key(lab: Path, one: Gang) -> None:
+    with pytest.raises(TrainingError, match=r"train\.max_bad_steps: 3 steps in a row"):
+        one.fit(small_config(lab, "diverged", steps=40, optim__lr=1e30, train__max_bad_steps=2))
+    assert run_json(lab, "diverged")["state"] == "failed"
+
+
+def test_epochs_end_the_run_with_every_row_seen_exactly_once(lab: Path, two: Gang) -> None:
+    two.fit(small_config(lab, "epoch", epochs=1.0, steps=None, zero__stage=2))
+    table = pq.read_table(lab / "runs/epoch/exposure.parquet")
+    assert table.num_rows == 48
+    assert len(set(table["record_id"].to_pylist())) == 48
+    assert table["target_tokens"].to_numpy().sum() == sum(
+        metrics(lab, "epoch", "train/target_tokens")
+    )
+    assert set(table["rank"].to_pylist()) == {0, 1}
+
+
+def test_the_last_step_is_saved_whatever_the_interval(lab: Path, one: Gang) -> None:
+    one.fit(small_config(lab, "last", steps=5, checkpoint__every=3, checkpoint__keep=2))
+    saved = sorted(p.name for p in (lab / "runs/last/checkpoints").iterdir())
+    assert saved == ["step-000003", "step-000005"]
+    assert (lab / "runs/last/latest").read_text() == "step-000005\n"
+
+
+def test_patience_stops_a_run_whose_validation_gets_no_better(lab: Path, one: Gang) -> None:
+    one.fit(
+        small_config(
+            lab, "patient", steps=30, optim__lr=0.5, train__validate_every=1, train__patience=1,
+            data__validation=str(lab / "validation.jsonl"),
+        )
+    )  # fmt: skip
+    assert len(metrics(lab, "patient")) < 30
+    assert run_json(lab, "patient")["state"] == "done"
+
+
+def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(
+    lab: Path, one: Gang, two: Gang
+) -> None:
+    settings = {
+        "steps": 2,
+        "batch__packing": False,
+        "data__validation": str(lab / "validation.jsonl"),
+    }
+    one.fit(small_config(lab, "eval1", batch__sequences=8, **settings))
+    two.fit(small_config(lab, "eval2", batch__sequences=4, zero__stage=3, **settings))
+    assert metrics(lab, "eval2", "eval/loss") == pytest.approx(
+        metrics(lab, "eval1", "eval/loss"), rel=1e-5
+    )
+
+
+def test_samples_are_written_with_what_was_expected(lab: Path, two: Gang) -> None:
+    two.fit(
+        small_config(
+            lab, "sampled", steps=2, zero__stage=3, train__samples=2, train__sample_tokens=4,
+            data__validation=str(lab / "validation.jsonl"),
+        )
+    )  # fmt: skip
+    rows = [json.loads(r) for r in (lab / "runs/sampled/samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 2]
+    assert all(row["expected"].startswith("answer") and row["prompt"] for row in rows)
+
+
+def test_time_is_accounted_for_to_the_last_second(lab: Path, one: Gang) -> None:
+    one.fit(small_config(lab, "timed", steps=4, checkpoint__every=2))
+    shares = run_json(lab, "timed")["time"]
+    assert isinstance(shares, dict)
+    assert sum(shares.values()) == pytest.approx(1.0, abs=0.005)
+    assert shares["checkpoint"] > 0 and shares["productive"] > 0
+
+
+def test_a_packed_run_reports_no_padding_and_a_padded_one_does(lab: Path, one: Gang) -> None:
+    one.fit(small_config(lab, "packed", steps=3))
+    one.fit(small_config(lab, "padded", steps=3, batch__packing=False, batch__sequences=8))
+    assert metrics(lab, "packed", "speed/padding") == [0.0] * 3
+    assert min(metrics(lab, "padded", "speed/padding")) > 0.05
