@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +15,16 @@ from tuneloom.kernels.swiglu import Activation, gated
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 Outputs = tuple[Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """Memory that an op allocates holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def agrees(op: Callable[..., Outputs], formula: Callable[..., Outputs], *inputs: Tensor) -> None:
@@ -199,3 +209,25 @@ def test_gated_keeps_gate_and_up_and_nothing_else() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         gated(gate, up)
     assert {t.data_ptr() for t in kept} == {gate.data_ptr(), up.data_ptr()}
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_empty_and_one_token_inputs(rows: int) -> None:
+    x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    gate, up = (torch.randn(rows, 12, requires_grad=True) for _ in range(2))
+    q, k = torch.randn(1, 2, rows, 8, requires_grad=True), torch.randn(1, 1, rows, 8)
+    cos, sin = angles(1, rows, 8, torch.float32)
+    outputs = [rms_norm(x, w, 1e-5), gated(gate, up), *rope(q, k, cos, sin)]
+    outputs += add_rms_norm(x, x, w, 1e-5)
+    torch.autograd.backward([o.sum() for o in outputs if o.requires_grad])
+    for leaf in (x, w, gate, up, q):
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape
+        assert leaf.grad.isfinite().all()
+
+
+def test_fp16_overflow_is_infinite_not_a_wrong_number() -> None:
+    gate = torch.full((1, 4), 6e4, dtype=torch.float16)
+    assert gated(gate, gate).isinf().all()
+    # Squares of 6e4 overflow fp16 but not the fp32 they are summed in.
+    normed = rms_norm(gate, torch.ones(4, dtype=torch.float16), 1e-5)
+    torch.testing.assert_close(normed, torch.ones(1, 4, dtype=torch.float16))

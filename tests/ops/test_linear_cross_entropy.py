@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,16 @@ from tuneloom.kernels.jit import INTERPRETING
 from tuneloom.kernels.linear_cross_entropy import linear_cross_entropy
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """Memory that an op allocates holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def reference(
@@ -158,3 +170,16 @@ def test_a_second_backward_through_a_trained_head_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_fp16_logits_that_overflow_give_no_finite_loss() -> None:
+    hidden = torch.full((2, 64), 100.0, dtype=torch.float16)
+    weight = torch.full((5, 64), 20.0, dtype=torch.float16)
+    assert not linear_cross_entropy(hidden, weight, torch.tensor([1, 2])).isfinite()
+
+
+def test_no_rows_at_all_is_zero_loss() -> None:
+    hidden = torch.randn(0, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(5, 8), torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad is not None and hidden.grad.shape == (0, 8)
