@@ -99,7 +99,8 @@ def plain(counter: Counter[str]) -> dict[str, int]:
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe without where files happen to lie on this machine, and without keys to secrets."""
-    places = {"source": True, "privacy": {"key_file"}, "against": {"sets": {"__all__": {"path"}}}}
+    sets = {"sets": {"__all__": {"path"}}}
+    places: Any = {"source": True, "privacy": {"key_file"}, "against": sets}
     whole = recipe.model_dump(mode="json", exclude=places)
     if recipe.within:
         whole["within"] = {"split": recipe.within.split}
@@ -134,8 +135,8 @@ def refuse_leaks(recipe: Recipe, leaks: dict[str, int]) -> None:
     if recipe.against.action == "fail" and any(leaks.values()):
         lines = [f"  {name:<32}{rows:>10,}" for name, rows in leaks.items() if rows]
         raise DataError(
-            f"data.against: {sum(leaks.values()):,} rows are known to an evaluation set; remove them "
-            "from the source, or set data.against.action=drop\n" + "\n".join(lines)
+            f"data.against: {sum(leaks.values()):,} rows are known to an evaluation set; remove "
+            "them from the source, or set data.against.action=drop\n" + "\n".join(lines)
         )
 
 

@@ -1,0 +1,148 @@
+"""Rows a second of `tuneloom ingest`, by what it is to do: python benchmarks/ingest.py [--rows N].
+
+Rows are chats of about 1 KB, one in fifty an exact copy. `core` reads, validates, normalises,
+deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds secrets and personal
+data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
+index. Peak memory is the sum of the resident sizes of all processes, sampled ten times a second.
+Writes benchmarks/results/ingest.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tuneloom.config import build
+from tuneloom.data.dedupe import PERMUTATIONS, SEED, shingles
+from tuneloom.data.ingest import ingest
+from tuneloom.data.quality import texts
+from tuneloom.data.recipe import IngestConfig
+
+CASES: dict[str, dict[str, Any]] = {
+    "core": {"privacy": {"default": "keep", "secrets": "off"}},
+    "near": {"privacy": {"default": "keep", "secrets": "off"}, "near": {"action": "drop"}},
+    "privacy": {},
+}
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Chats of words from a made-up vocabulary of 5,000; every fiftieth row is a copy."""
+    rng = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(rng.choices(letters, k=rng.randrange(2, 10))) for _ in range(5000)]
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(count):
+            if i % 50 != 49:
+                turns = [("user", f"{i} {' '.join(rng.choices(words, k=60))}?"),
+                         ("assistant", " ".join(rng.choices(words, k=80)) + ".")]  # fmt: skip
+                line = json.dumps({"messages": [{"role": r, "content": t} for r, t in turns]})
+            file.write(line + "\n")
+
+
+class Peak:
+    """The largest resident size of this process and its children while it is open, in MiB."""
+
+    def __enter__(self) -> "Peak":
+        self.mib, self.open = 0.0, True
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while self.open:
+            total = me.memory_info().rss
+            for child in me.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue  # ended between the list and the look
+            self.mib = max(self.mib, total / 2**20)
+            time.sleep(0.1)
+
+    def __exit__(self, *_: object) -> None:
+        self.open = False
+        self.thread.join()
+
+
+def run(source: Path, root: Path, workers: int, **data: Any) -> dict[str, Any]:
+    """One ingest: seconds, rows a second, stages, peak memory, what was kept."""
+    mapping = {
+        "data": {"name": "b", **data},
+        "source": str(source),
+        "root": str(root),
+        "workers": workers,
+    }
+    cpu, started = _cpu(), time.perf_counter()
+    with Peak() as peak:
+        folder = ingest(build(IngestConfig, mapping))
+    seconds = time.perf_counter() - started
+    manifest = json.loads((folder / "manifest.json").read_text())
+    rows = manifest["counts"]["in"]
+    return {
+        "workers": workers, "seconds": round(seconds, 2), "rows_per_second": round(rows / seconds),
+        "cpu_us_per_row": round((_cpu() - cpu) / rows * 1e6, 1), "peak_mib": round(peak.mib),
+        "stages": json.loads((folder / "timing.json").read_text()), "id": manifest["id"],
+        "kept": manifest["counts"]["kept"],
+    }  # fmt: skip
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and its ended children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def rensa_alone(source: Path) -> dict[str, Any]:
+    """Read, shingle, sign and compare with rensa's own index, in this one process."""
+    from rensa import RMinHash, RMinHashLSH
+
+    cpu, started, rows = _cpu(), time.perf_counter(), 0
+    index = RMinHashLSH(threshold=0.8, num_perm=PERMUTATIONS, num_bands=16)
+    with source.open(encoding="utf-8") as file:
+        for rows, line in enumerate(file, 1):
+            sketch = RMinHash(num_perm=PERMUTATIONS, seed=SEED)
+            sketch.update(shingles("\n".join(texts(json.loads(line))), 5))
+            if not index.query(sketch):
+                index.insert(rows, sketch)
+    seconds = time.perf_counter() - started
+    return {"workers": 1, "seconds": round(seconds, 2), "rows_per_second": round(rows / seconds),
+            "cpu_us_per_row": round((_cpu() - cpu) / rows * 1e6, 1)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=200_000)
+    rows = parser.parse_args().rows
+    result: dict[str, Any] = {"rows": rows, "machine": platform.platform(), "cores": os.cpu_count(),
+                              "load_before": os.getloadavg()[0]}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "raw.jsonl"
+        write_rows(source, rows)
+        result["bytes_per_row"] = round(source.stat().st_size / rows)
+        for name, data in CASES.items():
+            result[name] = run(source, Path(folder) / name, 2, **data)
+            print(name, result[name], flush=True)
+        result["core_one_worker"] = run(source, Path(folder) / "one", 1, **CASES["core"])
+        assert result["core_one_worker"]["id"] == result["core"]["id"], "workers must not show"
+        result["rensa"] = rensa_alone(source)
+        print("rensa", result["rensa"], flush=True)
+    added = result["near"]["cpu_us_per_row"] - result["core"]["cpu_us_per_row"]
+    result["near_adds_times_rensa_cpu"] = round(added / result["rensa"]["cpu_us_per_row"], 2)
+    result["load_after"] = os.getloadavg()[0]
+    print(f"near-dedupe adds {result['near_adds_times_rensa_cpu']} x the CPU time of rensa alone")
+    out = Path(__file__).parent / "results" / "ingest.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
