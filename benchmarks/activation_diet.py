@@ -73,6 +73,7 @@ class Contender:
     """Our RMSNorm, RoPE and SwiGLU in place of transformers' (what Liger's would keep, too)."""
     diet: bool = False
     augmented: bool = False
+    dora: bool = False
 
 
 PEFT = Contender("PEFT, bf16 adapters")
@@ -81,8 +82,10 @@ CONTENDERS = (
     OURS,
     replace(OURS, name="ours, LoRA, dropout 0.05", dropout=0.05),
     replace(OURS, name="ours, LoRA, augmented products", augmented=True),
+    replace(OURS, name="ours, DoRA", dora=True),
     replace(OURS, name="ours, full", lora=False),
     PEFT,
+    replace(PEFT, name="PEFT, bf16 adapters, DoRA", dora=True),
     replace(PEFT, name="PEFT, bf16 adapters, fused elementwise ops", ops=True),
     replace(PEFT, name="PEFT, fp32 adapters, autocast", adapters=torch.float32, autocast=True),
     replace(
@@ -135,7 +138,12 @@ def build(shape: str, contender: Contender, layers: int) -> nn.Module:
     if contender.lora:
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(r=RANK, target_modules="all-linear", lora_dropout=contender.dropout)
+        lora = LoraConfig(
+            r=RANK,
+            target_modules="all-linear",
+            lora_dropout=contender.dropout,
+            use_dora=contender.dora,
+        )
         with _default_dtype(contender.adapters), _unmoved():
             model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         model.enable_input_require_grads()
@@ -240,8 +248,9 @@ def _pairs(names: list[str]) -> Iterator[tuple[str, str]]:
     """Each peer with the contender of ours that trains the same."""
     for peer in names:
         if not peer.startswith("ours"):
-            dropout = ", dropout 0.05" if "dropout" in peer else ""
-            yield peer, "ours, full" if peer.endswith("full") else f"ours, LoRA{dropout}"
+            kinds = {"dropout 0.05": "ours, LoRA, dropout 0.05", "DoRA": "ours, DoRA"}
+            kinds |= {"full": "ours, full"}
+            yield peer, next((k for end, k in kinds.items() if peer.endswith(end)), "ours, LoRA")
 
 
 def main() -> int:

@@ -95,7 +95,7 @@ def backward(
     products: Tensor,
     linears: Sequence[Linear],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """dx (T, D), and (None, None, dA_i, dB_i) of each linear, one after another."""
+    """dx (T, D), and gradients in the order of `Linear.tensors`."""
     wide = x.new_empty(x.shape[0], group.matrix.shape[0])  # [dy | dS]
     torch.cat(list(dys), dim=1, out=wide[:, : group.width])
     dy, ds = wide[:, : group.width], wide[:, group.width :]
@@ -108,7 +108,7 @@ def backward(
         assert linear.a is not None and linear.b is not None
         db = (dy_i.t() @ products[:, rank : rank + size]).mul_(linear.scale)
         da_i = da[rank : rank + size]
-        gradients += [None, None, da_i.to(linear.a.dtype), db.to(linear.b.dtype)]
+        gradients += [None, None, da_i.to(linear.a.dtype), db.to(linear.b.dtype), None]
         rank += size
     return dx, gradients
 
@@ -137,8 +137,10 @@ def _augment(modules: list[Any], expected: int) -> str:
     except Unsupported as reason:
         return f"not augmented: {reason}"
     for linear in linears:
-        if linear.a is None or linear.dropout or linear.bias is not None:
-            return "not augmented: no adapter, dropout or a bias"
+        if linear.a is None or linear.magnitude is not None:
+            return "not augmented: no plain adapter"
+        if linear.dropout or linear.bias is not None:
+            return "not augmented: dropout or a bias"
         if linear.weight.dtype == torch.uint8 or linear.weight.requires_grad:
             return "not augmented: 4-bit or trained weights"
     group = _lay_out(linears)

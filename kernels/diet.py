@@ -107,7 +107,7 @@ class _AddNormMlp(torch.autograd.Function):
         ctx.eps, ctx.activation, ctx.products = eps, activation, len(ctx.first.products)
         products = [*ctx.first.products, *ctx.second.products]
         ctx.save_for_backward(total, weight, scale, gate, up, *products)
-        return y.add_(total).view(x.shape)
+        return (total + y).view(x.shape)  # not in place: DoRA keeps y
 
     @staticmethod
     @once_differentiable
@@ -117,7 +117,7 @@ class _AddNormMlp(torch.autograd.Function):
         rows = dy.reshape(total.shape).contiguous()
         h = gate_forward(gate, up, ctx.activation)
         dh, last = project_backward(
-            [rows], h, products[ctx.products :], ctx.second, True, needs[14:]
+            [rows], h, products[ctx.products :], ctx.second, True, needs[16:]
         )
         assert dh is not None
         dgate, dup = h, torch.empty_like(dh)  # h is not needed any more
@@ -125,7 +125,7 @@ class _AddNormMlp(torch.autograd.Function):
         del dh
         normed, _, _ = normalise(total, weight, ctx.eps, 0.0)
         dnormed, gradients = project_backward(
-            [dgate, dup], normed, products[: ctx.products], ctx.first, True, needs[6:14]
+            [dgate, dup], normed, products[: ctx.products], ctx.first, True, needs[6:16]
         )
         assert dnormed is not None
         dtotal, dweight = normalise_backward(

@@ -10,8 +10,11 @@ into y and dx by the matrix product itself (beta = 1): no (T, O) temporaries as 
 mask is drawn from a seed, and drawn again in backward: 8 bytes kept a linear (PEFT keeps the mask
 and the dropped x of every linear). LoRA: arXiv 2106.09685; rsLoRA: 2312.03732.
 
+DoRA (arXiv 2402.09353) scales both products by m / ||W + s B A||, and keeps its output, for dm.
+
 `linear_of(module)` reads an nn.Linear or a PEFT layer around one; what it cannot compute it names
-(DoRA, merged or several adapters, ZeRO-3 shards, hooks); the caller leaves such a layer as it is.
+(merged or several adapters, ZeRO-3 shards, hooks, DoRA with dropout), and the caller leaves such a
+layer as it is.
 """
 
 from __future__ import annotations
@@ -43,12 +46,14 @@ class Linear:
     b: Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    magnitude: Tensor | None = None
+    """DoRA's m, (O,); None for plain LoRA."""
     group: Any = None
     """augmented_lora.Group that this linear is part of, if any."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What autograd must know about."""
-        return self.weight, self.bias, self.a, self.b
+        return self.weight, self.bias, self.a, self.b, self.magnitude
 
 
 def linear_of(module: nn.Module) -> Linear:
@@ -62,16 +67,28 @@ def linear_of(module: nn.Module) -> Linear:
     if len(active) != 1:
         raise Unsupported(f"{len(active)} active adapters in one layer")
     name = active[0]
-    if name in layer.lora_variant:
-        raise Unsupported(type(layer.lora_variant[name]).__name__)  # DoRA and its kin
     if layer.lora_B[name].bias is not None:
         raise Unsupported("an adapter with a bias")
     weight, bias = _weight_and_bias(layer.base_layer)
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     _refuse_shards(a)
+    magnitude = _magnitude(layer, name, dropout)
     group = module.__dict__.get(GROUP)
-    return Linear(weight, bias, a, b, layer.scaling[name], dropout, group)
+    return Linear(weight, bias, a, b, layer.scaling[name], dropout, magnitude, group)
+
+
+def _magnitude(layer: Any, name: str, dropout: float) -> Tensor | None:
+    """DoRA's magnitude vector; other variants of LoRA are not computed here."""
+    variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else None
+    if variant is None:
+        return None
+    if variant != "DoraLinearVariant":
+        raise Unsupported(variant)
+    if dropout:
+        raise Unsupported("DoRA with dropout")  # PEFT drops the base's input, too: a third product
+    magnitude: Tensor = layer.lora_magnitude_vector[name].weight
+    return magnitude
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +161,7 @@ class Kept:
     linears: tuple[Linear, ...]
     seeds: tuple[int, ...]
     products: list[Tensor]
-    """x A^T of each adapted linear, (T, R)."""
+    """x A^T of each adapted linear, (T, R); for DoRA also the gain (O,) and the output (T, O)."""
     versions: tuple[int, ...]
     """Of the weights: a change between forward and backward is an error, not a wrong gradient."""
 
@@ -167,12 +184,18 @@ def project(x: Tensor, linears: tuple[Linear, ...]) -> tuple[list[Tensor], Kept]
     ys, products, seeds = [], [], []
     for linear in linears:
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        y = functional.linear(x, dense(linear.weight, x.dtype), bias)
+        weight = dense(linear.weight, x.dtype)
+        y = functional.linear(x, weight, bias if linear.magnitude is None else None)
         seed = draw_seed() if linear.dropout else 0
         if linear.a is not None and linear.b is not None:
             product = dropped(x, linear.dropout, seed) @ linear.a.to(x.dtype).t()
             y.addmm_(product, linear.b.to(x.dtype).t(), alpha=linear.scale)
             products.append(product)
+        if linear.magnitude is not None:
+            gain = (linear.magnitude / row_norms(weight, linear)).to(x.dtype)
+            y = y.mul_(gain)
+            products += [gain, y]
+            y = y if bias is None else y + bias
         ys.append(y)
         seeds.append(seed)
     return ys, Kept(linears, tuple(seeds), products, _versions(linears))
@@ -197,15 +220,22 @@ def project_backward(
     gradients: list[Tensor | None] = []
     left = list(products)
     for i, (linear, dy, seed) in enumerate(zip(kept.linears, dys, kept.seeds, strict=True)):
-        wants_weight, wants_bias, wants_a, wants_b = wanted[4 * i : 4 * i + 4]
+        wants_weight, wants_bias, wants_a, wants_b, wants_m = wanted[5 * i : 5 * i + 5]
+        dbias = dy.sum(0) if wants_bias else None
+        product = left.pop(0) if linear.a is not None else None
+        dm = None
+        if linear.magnitude is not None:
+            gain, scaled = left.pop(0), left.pop(0)
+            if wants_m:
+                # scaled = m / norm * z, so that sum dy z / norm is sum dy scaled / m
+                dm = torch.linalg.vecdot(dy, scaled, dim=0) / linear.magnitude
+            dy = dy * gain
         if wants_x:
             weight = dense(linear.weight, dy.dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         dweight = dy.t() @ x if wants_weight else None
-        dbias = dy.sum(0) if wants_bias else None
         da = db = None
-        if linear.a is not None and linear.b is not None:
-            product = left.pop(0)
+        if product is not None and linear.b is not None:
             dproduct = (dy @ linear.b.to(dy.dtype)).mul_(linear.scale)  # (T, R)
             if wants_a:
                 da = dproduct.t() @ dropped(x, linear.dropout, seed)
@@ -213,7 +243,7 @@ def project_backward(
                 db = (dy.t() @ product).mul_(linear.scale)
             if dx is not None:
                 _add_adapter_(dx, dproduct, linear, seed)
-        pairs = zip((dweight, dbias, da, db), linear.tensors(), strict=True)
+        pairs = zip((dweight, dbias, da, db, dm), linear.tensors(), strict=True)
         gradients += [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
     return dx, gradients
 
@@ -232,6 +262,22 @@ def _group(linears: Sequence[Linear]) -> Any:
     group = linears[0].group
     whole = group is not None and len(group.outs) == len(linears)
     return group if whole and all(linear.group is group for linear in linears) else None
+
+
+def row_norms(weight: Tensor, linear: Linear) -> Tensor:
+    """||W + s B A|| of each row, (O,), a constant for autograd (arXiv 2402.09353, part 4.3).
+
+    Expanded, |W|^2 + 2 s W.(B A) + s^2 |B A|^2, so that B A is never formed: PEFT makes it, and an
+    identity matrix to make it from, in every forward.
+    """
+    assert linear.a is not None and linear.b is not None
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    a, b = linear.a.detach(), linear.b.detach().to(kind)
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=kind).square()
+    mixed = ((weight @ a.to(weight.dtype).t()).to(kind) * b).sum(1)
+    a = a.to(kind)
+    low_rank = ((b @ (a @ a.t())) * b).sum(1)
+    return (squares + 2 * linear.scale * mixed + linear.scale**2 * low_rank).clamp_min(0).sqrt()
 
 
 def draw_seed() -> int:

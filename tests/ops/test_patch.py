@@ -211,14 +211,27 @@ def test_lora_adapters_get_the_same_gradients(family: str, rslora: bool) -> None
     assert CALLS["activation_diet"] == (2 if family in ("Llama", "Qwen2") else 0)
 
 
-def test_what_the_diet_cannot_compute_falls_back_by_name_and_stays_right() -> None:
-    model = tiny("Llama")
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])  # Qwen 2 has biases
+def test_dora_has_the_same_gradients_and_moves_its_magnitudes(family: str) -> None:
+    model = tiny(family)
     plain = adapted(copy.deepcopy(model), use_dora=True)
     patch(model)
     wrapped = adapted(model, use_dora=True)
     CALLS.clear()
     same(wrapped, plain)
-    assert CALLS["not on the diet: DoraLinearVariant"] == 2
+    assert CALLS["activation_diet"] == 2
+    _, gradients = loss_and_gradients(wrapped)
+    assert sum(g.abs().sum().item() > 0 for n, g in gradients.items() if "magnitude" in n) == 14
+
+
+def test_what_the_diet_cannot_compute_falls_back_by_name_and_stays_right() -> None:
+    model = tiny("Llama")
+    plain = adapted(copy.deepcopy(model), use_dora=True, lora_dropout=0.1).train()
+    patch(model)
+    wrapped = adapted(model, use_dora=True, lora_dropout=0.1).train()
+    CALLS.clear()
+    same(wrapped, plain)
+    assert CALLS["not on the diet: DoRA with dropout"] == 2
     assert CALLS["gated"] == CALLS["rope"] == 2 and not CALLS["activation_diet"]
 
 
