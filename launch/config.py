@@ -1,22 +1,81 @@
 """How a run is launched, and the whole job: a training config plus its launch."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from tuneloom.config import Config
 from tuneloom.train.config import TrainConfig
+
+HEADER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+TIME = re.compile(r"\d{1,6}|(\d{1,3}-)?\d{1,2}(:\d{2}){1,2}")
 
 
 class LaunchConfig(Config):
     kind: Literal["local", "ray", "slurm", "inline"]
     nodes: Annotated[int, Field(gt=0)] = 1
+    """Hosts that the ranks stand on; under ray the launch waits until the cluster has that many."""
     workers: Annotated[int, Field(gt=0)] = 1
     """Ranks in all: one a GPU, or one a CPU process on machines without."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """auto: 1 where the machine has GPUs, else 0."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts from the newest good checkpoint after a worker is lost."""
+    account: str | None = None
+    """Slurm: whom the job is charged to."""
+    partition: str | None = None
+    """Slurm: where it queues; None is the cluster's default."""
+    time: Annotated[int, Field(gt=0)] | str | None = None
+    """Slurm: the limit, as minutes, HH:MM:SS or D-HH:MM; None is the partition's."""
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    """Slurm: GPUs of each node; None asks for one a rank, or none under gpus_per_worker=0."""
+    cpus_per_worker: Annotated[int, Field(gt=0)] | None = None
+    """Slurm: processors a rank; None asks for 8 where it has a GPU, else 1."""
+    memory: str | None = None
+    """Slurm: of each node, such as 64G; None is the partition's."""
+    signal_seconds: Annotated[int, Field(gt=0)] = 180
+    """Slurm: seconds before the time limit at which the run saves and goes back into the queue."""
+    python: str | None = None
+    """Slurm: interpreter of the virtual environment that the nodes see; None is the one in use."""
+    follow: bool = True
+    """Slurm: show the job's output until it ends, and end with its exit code."""
+    dry_run: bool = False
+    """Slurm: print the batch script, submit nothing."""
+
+    @field_validator("account", "partition", "memory")
+    @classmethod
+    def header(cls, value: str | None) -> str | None:
+        # They stand in #SBATCH lines: a newline would be a line of the script.
+        if value is not None and not HEADER.fullmatch(value):
+            raise ValueError("expected 1 to 64 of [A-Za-z0-9._-]")
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def duration(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str) and not TIME.fullmatch(value):
+            raise ValueError("expected minutes, HH:MM:SS or D-HH:MM:SS")
+        return value
+
+    @model_validator(mode="after")
+    def read_by_its_kind(self) -> "LaunchConfig":
+        given = self.model_fields_set & SLURM_ONLY
+        changed = sorted(n for n in given if getattr(self, n) != type(self).model_fields[n].default)
+        if changed and self.kind != "slurm":
+            raise ValueError(f"launch.{changed[0]}: only launch=slurm reads it; leave it out")
+        if self.workers % self.nodes:
+            raise ValueError(
+                f"launch.workers: {self.workers} ranks cannot stand evenly on launch.nodes "
+                f"({self.nodes}); use a multiple of it"
+            )
+        return self
+
+
+SLURM_ONLY = frozenset({
+    "account", "partition", "time", "gpus_per_node", "cpus_per_worker", "memory", "signal_seconds",
+    "python", "follow", "dry_run",
+})  # fmt: skip
 
 
 class JobConfig(TrainConfig):

@@ -18,6 +18,10 @@ def main(config: JobConfig) -> int:
     """
     os.environ.setdefault("TUNELOOM_STARTED", str(time.time()))
     job = with_id(config)
+    if job.launch.kind == "slurm":
+        from tuneloom.launch.slurm import launch_slurm
+
+        return launch_slurm(job)
     training = training_of(job)
     check(job)
     print(f"run {job.run.id} in {folder_of(training)}", flush=True)

@@ -27,6 +27,8 @@ INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OF
              "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
              "CUDA_HOME", "PATH")  # fmt: skip
 """Variables that ranks get from the driver; secrets are not among them, W&B reads its own netrc."""
+NODES_SECONDS = 120.0
+"""How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
 
 
 def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
@@ -97,6 +99,25 @@ def connect(launch: LaunchConfig) -> None:
             "launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local"
         )
     ray.init(address=address, **shared)
+    wait_for_nodes(launch.nodes)
+
+
+def wait_for_nodes(count: int) -> None:
+    """Until the cluster has `count` nodes; raises RefusedError naming those that are there."""
+    import ray
+
+    deadline = time.monotonic() + NODES_SECONDS
+    while True:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        if len(alive) >= count:
+            return
+        if time.monotonic() > deadline:
+            names = ", ".join(sorted(node["NodeManagerHostname"] for node in alive))
+            raise RefusedError(
+                f"launch.nodes: {count} nodes expected, {len(alive)} joined the Ray cluster in "
+                f"{NODES_SECONDS:.0f} s ({names}); look at the others' Ray logs"
+            )
+        time.sleep(0.3)
 
 
 def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | None:
@@ -109,7 +130,7 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
     group = place(launch, gpus)
     actors: list[Any] = [
         ray.remote(Worker).options(
-            num_cpus=1, num_gpus=gpus, placement_group=group, placement_group_bundle_index=rank,
+            num_cpus=1, num_gpus=gpus, placement_group=group, placement_group_bundle_index=rank // ranks_a_bundle(launch),
             runtime_env={"env_vars": environment()}, max_restarts=0,
         ).remote()
         for rank in range(launch.workers)
@@ -134,22 +155,34 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
 
 
 def place(launch: LaunchConfig, gpus: int) -> Any:
-    """Reserve a slot for every rank at once, nodes filled one by one; raises RefusedError."""
+    """Reserve a slot for every rank at once; raises RefusedError.
+
+    With `launch.nodes` above 1 each node takes an equal share, ranks in order; else nodes are
+    filled one by one.
+    """
     import ray
     from ray.exceptions import GetTimeoutError
     from ray.util.placement_group import placement_group
 
-    bundle = {"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})
-    group = placement_group([bundle] * launch.workers, strategy="PACK")
+    share = ranks_a_bundle(launch)
+    bundle = {"CPU": float(share)} | ({"GPU": float(gpus * share)} if gpus else {})
+    bundles = [bundle] * (launch.workers // share)
+    group = placement_group(bundles, strategy="STRICT_SPREAD" if launch.nodes > 1 else "PACK")
     try:
         ray.get(group.ready(), timeout=300)
     except GetTimeoutError:
         have = ray.cluster_resources()
         raise RefusedError(
-            f"launch.workers: {launch.workers} x {bundle} cannot be placed; the cluster has "
-            f"{have.get('CPU', 0):.0f} CPU and {have.get('GPU', 0):.0f} GPU"
+            f"launch.workers: {len(bundles)} x {bundle} cannot be placed; the cluster has "
+            f"{have.get('CPU', 0):.0f} CPU and {have.get('GPU', 0):.0f} GPU on "
+            f"{len(ray.nodes())} nodes"
         ) from None
     return group
+
+
+def ranks_a_bundle(launch: LaunchConfig) -> int:
+    """Ranks that must stand on one node together; 1 leaves the choice to Ray."""
+    return launch.workers // launch.nodes if launch.nodes > 1 else 1
 
 
 def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int) -> dict[str, str]:

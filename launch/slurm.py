@@ -1,0 +1,176 @@
+"""`tuneloom train launch=slurm ...`: one batch script, rendered, submitted, followed.
+
+slurm/finetune.sbatch is the same template with its defaults: python -m tuneloom.launch.slurm
+prints it. A submitted job reads its whole config from runs/<id>/slurm/experiment/job.yaml, so what
+was validated on the login node is what runs.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.launch.config import SLURM_ONLY, JobConfig, LaunchConfig, training_of
+from tuneloom.train.runs import folder_of
+
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
+        "BOOT_FAIL", "DEADLINE", "PREEMPTED")  # fmt: skip
+POLL_SECONDS = 2.0
+
+
+def launch_slurm(job: JobConfig) -> int:
+    """Print the script, or submit it and, unless told otherwise, follow; returns the exit code."""
+    script = render(job)
+    if job.launch.dry_run:
+        print(script)
+        return 0
+    folder = folder_of(training_of(job))
+    write_config(job, folder / "slurm")
+    path = folder / "slurm" / "finetune.sbatch"
+    path.write_text(script, encoding="utf-8")
+    number = submit(path)
+    print(f"slurm: job {number}, run {job.run.id}; scancel {number} ends it", flush=True)
+    return follow(number, output_of(folder, number)) if job.launch.follow else 0
+
+
+def render(job: JobConfig) -> str:
+    """The batch script of a job."""
+    folder = folder_of(training_of(job))
+    python = job.launch.python or sys.executable
+    arguments = [
+        "--config-dir", str((folder / "slurm").absolute()), "experiment=job",
+        f"run.id={job.run.id}", f"launch.workers={job.launch.workers}",
+    ]  # fmt: skip
+    return _template().render(
+        usage="runs/<id>/slurm/finetune.sbatch",
+        header=header(job.launch, name=job.run.name, output=str(output_of(folder, "%j"))),
+        setup=[f"cd {shlex.quote(os.getcwd())} || exit 4",
+               f"TUNELOOM_PYTHON={shlex.quote(python)}"],
+        arguments=shlex.join(arguments),
+    )  # fmt: skip
+
+
+def render_default() -> str:
+    """slurm/finetune.sbatch: the arguments are the caller's, resources are sbatch's own flags."""
+    launch = LaunchConfig(kind="slurm", gpus_per_worker=0)
+    return _template().render(
+        usage="[--nodes=2 --gpus-per-node=8 ...] slurm/finetune.sbatch experiment=... key=value",
+        header=header(launch, name="finetune", output="finetune-%j.out"),
+        setup=[],
+        arguments='"$@"',
+    )
+
+
+def header(launch: LaunchConfig, *, name: str, output: str) -> list[str]:
+    """The #SBATCH options."""
+    if any(c.isspace() or c in "\"'\\" for c in output):
+        raise ConfigError(f"run.root: {output!r} stands in an #SBATCH line; use a path without "
+                          "spaces or quotes")  # fmt: skip
+    ranks = launch.workers // launch.nodes
+    gpus = launch.gpus_per_node
+    if gpus is None:
+        gpus = 0 if launch.gpus_per_worker == 0 else ranks
+    if launch.gpus_per_worker != 0 and gpus < ranks:
+        raise ConfigError(
+            f"launch.gpus_per_node: {gpus} are too few for {ranks} ranks a node; raise it, or set "
+            "launch.gpus_per_worker=0 to train on processors"
+        )
+    options: dict[str, Any] = {
+        "job-name": name,
+        "account": launch.account,
+        "partition": launch.partition,
+        "time": launch.time,
+        "nodes": launch.nodes,
+        "ntasks-per-node": ranks,
+        "cpus-per-task": launch.cpus_per_worker or (8 if gpus else 1),
+        "gpus-per-node": gpus or None,
+        "mem": launch.memory,
+        "output": output,
+        "open-mode": "append",
+        "signal": f"B:USR1@{launch.signal_seconds}",
+    }
+    return ["--requeue"] + [f"--{k}={v}" for k, v in options.items() if v is not None]
+
+
+def output_of(folder: Path, number: str) -> Path:
+    """Where a job's output goes."""
+    return folder.absolute() / "slurm" / f"{number}.out"
+
+
+def write_config(job: JobConfig, folder: Path) -> None:
+    """The resolved config as an experiment of its own, without what only the submission reads."""
+    content = job.model_dump(mode="json")
+    content["launch"] = {k: v for k, v in content["launch"].items() if k not in SLURM_ONLY}
+    content["launch"]["kind"] = "ray"
+    (folder / "experiment").mkdir(parents=True, exist_ok=True)
+    text = "# @package _global_\n" + yaml.safe_dump(content, sort_keys=False)
+    (folder / "experiment" / "job.yaml").write_text(text, encoding="utf-8")
+
+
+def submit(path: Path) -> str:
+    """Hand a script to sbatch; returns the job's number."""
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False,
+            timeout=120,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise RefusedError(
+            "launch=slurm: no sbatch on this machine; run it on a login node, or "
+            "launch.dry_run=true prints the script"
+        ) from None
+    if done.returncode:
+        raise RefusedError(f"launch=slurm: sbatch refused it: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
+
+
+def follow(number: str, output: Path) -> int:
+    """Copy the job's output here until it is over, through requeues; returns its exit code."""
+    shown = 0
+    try:
+        while True:
+            state, code = state_of(number)
+            if output.exists():
+                with output.open("rb") as file:
+                    file.seek(shown)
+                    text = file.read()
+                shown += len(text)
+                sys.stdout.write(text.decode(errors="replace"))
+                sys.stdout.flush()
+            if state in OVER:
+                print(f"slurm: job {number} is {state}, exit {code}", flush=True)
+                return code or (0 if state == "COMPLETED" else 1)
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        print(f"\nslurm: job {number} goes on; its output is in {output}", flush=True)
+        return 0
+
+
+def state_of(number: str) -> tuple[str, int]:
+    """A job's state and exit code, as scontrol tells; a controller that is away says UNKNOWN."""
+    done = subprocess.run(
+        ["scontrol", "show", "job", "-o", number], capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    facts = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    return facts.get("JobState", "UNKNOWN"), int(facts.get("ExitCode", "0:0").split(":")[0])
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("tuneloom.launch", "."), undefined=StrictUndefined, trim_blocks=True,
+        keep_trailing_newline=True, comment_start_string="{##", autoescape=False,
+    )  # fmt: skip
+    return environment.get_template("finetune.sbatch.jinja")
+
+
+if __name__ == "__main__":
+    print(render_default(), end="")
