@@ -27,6 +27,7 @@ VERBS = {
     "generate": ("tuneloom.evals.generate", "Answer a prompt with a base and an adapter."),
     "evaluate": ("tuneloom.evals.runner", "Base against tuned on rows neither saw."),
     "report": ("tuneloom.evals.report", "One self-contained report.html for a run."),
+    "mix": ("tuneloom.data.mix", "One dataset out of several, by weight, epochs and rehearsal."),
     "lineage": ("tuneloom.registry.lineage", "Rows to models, and models back to rows."),
     "erase": ("tuneloom.data.erase", "Rows out of datasets and models: plan, then do it."),
 }

@@ -57,7 +57,7 @@ def make_manifest(
         "counts": {"in": tally.rows_of.total(), "kept": int(kept.sum()),
                    "rejected": plain(tally.rejected), "deduplicated": plain(fates["deduplicated"]),
                    "quarantined": plain(fates["quarantined"])},
-        "lengths": _lengths(written.lengths),
+        "lengths": length_table(written.lengths),
         "sanitised": plain(tally.changed),
         "found": plain(tally.found),
         "leaks": decision.leaks,
@@ -67,6 +67,7 @@ def make_manifest(
         "rejects_digest": tally.rejects.hexdigest(),
         "config_digest": hashlib.sha256(canonical(identity).encode()).hexdigest(),
         "recipe": identity,
+        "mixture": [],
         "transforms": [
             {"step": "ingest", "version": VERSION, "in_digest": _sources_digest(tally),
              "out_digest": digest_of(written.splits), "rows": int(kept.sum())},
@@ -148,7 +149,7 @@ def _label_table(columns: Columns, split: np.ndarray) -> dict[str, dict[str, int
     }
 
 
-def _lengths(counted: np.ndarray) -> dict[str, list[int]]:
+def length_table(counted: np.ndarray) -> dict[str, list[int]]:
     """Records by their characters, without the empty ends of the scale."""
     filled = np.flatnonzero(counted)
     ends = slice(int(filled[0]), int(filled[-1]) + 1) if len(filled) else slice(0)

@@ -17,7 +17,14 @@ import pyarrow.parquet as pq
 from tuneloom.data.card import card
 from tuneloom.data.provenance import Provenance, SourceInfo, summary
 from tuneloom.data.report import report
-from tuneloom.data.store import ShardWriter, digest_of, manifest_id, publish, read_manifest
+from tuneloom.data.store import (
+    ROWS_PER_SHARD,
+    ShardWriter,
+    digest_of,
+    manifest_id,
+    publish,
+    read_manifest,
+)
 
 
 def rebuild(folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str, str]) -> Path:
@@ -31,22 +38,27 @@ def rebuild(folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str
     unwanted = pa.array(sorted(ids), pa.string())
     labels = {label: dict(by) for label, by in manifest["labels"].items()}
     gone: Counter[str] = Counter()
+    unlearnt: Counter[str] = Counter()
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
     try:
         splits = {}
         for split, part in manifest["splits"].items():
-            writer = ShardWriter(draft, split, manifest["recipe"]["rows_per_shard"])
+            writer = ShardWriter(
+                draft, split, manifest["recipe"].get("rows_per_shard", ROWS_PER_SHARD)
+            )
             for shard in part["shards"]:
                 table = pq.read_table(folder / shard["file"])
                 out = pc.is_in(table["id"], unwanted)
                 for row in table.filter(out).to_pylist():
                     gone[row["source"]] += 1
+                    unlearnt[row["source"]] += split == "train"
                     label = json.loads(row["meta"]).get("label")
                     if label in labels:
                         labels[label][split] -= 1
                 writer.add(table.filter(pc.invert(out)))
             splits[split] = writer.close()
         made = _manifest(manifest, splits, gone, renamed) | {
+            "mixture": [_less(part, unlearnt) for part in manifest["mixture"]],
             "labels": labels, "rejects_digest": _copy_paperwork(folder, draft, unwanted, sources),
         }  # fmt: skip
         made["id"] = manifest_id(made)
@@ -81,7 +93,7 @@ def _manifest(
     before: dict[str, Any], splits: dict[str, Any], gone: Counter[str], renamed: dict[str, str]
 ) -> dict[str, Any]:
     """The old manifest with its counts brought up to date, and the rebuild on the record."""
-    counts, recipe = before["counts"], before["recipe"]
+    counts = before["counts"]
     erased = counts["quarantined"].get("erased", 0) + gone.total()
     created_from = []
     for part in before["created_from"]:
@@ -89,9 +101,6 @@ def _manifest(
             created_from.append(part | {"dataset": renamed.get(part["dataset"], part["dataset"])})
         else:
             created_from.append(part | {"kept": part["kept"] - gone[part["name"]]})
-    kept_of = {part["name"]: part["kept"] for part in created_from if "name" in part}
-    provenance = Provenance([SourceInfo.model_validate(entry) for entry in recipe["provenance"]])
-    as_of = datetime.date.fromisoformat(recipe["as_of"]) if recipe["as_of"] else None
     step = {
         "step": "erase",
         "in_digest": digest_of(before["splits"]),
@@ -101,7 +110,25 @@ def _manifest(
         "splits": splits,
         "counts": counts | {"kept": counts["kept"] - gone.total(),
                             "quarantined": counts["quarantined"] | {"erased": erased}},
-        "licence": summary(kept_of, provenance, recipe["use"], as_of),
+        "licence": _licence(before, created_from),
         "created_from": created_from,
         "transforms": [*before["transforms"], step | {"rows": gone.total()}],
     }  # fmt: skip
+
+
+def _less(part: dict[str, Any], gone: Counter[str]) -> dict[str, Any]:
+    """A part of a mixture without the rows that went."""
+    name = part["dataset"].split("@")[0]
+    rows = part["rows"] - sum(n for source, n in gone.items() if source.startswith(f"{name}/"))
+    return part | {"rows": rows}
+
+
+def _licence(before: dict[str, Any], created_from: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary for the rows that are left; a mixture keeps that of its parts."""
+    recipe = before["recipe"]
+    if "provenance" not in recipe:
+        return dict(before["licence"])
+    kept_of = {part["name"]: part["kept"] for part in created_from if "name" in part}
+    provenance = Provenance([SourceInfo.model_validate(entry) for entry in recipe["provenance"]])
+    as_of = datetime.date.fromisoformat(recipe["as_of"]) if recipe["as_of"] else None
+    return summary(kept_of, provenance, recipe["use"], as_of)

@@ -144,6 +144,8 @@ def _licence(manifest: Mapping[str, Any]) -> str:
 
 def _privacy(manifest: Mapping[str, Any]) -> str:
     """What was found, and what the recipe says to do with it."""
+    if "privacy" not in manifest["recipe"]:
+        return ""  # a mixture: its parts' reports say it
     privacy = manifest["recipe"]["privacy"]
     rows = [(entity, number, privacy["actions"].get(entity, privacy["default"]))
             for entity, number in manifest["found"].items()]  # fmt: skip
@@ -259,6 +261,11 @@ def _turns(record: str, limit: int) -> str:
 
 
 def _sources(manifest: Mapping[str, Any]) -> str:
+    if manifest["mixture"]:
+        shares = [(p["dataset"], p["rows"], f"{p['share']:.2%}", f"{p['epochs']:.2f}", p["held_out"])
+                  for p in manifest["mixture"]]  # fmt: skip
+        head = ["part", "train rows", "share", "epochs", "left out: held out by a part"]
+        return f"<h2>Mixture</h2>{table(head, shares)}"
     rows = []
     for part in manifest["created_from"]:
         if "dataset" in part:

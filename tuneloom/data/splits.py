@@ -19,6 +19,12 @@ def place(keys: np.ndarray, split: SplitConfig) -> np.ndarray:
     return (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
+def place_of(text: str) -> float:
+    """Where one text falls in [0, 1)."""
+    number = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+    return (number >> 11) / float(1 << 53)
+
+
 def assign(keys: np.ndarray, labels: np.ndarray | None, split: SplitConfig) -> np.ndarray:
     """(N,) int8 index into SPLITS. Rows of one key always share a split.
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from tuneloom.errors import DataError
 
+ROWS_PER_SHARD = 50_000
 COLUMNS = ("id", "record", "source", "meta")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 

@@ -1,0 +1,131 @@
+"""Mixtures: the shares that were asked for, nothing of any test split, a way back to the parts."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloom.config import build
+from tuneloom.data.erase import EraseConfig, execute, make_plan
+from tuneloom.data.ingest import ingest
+from tuneloom.data.mix import MixConfig, mix
+from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.rows import open_rows
+from tuneloom.errors import ConfigError
+from tuneloom.registry.graph import Graph
+
+
+def make(tmp_path: Path, name: str, count: int, **data: Any) -> str:
+    raw = tmp_path / f"{name}.jsonl"
+    raw.write_text(
+        "".join(json.dumps({"text": f"{name} row {i}", "n": i}) + "\n" for i in range(count))
+    )
+    mapping = {"data": {"name": name, "key": f"{name} {{n}}", **data}, "source": str(raw)}
+    return str(ingest(build(IngestConfig, mapping | {"root": str(tmp_path / "datasets")})))
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[str]:
+    return [make(tmp_path, "big", 1000), make(tmp_path, "small", 100)]
+
+
+def mixed(tmp_path: Path, **config: Any) -> tuple[Path, dict[str, Any], Counter[str]]:
+    folder = mix(build(MixConfig, {"name": "m", "root": str(tmp_path / "datasets"), **config}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return folder, manifest, Counter(row["source"].split("/")[0] for row in rows(folder, "train"))
+
+
+def rows(folder: Path, split: str) -> list[dict[str, Any]]:
+    return list(pq.read_table(folder / f"{split}-00000.parquet").to_pylist())
+
+
+def of(parts: list[str], **each: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"dataset": p} | {key: values[i] for key, values in each.items()}
+        for i, p in enumerate(parts)
+    ]
+
+
+def sizes(parts: list[str]) -> list[int]:
+    return [len(open_rows(p)) for p in parts]
+
+
+def test_weights_are_shares_of_the_rows(tmp_path: Path, parts: list[str]) -> None:
+    _, manifest, counted = mixed(tmp_path, parts=of(parts, weight=[3, 1]), rows=400)
+    assert counted == {"big": 300, "small": 100}
+    assert [part["share"] for part in manifest["mixture"]] == [0.75, 0.25]
+    small = manifest["mixture"][1]
+    assert small["epochs"] == pytest.approx(100 / sizes(parts)[1], abs=1e-6)
+
+
+def test_epochs_repeat_each_row_so_often(tmp_path: Path, parts: list[str]) -> None:
+    folder, _, counted = mixed(tmp_path, parts=of(parts, epochs=[0.5, 3.0]))
+    big, small = sizes(parts)
+    assert counted == {"big": round(big * 0.5), "small": 3 * small}
+    times = Counter(row["id"] for row in rows(folder, "train") if row["source"].startswith("small"))
+    assert set(times.values()) == {3}
+
+
+def test_temperature_lifts_the_small_part(tmp_path: Path, parts: list[str]) -> None:
+    plain = mixed(tmp_path, parts=of(parts))[2]
+    lifted = mixed(tmp_path, parts=of(parts), temperature=3.0)[2]
+    assert plain == dict(zip(["big", "small"], sizes(parts), strict=True))
+    assert lifted.total() == plain.total()
+    big, small = (size ** (1 / 3) for size in sizes(parts))
+    assert lifted["small"] == pytest.approx(plain.total() * small / (big + small), abs=1)
+
+
+def test_rehearsal_is_its_share_of_the_whole(tmp_path: Path, parts: list[str]) -> None:
+    rehearsal = {"dataset": parts[1], "share": 0.2}
+    _, _, counted = mixed(tmp_path, parts=of(parts[:1]), rehearsal=rehearsal)
+    assert counted["small"] / counted.total() == pytest.approx(0.2, abs=0.001)
+
+
+def test_no_row_that_a_part_tests_on_is_trained_on(tmp_path: Path) -> None:
+    first = make(tmp_path, "one", 500, key="{n}")
+    other = make(tmp_path, "two", 500, key="{n}", split={"seed": 9})
+    folder, manifest, _ = mixed(tmp_path, parts=of([first, other]))
+    held = {
+        json.loads(row["meta"])["key"] for s in ("validation", "test") for row in rows(folder, s)
+    }
+    assert not held & {json.loads(row["meta"])["key"] for row in rows(folder, "train")}
+    assert sum(part["held_out"] for part in manifest["mixture"]) > 50
+
+
+def test_a_mixture_is_the_same_again_and_larger_ones_hold_it(
+    tmp_path: Path, parts: list[str]
+) -> None:
+    one, _, _ = mixed(tmp_path, parts=of(parts, weight=[1, 1]), rows=60)
+    two, _, _ = mixed(tmp_path, parts=of(parts, weight=[1, 1]), rows=60)
+    more, _, _ = mixed(tmp_path, parts=of(parts, weight=[1, 1]), rows=120)
+    assert one == two != more
+    assert {r["id"] for r in rows(one, "train")} < {r["id"] for r in rows(more, "train")}
+    assert len(open_rows(one)) == 60
+
+
+def test_contradicting_shares_are_refused(parts: list[str]) -> None:
+    with pytest.raises(ConfigError, match="two ways to say one thing"):
+        build(MixConfig, {"name": "m", "parts": of(parts, weight=[1, 1], epochs=[1, 1])})
+    with pytest.raises(ConfigError, match="a weight to every part or to none"):
+        build(MixConfig, {"name": "m", "parts": [{"dataset": "a", "weight": 1}, {"dataset": "b"}]})
+
+
+def test_an_erased_source_leaves_the_mixture_too(tmp_path: Path, parts: list[str]) -> None:
+    mixed(tmp_path, parts=of(parts))
+    order = {"source": "small.jsonl", "execute": True, "reason": "r"}
+    places = {"datasets": str(tmp_path / "datasets"), "runs": str(tmp_path)}
+    config = build(EraseConfig, order | places)
+    graph = Graph.load(tmp_path / "datasets", tmp_path)
+    list(execute(graph, make_plan(graph, config), config))
+    after = {
+        d.manifest["name"]: d for d in Graph.load(tmp_path / "datasets", tmp_path).datasets.values()
+    }
+    assert sorted(after) == ["big", "m", "small"]
+    assert {row["source"] for _, t in after["m"].rows(["source"]) for row in t.to_pylist()} == {
+        "big/big.jsonl"
+    }
+    assert after["m"].manifest["mixture"][1]["rows"] == 0
+    assert set(after["m"].parents()) == {after["big"].name, after["small"].name}
