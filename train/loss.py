@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuneloom.kernels.loss_head import loss_from_head
 from tuneloom.train.batches import IGNORED, MicroBatch
 
 
@@ -26,11 +27,15 @@ def loss_sum(network: Any, micro: MicroBatch) -> Tensor:
         keep = (micro.labels[0] != IGNORED).nonzero()[:, 0]  # (targets,)
         if keep.numel() == 0:
             keep = torch.zeros(1, dtype=torch.int64, device=keep.device)
-        logits = network(**inputs, logits_to_keep=keep).logits[0]
+        inputs["logits_to_keep"] = keep
         labels = micro.labels[0, keep]
     else:
-        logits = network(**inputs).logits.flatten(0, 1)
         labels = micro.labels.flatten()
+    with loss_from_head(network, labels) as fused:  # model.kernels=true: no logits are made
+        out: Tensor = network(**inputs).logits
+    if fused:
+        return out
+    logits = out.flatten(0, 1)
     if micro.target_tokens == 0:
         return logits.float().sum() * 0.0
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
