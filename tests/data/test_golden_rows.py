@@ -1,0 +1,174 @@
+"""Golden rows: two people, no way to edit, never in training."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneloom.config import build
+from tuneloom.data.curate import Golden
+from tuneloom.data.ingest import ingest
+from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.records import parse
+from tuneloom.data.review import GoldenConfig, main
+from tuneloom.data.rows import open_rows
+from tuneloom.errors import ConfigError, DataError, RefusedError
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    turns = [("user", question), ("assistant", answer)]
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def golden(tmp_path: Path) -> Golden:
+    return Golden(tmp_path / "golden" / "g", reviewers=2)
+
+
+def act(tmp_path: Path, action: str, **config: Any) -> None:
+    assert (
+        main(
+            build(
+                GoldenConfig,
+                {"action": action, "name": "g", "root": str(tmp_path / "golden"), **config},
+            )
+        )
+        == 0
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    rows = [chat(f"question {i} <b>bold</b>", f"answer {i}") for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "rows.jsonl")
+
+
+def test_a_row_is_golden_after_two_others_approved_it(tmp_path: Path) -> None:
+    record = parse(chat("q", "a"), source="s")
+    store = golden(tmp_path)
+    assert store.propose(record, "anna") is True
+    assert store.propose(record, "bob") is False
+    with pytest.raises(RefusedError, match="anna proposed"):
+        store.decide(record.id, "approve", "anna")
+    store.decide(record.id[:10], "approve", "bob")
+    assert [row.record.id for row in store.of("reviewed")] == [record.id]
+    with pytest.raises(RefusedError, match="another must"):
+        store.decide(record.id, "approve", "bob")
+    store.decide(record.id, "approve", "carla")
+    assert [row.record.id for row in golden(tmp_path).of("golden")] == [record.id]
+    with pytest.raises(RefusedError, match="is golden and cannot change"):
+        golden(tmp_path).decide(record.id, "refuse", "dora")
+    golden(tmp_path).retire(record.id, "anna", "the price changed")
+    assert golden(tmp_path).of("golden") == []
+    assert golden(tmp_path).of("retired")[0].notes == ["anna: the price changed"]
+
+
+def test_one_refusal_keeps_a_row_out(tmp_path: Path) -> None:
+    record = parse(chat("q", "a"), source="s")
+    store = golden(tmp_path)
+    store.propose(record, "anna")
+    store.decide(record.id, "approve", "bob")
+    store.decide(record.id, "refuse", "carla", "wrong answer")
+    assert store.of("golden") == [] and len(store.of("refused")) == 1
+
+
+def test_an_edited_log_is_refused(tmp_path: Path) -> None:
+    store = golden(tmp_path)
+    for i in range(3):
+        store.propose(parse(chat(f"q{i}", "a"), source="s"), "anna")
+    whole = store.log.read_text()
+    store.log.write_text(whole.replace('"q0"', '"qx"'))
+    with pytest.raises(DataError, match=r"events\.jsonl:2: the log was edited"):
+        golden(tmp_path)
+    store.log.write_text("\n".join(whole.splitlines()[1:]) + "\n")
+    with pytest.raises(DataError, match=r"events\.jsonl:1: the log was edited"):
+        golden(tmp_path)
+
+
+def decisions(path: Path, ids: list[str], by: str) -> str:
+    path.write_text(
+        "".join(json.dumps({"id": i, "decision": "approve", "by": by}) + "\n" for i in ids)
+    )
+    return str(path)
+
+
+def test_from_proposal_to_a_sealed_set_that_training_data_may_not_hold(
+    tmp_path: Path, source: str
+) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    act(tmp_path, "queue")
+    folder = tmp_path / "golden" / "g"
+    ids = [json.loads(line)["id"] for line in (folder / "queue.jsonl").read_text().splitlines()]
+    assert len(ids) == 3
+    for person in ("bob", "carla"):
+        act(tmp_path, "decide", decisions=decisions(tmp_path / "d.jsonl", ids[:2], person))
+    act(tmp_path, "seal")
+    sealed = open_rows(folder / "golden.jsonl")
+    assert {sealed[i].id for i in range(len(sealed))} == set(ids[:2])
+
+    against = {"sets": [{"name": "golden", "path": str(folder / "golden.jsonl")}]}
+    mapping = {
+        "data": {"name": "d", "against": against},
+        "source": source,
+        "root": str(tmp_path / "ds"),
+    }
+    made = ingest(build(IngestConfig, mapping))
+    counts = json.loads((made / "manifest.json").read_text())["counts"]
+    assert counts["kept"] == 1
+    assert counts["quarantined"] == {"leak_golden:record": 2}
+
+
+def test_decisions_of_label_studio_are_read(tmp_path: Path, source: str) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    act(tmp_path, "queue")
+    tasks = json.loads((tmp_path / "golden" / "g" / "labelstudio.json").read_text())
+    for task in tasks:
+        task["annotations"] = [
+            {"completed_by": {"email": f"{who}@example.com"},
+             "result": [{"type": "choices", "value": {"choices": ["approve"]}}]}
+            for who in ("bob", "carla")
+        ]  # fmt: skip
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    act(tmp_path, "decide", decisions=str(tmp_path / "export.json"))
+    assert len(golden(tmp_path).of("golden")) == 3
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="source: required for this action"):
+        act(tmp_path, "propose", by="anna")
+    with pytest.raises(ConfigError, match="decision: required"):
+        act(tmp_path, "decide", id="abcdefgh", by="anna")
+
+
+@pytest.mark.browser
+def test_the_page_saves_what_decide_reads(tmp_path: Path, source: str) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    act(tmp_path, "propose", source=source, by="anna")
+    act(tmp_path, "queue")
+    page = (tmp_path / "golden" / "g" / "review.html").read_text()
+    assert "<b>bold" not in page and "&lt;b&gt;bold" in page
+    # Decide on two rows as a person would, and show the file's text in the page.
+    drive = """<script>
+      document.getElementById("by").value = "bob";
+      rows.slice(0, 2).forEach(a => a.querySelector("input[value=approve]").click());
+      document.title = JSON.stringify(chosen());
+      document.body.dataset.out = chosen().map(d => JSON.stringify(d)).join("|");
+    </script></html>"""
+    (tmp_path / "driven.html").write_text(page.replace("</html>", drive))
+    dom = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/driven.html"],
+        check=True, capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+    assert "2 of 3 decided" in dom
+    out = re.search(r'data-out="([^"]*)"', dom)
+    assert out
+    lines = out[1].replace("&quot;", '"').split("|")
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    act(tmp_path, "decide", decisions=str(tmp_path / "d.jsonl"))
+    assert [row.approved_by for row in golden(tmp_path).of("reviewed")] == [["bob"], ["bob"]]

@@ -1,0 +1,157 @@
+"""`tuneloom golden action=propose|queue|decide|retire|seal|status`: people decide what is golden.
+
+`queue` writes a static page to read and decide on without a server, and the same rows as JSONL and
+as Label Studio tasks; the decisions that the page or Label Studio saves go back in with `decide`.
+`seal` writes golden.jsonl: an evaluation set, and what `data.against` keeps out of training.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tuneloom.config import Config
+from tuneloom.data.curate import Golden, Row, Status
+from tuneloom.data.review_page import page, text_of
+from tuneloom.data.rows import open_rows
+from tuneloom.errors import ConfigError, DataError
+
+STATUSES: tuple[Status, ...] = ("draft", "reviewed", "golden", "refused", "retired")
+
+
+class GoldenConfig(Config):
+    action: Literal["propose", "queue", "decide", "retire", "seal", "status"] = "status"
+    name: str
+    """The golden set; its folder is ROOT/NAME."""
+    root: str = "golden"
+    reviewers: Annotated[int, Field(ge=1)] = 2
+    """Approvals a row needs, each by another person and none by its proposer."""
+    by: str = ""
+    """Who is doing this."""
+    source: str | None = None
+    """propose: a JSONL file of records or a dataset folder."""
+    split: str = "validation"
+    """propose: the split of a dataset folder."""
+    id: str | None = None
+    """decide, retire: one row, by its id or the first 8 digits or more."""
+    decision: Literal["approve", "refuse"] | None = None
+    """decide: on that one row."""
+    decisions: str | None = None
+    """decide: a file of decisions, from the page (JSONL) or from Label Studio (JSON)."""
+    note: str = ""
+
+
+CONFIG = GoldenConfig
+
+
+def main(config: GoldenConfig) -> int:
+    """Do the action, then print how many rows have which status."""
+    folder = Path(config.root) / config.name
+    golden = Golden(folder, reviewers=config.reviewers)
+    ACTIONS[config.action](golden, folder, config)
+    counted = Counter(row.status(config.reviewers) for row in golden.rows.values())
+    print("  ".join(f"{status} {counted[status]:,}" for status in STATUSES))
+    return 0
+
+
+def propose(golden: Golden, folder: Path, config: GoldenConfig) -> None:
+    """Enter every record of the source as a draft."""
+    rows = open_rows(_needed(config.source, "source"), config.split)
+    entered = sum(golden.propose(rows[i], config.by) for i in range(len(rows)))
+    print(f"proposed {entered:,} rows, {len(rows) - entered:,} were here before")
+
+
+def queue(golden: Golden, folder: Path, config: GoldenConfig) -> None:
+    """Write what waits for a reviewer: queue.jsonl, review.html, labelstudio.json."""
+    waiting = [*golden.of("draft"), *golden.of("reviewed")]
+    lines = [json.dumps(_entry(row), ensure_ascii=False) for row in waiting]
+    (folder / "queue.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    (folder / "review.html").write_text(page(config.name, waiting), encoding="utf-8")
+    tasks = [{"data": {"id": row.record.id, "text": text_of(row)}} for row in waiting]
+    (folder / "labelstudio.json").write_text(
+        json.dumps(tasks, ensure_ascii=False), encoding="utf-8"
+    )
+    print(f"{len(waiting):,} rows wait; open {folder / 'review.html'}")
+
+
+def decide(golden: Golden, folder: Path, config: GoldenConfig) -> None:
+    """Enter decisions, one from the command line or all of a file."""
+    if config.decisions is None:
+        word = _word(_needed(config.decision, "decision"))
+        golden.decide(_needed(config.id, "id"), word, config.by, config.note)
+        return
+    for row_id, decision, by, note in read_decisions(Path(config.decisions), config.by):
+        golden.decide(row_id, decision, by, note)
+
+
+def retire(golden: Golden, folder: Path, config: GoldenConfig) -> None:
+    golden.retire(_needed(config.id, "id"), config.by, config.note)
+
+
+def seal(golden: Golden, folder: Path, config: GoldenConfig) -> None:
+    """Write the golden rows, by id, with who approved each."""
+    path = folder / "golden.jsonl"
+    rows = golden.of("golden")
+    lines = (
+        json.dumps({**row.record.content, "source": row.record.source,
+                    "meta": {"proposed_by": row.proposed_by, "approved_by": row.approved_by}},
+                   ensure_ascii=False, sort_keys=True)
+        for row in rows
+    )  # fmt: skip
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    print(f"{len(rows):,} golden rows in {path}\nnext: tuneloom ingest ... "
+          f"'data.against.sets=[{{name: {config.name}, path: {path}}}]'")  # fmt: skip
+
+
+def status(golden: Golden, folder: Path, config: GoldenConfig) -> None:
+    """Nothing but what main prints for every action."""
+
+
+ACTIONS = {"propose": propose, "queue": queue, "decide": decide, "retire": retire, "seal": seal,
+           "status": status}  # fmt: skip
+
+
+def read_decisions(path: Path, by: str) -> list[tuple[str, Literal["approve", "refuse"], str, str]]:
+    """Id, decision, reviewer, note: from our page's JSONL or Label Studio's JSON export."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        return [entry for task in json.loads(text) for entry in _from_label_studio(task, by)]
+    entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [(e["id"], _word(e["decision"]), e.get("by") or by, e.get("note", "")) for e in entries]
+
+
+def _from_label_studio(task: dict[str, Any], by: str) -> Any:
+    """One decision for each annotation of a task that chose approve or refuse."""
+    for annotation in task.get("annotations", []):
+        person = annotation.get("completed_by")
+        name = person.get("email") if isinstance(person, dict) else str(person or by)
+        for result in annotation.get("result", []):
+            for choice in result.get("value", {}).get("choices", []):
+                yield task["data"]["id"], _word(choice), name, ""
+
+
+def _word(value: str) -> Literal["approve", "refuse"]:
+    if value == "approve":
+        return "approve"
+    if value == "refuse":
+        return "refuse"
+    raise DataError(f"decisions: expected approve or refuse, got {value!r}")
+
+
+def _needed(value: str | None, key: str) -> str:
+    if value is None:
+        raise ConfigError(f"{key}: required for this action, but not given; set {key}=...")
+    return value
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    return {
+        "id": row.record.id,
+        "content": row.record.content,
+        "source": row.record.source,
+        "proposed_by": row.proposed_by,
+        "approved_by": row.approved_by,
+        "notes": row.notes,
+    }
