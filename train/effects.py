@@ -52,8 +52,9 @@ class Witness:
             if parameter.requires_grad:
                 gradient = _gradient(parameter, sharded=self._sharded)
                 self._gradients[name] = 0.0 if gradient is None else float(gradient.float().norm())
-        matrix = next(_matrices(self.network, muon=self.config.optim.name == "muon"), None)
-        if matrix is not None:
+        matrices = list(_matrices(self.network, muon=self.config.optim.name == "muon"))
+        moving = [m for m in matrices if self._gradients[m[0]] > 0]  # LoRA's A is still at step 1
+        for matrix in moving[:1]:
             self._before = (matrix[0], _master(matrix[1], sharded=self._sharded))
 
     def after_step(self) -> None:
@@ -97,7 +98,8 @@ class Witness:
                 "method.dora", bool(vectors), {"magnitude_vectors_with_gradient": len(vectors)}
             )
         if method.rslora:
-            scales = {s for m in self.network.modules() for s in getattr(m, "scaling", {}).values()}
+            layers: list[Any] = [m for m in self.network.modules() if hasattr(m, "lora_A")]
+            scales: set[float] = {scale for layer in layers for scale in layer.scaling.values()}
             want = method.alpha / math.sqrt(method.rank)
             yield Receipt("method.rslora", scales == {want}, {"scaling": sorted(scales)})
         for extra in method.extra_modules:

@@ -114,8 +114,8 @@ class Tracker:
     ) -> None:
         self.run: Any = None
         self.mode: Any
-        self.mode, reason = self._decide(tracker.mode)
-        print(f"tracker: W&B {self.mode} ({reason})", flush=True)
+        self.mode, self.reason = self._decide(tracker.mode)
+        print(f"tracker: W&B {self.mode} ({self.reason})", flush=True)
         if self.mode == "off":
             return
         import wandb
@@ -133,7 +133,7 @@ class Tracker:
                 f"tracker: W&B cannot be reached ({first}); writing offline, `wandb sync` later",
                 flush=True,
             )
-            self.mode = "offline"
+            self.mode, self.reason = "offline", f"not reachable: {first}"
             self.run = wandb.init(mode="offline", settings=_settings(wandb), **shared)
 
     @staticmethod

@@ -204,6 +204,7 @@ class Session:
         tracker = Tracker(
             self.config.tracker, self.folder, str(self.config.run.id), runs.plain(self.config)
         )
+        runs.update(self.folder, {"tracker": {"mode": tracker.mode, "reason": tracker.reason}})
         self.metrics = Metrics(self.folder, tracker)
         self.clock.lost(self.metrics.open_at(self.step))
         self.progress_line = Progress()
@@ -268,7 +269,8 @@ class Session:
         self.witness = None
         if self.world.first:
             extra = {
-                "step": self.step + 1, "kernels": self.patched, "layers_recomputing": self.recomputing,
+                "step": self.step + 1, "kernels": self.patched,
+                "layers_recomputing": self.recomputing,
             }  # fmt: skip
             runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
         effects.refuse_idle(receipts)

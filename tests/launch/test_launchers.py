@@ -1,0 +1,127 @@
+"""Ray, torchrun and one process: the same config, the same order, the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloom.testing import free_port, metrics
+
+STEPS = 8
+
+
+def overrides(lab: Path, run_id: str, *more: str) -> list[str]:
+    return [
+        f"run.root={lab}/runs", f"run.id={run_id}", f"model.path={lab}/base", "model.dtype=fp32",
+        f"data.path={lab}/rows.jsonl", "data.validation=null", "batch.max_length=128",
+        "batch.tokens=512", "batch.window=64", "optim.lr=5e-3", "optim.warmup_steps=2",
+        "tracker=off", "zero=stage2", "epochs=100", f"steps={STEPS}", "train.drill=false", *more,
+    ]  # fmt: skip
+
+
+def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def torchrun(lab: Path, run_id: str, ranks: int, *more: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}",
+        "-m", "tuneloom.train", *overrides(lab, run_id, *more),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(lab: Path) -> list[float]:
+    done = torchrun(lab, "torchrun2", 2)
+    assert done.returncode == 0, done.stderr
+    return metrics(lab, "torchrun2")
+
+
+def test_ray_gives_torchruns_bits_and_rows(lab: Path, by_torchrun: list[float]) -> None:
+    done = run(
+        "-m", "tuneloom", "train", *overrides(lab, "ray2", "launch=local", "launch.workers=2")
+    )
+    assert done.returncode == 0, done.stderr
+    assert metrics(lab, "ray2") == by_torchrun
+    rows = [pq.read_table(lab / "runs" / r / "exposure.parquet") for r in ("ray2", "torchrun2")]
+    assert rows[0].equals(rows[1])
+    digests = [
+        json.loads((lab / "runs" / r / "run.json").read_text())["config_digest"]
+        for r in ("ray2", "torchrun2")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_inline_gives_the_bits_of_torchrun_with_one_rank(lab: Path) -> None:
+    assert torchrun(lab, "torchrun1", 1).returncode == 0
+    done = run("-m", "tuneloom", "train", *overrides(lab, "inline1", "launch=inline"))
+    assert done.returncode == 0, done.stderr
+    assert metrics(lab, "inline1") == metrics(lab, "torchrun1")
+
+
+def test_two_ranks_by_two_give_the_curve_of_one_by_four(
+    lab: Path, by_torchrun: list[float]
+) -> None:
+    done = torchrun(lab, "one-by-two", 1, "batch.accumulation=2")
+    assert done.returncode == 0, done.stderr
+    assert metrics(lab, "one-by-two") == pytest.approx(by_torchrun, rel=1e-5)
+
+
+def wait_for_step(lab: Path, run_id: str, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        path = lab / "runs" / run_id / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{run_id} did not reach step {step}; exit {process.poll()}")
+
+
+def started(lab: Path, run_id: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tuneloom", "train",
+         *overrides(lab, run_id, "launch=local", "launch.workers=2", "steps=4000",
+                    "checkpoint.every=20")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_sigterm_to_the_driver_saves_the_step_and_exits_75(lab: Path) -> None:
+    process = started(lab, "terminated")
+    wait_for_step(lab, "terminated", 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    last = json.loads((lab / "runs/terminated/metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert (lab / "runs/terminated/latest").read_text().strip() == f"step-{last:06d}"
+    assert json.loads((lab / "runs/terminated/run.json").read_text())["state"] == "stopped"
+
+
+def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: Path) -> None:
+    process = started(lab, "bereft")
+    wait_for_step(lab, "bereft", 25, process)
+    workers = subprocess.run(
+        ["pgrep", "-P", _raylet_of(process.pid), "-f", "Worker.run"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    before = len((lab / "runs/bereft/metrics.jsonl").read_text().splitlines())
+    wait_for_step(lab, "bereft", before + 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    rows = [json.loads(r) for r in (lab / "runs/bereft/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    lost = [row["step"] for row in rows if row["time/lost"] > 0]
+    assert len(lost) == 1 and (lost[0] - 1) % 20 == 0
+
+
+def _raylet_of(driver: int) -> str:
+    found = subprocess.run(["pgrep", "-P", str(driver), "raylet"], capture_output=True, text=True)
+    return found.stdout.split()[0]

@@ -1,0 +1,136 @@
+"""What a user can get wrong: one sentence that names key or path and value, the right exit code."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tuneloom.cli import main
+from tuneloom.errors import TrainingError
+from tuneloom.testing import Gang, small_config
+
+Capture = pytest.CaptureFixture[str]
+
+
+def train(lab: Path, *more: str) -> int:
+    return main([
+        "train", f"run.root={lab}/runs-bad", f"model.path={lab}/base", "model.dtype=fp32",
+        f"data.path={lab}/rows.jsonl", "data.validation=null", "batch.max_length=128",
+        "batch.tokens=512", "tracker=off", "launch=inline", "zero=stage0", *more,
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "sentence"),
+    [
+        (["optim.lrr=1"], 2, "optim.lrr: unknown key; did you mean 'optim.lr'?"),
+        (["+model.flash=1"], 2, "model.flash: unknown key"),
+        (["optim.lr=fast"], 2, "optim.lr: input should be a valid number"),
+        (["zero.stage=5"], 2, "zero.stage: expected one of [0, 1, 2, 3], got 5"),
+        (["method=qlora", "zero=stage3"], 2, "zero.stage"),
+        (["experiment=demoo"], 2, "experiment/demoo"),
+        (["batch.tokens=64"], 2, "batch.tokens: expected at least batch.max_length (128), got 64"),
+        (["epochs=null"], 2, "steps, epochs: at least one must be set"),
+        (["run.id=../x"], 2, "run.id"),
+        (["model.path=/nowhere/at/all"], 2, "model.path"),
+        (["model.path=some-org/some-model"], 2, "model.path"),
+        (["data.path=/nowhere.jsonl"], 3, "/nowhere.jsonl: no such file"),
+        (["method.targets=[q_porj]"], 2, "did you mean 'q_proj'?"),
+        (["resume=/no/checkpoint"], 2, "resume: /no/checkpoint cannot be used"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_with_the_right_exit_code(
+    lab: Path, capsys: Capture, overrides: list[str], code: int, sentence: str
+) -> None:
+    assert train(lab, *overrides) == code
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+def test_an_unknown_verb_lists_the_verbs(capsys: Capture) -> None:
+    assert main(["trian"]) == 2
+    assert "expected one of doctor, ingest" in capsys.readouterr().err
+
+
+ROWS = {
+    "empty": (b"", "empty"),
+    "utf8": (b'{"messages":[{"role":"user","content":"\xff"}]}\n', "invalid UTF-8"),
+    "broken": (b'{"messages":[\n', ":1"),
+    "role": (b'{"messages":[{"role":"robot","content":"x"}]}\n', "robot"),
+    "type": (b'{"messages":"hello"}\n', "messages"),
+    "huge": (b'{"text":"' + b"x" * (10 << 20) + b'"}\n', "bytes, at most"),
+    "no answer": (b'{"messages":[{"role":"user","content":"x"}]}\n', ""),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_bad_rows_end_the_run_with_exit_3_and_the_place(
+    lab: Path, tmp_path: Path, capsys: Capture, kind: str
+) -> None:
+    content, sentence = ROWS[kind]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert train(lab, f"data.path={path}", f"run.id=bad-{kind.replace(' ', '-')}") == 3
+    said = capsys.readouterr().err
+    assert "rows.jsonl" in said and sentence in said and "Traceback" not in said
+
+
+def copied(lab: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(lab / "base", tmp_path / "base"))
+
+
+def test_a_base_without_tokenizer_is_named(lab: Path, tmp_path: Path, capsys: Capture) -> None:
+    base = copied(lab, tmp_path)
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    assert train(lab, f"model.path={base}") == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_an_adapter_is_no_base(lab: Path, tmp_path: Path, capsys: Capture) -> None:
+    base = copied(lab, tmp_path)
+    (base / "adapter_config.json").write_text("{}")
+    assert train(lab, f"model.path={base}") == 2
+    assert "is an adapter, not a base" in capsys.readouterr().err
+
+
+def test_remote_code_is_refused_whatever_the_config(
+    lab: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    base = copied(lab, tmp_path)
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "m.M"}}
+    (base / "config.json").write_text(json.dumps(config))
+    assert train(lab, f"model.path={base}") == 2
+    assert "auto_map" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_no_torn_checkpoint(
+    lab: Path, one: Gang, small_disk: Path
+) -> None:
+    config = small_config(lab, "full", method__rank=64, checkpoint__every=2, steps=6)
+    config["run"] = {"root": str(small_disk), "id": "full"}
+    with pytest.raises(TrainingError, match=r"disk full, .* bytes free"):
+        one.fit(config)
+    left = [p.name for p in (small_disk / "full" / "checkpoints").iterdir()]
+    assert not [name for name in left if name.startswith(".torn")]

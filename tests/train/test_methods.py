@@ -1,0 +1,142 @@
+"""Every method, optimizer, precision and offload trains, and its receipt says what it did."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tuneloom.errors import ConfigError, TrainingError
+from tuneloom.testing import Gang, metrics, small_config, tiny_model
+from tuneloom.train import effects
+from tuneloom.train.model import moe_blocks
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, lab: Path) -> Path:
+    """A lab whose base is 128 wide, which NF4's blocks need (96 fails on a CPU)."""
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model(folder / "base", hidden=128)
+    (folder / "rows.jsonl").write_bytes((lab / "rows.jsonl").read_bytes())
+    return folder
+
+
+def receipts(folder: Path, run_id: str) -> dict[str, dict[str, Any]]:
+    found = json.loads((folder / "runs" / run_id / "effects.json").read_text())["receipts"]
+    return {receipt["option"]: receipt["evidence"] for receipt in found if receipt["acted"]}
+
+
+CASES: dict[str, dict[str, object]] = {
+    "full": {"method__kind": "full"},
+    "lora": {},
+    "dora": {"method__dora": True},
+    "rslora": {"method__rslora": True},
+    "targets": {"method__targets": ["q_proj", "v_proj"]},
+    "extra": {"method__extra_modules": ["lm_head"]},
+    "muon": {"optim__name": "muon", "optim__clip": 0.0, "method__kind": "full"},
+    "adamw8bit": {"optim__name": "adamw8bit", "method__rank": 64},
+    "bf16": {"model__dtype": "bf16"},
+}
+ACTED = {
+    "full": "method=full", "lora": "method=lora", "dora": "method.dora", "rslora": "method.rslora",
+    "targets": "method=lora", "extra": "method.extra_modules=lm_head", "muon": "optim=muon",
+    "adamw8bit": "optim=adamw8bit", "bf16": "model.dtype=bf16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_each_method_trains_acts_and_saves_what_it_trained(
+    lab: Path, two: Gang, case: str, stage: int
+) -> None:
+    run_id = f"{case}-{stage}"
+    drilled = stage == 3  # where the weights must be gathered first
+    settings = {"steps": 8, "zero__stage": stage, "train__drill": drilled} | CASES[case]
+    two.fit(small_config(lab, run_id, **settings))
+    losses = metrics(lab, run_id)
+    assert losses[-1] < losses[0]
+    assert ACTED[case] in receipts(lab, run_id)
+    if drilled:
+        assert json.loads((lab / "runs" / run_id / "drill" / "drill.json").read_text())["ok"]
+
+
+def test_muon_updates_are_orthogonal_and_adamw_updates_are_not(lab: Path) -> None:
+    low, high = receipts(lab, "muon-2")["optim=muon"]["update"]["singular_values"]
+    assert low > 0.2 * high
+    low, high = receipts(lab, "full-2")["optim=adamw"]["update"]["singular_values"]
+    assert low < 0.2 * high
+
+
+def test_rslora_scales_by_the_root_of_the_rank(lab: Path) -> None:
+    assert receipts(lab, "rslora-0")["method.rslora"]["scaling"] == [32 / math.sqrt(8)]
+
+
+def test_targets_adapt_those_modules_and_no_other(lab: Path) -> None:
+    state = load_file(lab / "runs/targets-0/weights/adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in state} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_qlora_holds_linears_in_nf4_and_learns(wide: Path, two: Gang, stage: int) -> None:
+    run_id = f"qlora{stage}"
+    config = small_config(
+        wide, run_id, steps=8, method__kind="qlora", zero__stage=stage, train__drill=True
+    )
+    two.fit(config)
+    losses = metrics(wide, run_id)
+    assert losses[-1] < losses[0]
+    assert receipts(wide, run_id)["method=qlora"]["modules_in_nf4"] == 14
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_gives_the_curve_of_no_offload(lab: Path, two: Gang, stage: int) -> None:
+    for offload in ("none", "cpu"):
+        run_id = f"offload-{offload}-{stage}"
+        two.fit(small_config(lab, run_id, steps=8, zero__stage=stage, zero__offload=offload))
+    assert metrics(lab, f"offload-cpu-{stage}") == pytest.approx(
+        metrics(lab, f"offload-none-{stage}"), rel=1e-4
+    )
+    evidence = receipts(lab, f"offload-cpu-{stage}")["zero.offload=cpu"]
+    assert evidence["optimizer"] == "DeepSpeedCPUAdam" and evidence["offloaded_bytes"] > 0
+
+
+def test_offloaded_parameters_give_the_same_curve(lab: Path, two: Gang) -> None:
+    settings = {"steps": 6, "zero__stage": 3, "zero__offload": "cpu"}
+    two.fit(small_config(lab, "parked", zero__offload_parameters="cpu", **settings))
+    two.fit(small_config(lab, "unparked", **settings))
+    assert metrics(lab, "parked") == pytest.approx(metrics(lab, "unparked"), rel=1e-5)
+
+
+def test_bf16_follows_fp32_within_its_precision(lab: Path) -> None:
+    assert metrics(lab, "bf16-2") == pytest.approx(metrics(lab, "lora-2"), rel=2e-2)
+    assert metrics(lab, "bf16-0") == pytest.approx(metrics(lab, "bf16-2"), rel=5e-3)
+
+
+def test_zero_3_shards_every_parameter_from_the_start(lab: Path) -> None:
+    evidence = receipts(lab, "full-3")["zero.stage=3"]
+    whole = receipts(lab, "full-0")["zero.stage=0"]
+    assert evidence["sharded_parameters"] > 0 and whole["sharded_parameters"] == 0
+    assert evidence["optimizer_bytes_on_this_rank"] < 0.6 * whole["optimizer_bytes_on_this_rank"]
+
+
+def test_an_option_that_did_nothing_ends_the_run_by_name() -> None:
+    idle = effects.Receipt("optim=muon", False, {"parameters_by_branch": {"adamw": 10}})
+    with pytest.raises(TrainingError, match="options that did nothing: optim=muon"):
+        effects.refuse_idle([idle])
+
+
+def test_an_unknown_target_is_refused_with_the_nearest_name(lab: Path, one: Gang) -> None:
+    with pytest.raises(ConfigError, match=r"method\.targets: .*'q_porj'; did you mean 'q_proj'"):
+        one.fit(small_config(lab, "typo", method__targets=["q_porj"]))
+
+
+def test_mixture_of_experts_blocks_are_found_for_zero_3() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    assert [kind.__name__ for kind in moe_blocks(MixtralForCausalLM(config))] != []
