@@ -70,7 +70,7 @@ SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=500
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=5
+KillWait=30
 MinJobAge=600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmdParameters=config_overrides

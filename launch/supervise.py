@@ -130,13 +130,17 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
     group = place(launch, gpus)
     actors: list[Any] = [
         ray.remote(Worker).options(
-            num_cpus=1, num_gpus=gpus, placement_group=group, placement_group_bundle_index=rank // ranks_a_bundle(launch),
+            num_cpus=1, num_gpus=gpus, placement_group=group,
+            placement_group_bundle_index=rank // ranks_a_bundle(launch),
             runtime_env={"env_vars": environment()}, max_restarts=0,
         ).remote()
         for rank in range(launch.workers)
     ]  # fmt: skip
     try:
         places = ray.get([actor.place.remote() for actor in actors])
+        if launch.kind == "ray" and attempt == 0:
+            preflight(actors, places, config, gpus)
+            places = ray.get([actor.place.remote() for actor in actors])  # ports not used yet
         calls = [
             actor.run.remote(
                 config.model_dump(mode="json"), launch.model_dump(mode="json"),
@@ -152,6 +156,16 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
         for actor in actors:
             ray.kill(actor)
         remove_placement_group(group)
+
+
+def preflight(
+    actors: list[Any], places: list[dict[str, Any]], config: TrainConfig, gpus: int
+) -> None:
+    """Compare what the ranks of a cluster see; raises RefusedError with the reasons."""
+    from tuneloom.launch.preflight import conduct
+
+    group = [rendezvous(rank, places, 0, gpus) for rank in range(len(actors))]
+    conduct(actors, places, config, gpus_per_rank=gpus, group=group)
 
 
 def place(launch: LaunchConfig, gpus: int) -> Any:

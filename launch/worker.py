@@ -2,14 +2,16 @@
 
 import os
 import socket
+import time
+from dataclasses import asdict
 from typing import Any
 
 
 class Worker:
-    """Says where it landed, then trains as the rank it is told to be."""
+    """Says where it landed and what it sees there, then trains as the rank it is told to be."""
 
     def place(self) -> dict[str, Any]:
-        """This rank's address, a free port on it, and its node."""
+        """This rank's address, a free port on it, its node, and that node's name."""
         import ray
 
         with socket.socket() as listener:
@@ -19,20 +21,49 @@ class Worker:
             "address": ray.util.get_node_ip_address(),
             "port": port,
             "node": ray.get_runtime_context().get_node_id(),
+            "host": socket.gethostname(),
         }
+
+    def examine(self, config: dict[str, Any], rank: int, host: str) -> dict[str, Any]:
+        """Preflight: `preflight.Facts` as a mapping."""
+        from tuneloom.launch import preflight
+
+        return asdict(preflight.examine(_training(config), rank, host))
+
+    def unseen_by(self, config: dict[str, Any], ranks: int) -> tuple[int, ...]:
+        """Preflight: ranks whose file this one cannot read."""
+        from tuneloom.launch import preflight
+
+        return preflight.unseen_by(_training(config), ranks)
+
+    def now(self) -> float:
+        """Preflight: this host's clock."""
+        return time.time()
+
+    def links(self, environment: dict[str, str]) -> dict[str, float]:
+        """Preflight: seconds of a message and of an all-reduce."""
+        os.environ.update(environment)
+        from tuneloom.launch import preflight
+
+        return preflight.links()
 
     def run(
         self, config: dict[str, Any], launcher: dict[str, Any], environment: dict[str, str]
     ) -> dict[str, str] | None:
         """Train; a TuneloomError comes back as its class and sentence."""
         os.environ.update(environment)
-        from tuneloom.config import build
         from tuneloom.errors import TuneloomError
-        from tuneloom.train.config import TrainConfig
         from tuneloom.train.loop import fit
 
         try:
-            fit(build(TrainConfig, config), launcher=launcher)
+            fit(_training(config), launcher=launcher)
         except TuneloomError as error:
             return {"class": type(error).__name__, "message": str(error)}
         return None
+
+
+def _training(config: dict[str, Any]) -> Any:
+    from tuneloom.config import build
+    from tuneloom.train.config import TrainConfig
+
+    return build(TrainConfig, config)

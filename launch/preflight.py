@@ -1,0 +1,330 @@
+"""Before weights load, every rank says what it sees, and the launcher compares: exit 4 with
+reasons.
+
+`examine` and `links` run on the ranks, `verdict` on the launcher, as a pure function of what they
+said.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneloom.errors import RefusedError, TuneloomError
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.runs import code_version, digest, environment, folder_of
+
+GIB = 2**30
+SKEW_SECONDS = 2.0
+"""Lock files, run ids and metrics of hosts further apart tell a wrong order."""
+SHARED_MEMORY = GIB // 4
+"""Docker's default of 64 MiB is what breaks NCCL and data workers."""
+LINK_RATIO = 8.0
+"""A link this much slower than the median holds all others up at every step."""
+LINK_FLOOR_SECONDS = 0.005
+"""Faster than this for one message, differences are the scheduler's."""
+GPU_QUERY = ("name", "ecc.errors.uncorrected.volatile.total")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank sees, before it read a weight."""
+
+    rank: int
+    host: str
+    code: str
+    config: str
+    packages: dict[str, str | None]
+    free_bytes: int
+    shared_memory_bytes: int
+    gpus: list[str]
+    ecc_errors: int
+    gpu_processes: list[str]
+    base: list[tuple[str, int]]
+    """Names and sizes of the base's files: nodes may hold copies of their own."""
+    incomplete: dict[str, str] | None
+    """Class and sentence of the error that opening model or data gave."""
+    clock_skew: float = 0.0
+    unseen: tuple[int, ...] = ()
+    """Ranks whose file in the run folder this rank cannot read."""
+
+
+def examine(config: TrainConfig, rank: int, host: str) -> Facts:
+    """This rank's facts; leaves a file in the run folder for `unseen_by` of the others."""
+    folder = probe_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / str(rank)).open("w", encoding="utf-8") as file:
+        file.write(f"rank {rank}")
+        file.flush()
+        os.fsync(file.fileno())
+    gpus, ecc = gpu_facts()
+    base, incomplete = inputs(config)
+    packages = environment()
+    return Facts(
+        rank=rank,
+        host=host,
+        code=str(code_version()["digest"]),
+        config=digest(config),
+        packages=packages["packages"] | {"python": packages["python"]},
+        free_bytes=shutil.disk_usage(folder).free,
+        shared_memory_bytes=shutil.disk_usage("/dev/shm").free,
+        gpus=gpus,
+        ecc_errors=ecc,
+        gpu_processes=gpu_processes(),
+        base=base,
+        incomplete=incomplete,
+    )
+
+
+def probe_folder(config: TrainConfig) -> Path:
+    return folder_of(config) / ".preflight"
+
+
+def unseen_by(config: TrainConfig, ranks: int) -> tuple[int, ...]:
+    """Ranks whose file cannot be read here, although all have written theirs."""
+    folder = probe_folder(config)
+
+    def reads(rank: int) -> bool:
+        path = folder / str(rank)
+        return path.is_file() and path.read_text(encoding="utf-8") == f"rank {rank}"
+
+    return tuple(rank for rank in range(ranks) if not reads(rank))
+
+
+def inputs(config: TrainConfig) -> tuple[list[tuple[str, int]], dict[str, str] | None]:
+    """The base's files, and why model or data cannot be opened here without a network."""
+    from tuneloom.data.rows import open_rows
+    from tuneloom.train.model import locate
+
+    base: list[tuple[str, int]] = []
+    try:
+        if Path(config.model.path).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1":
+            folder = locate(config.model)
+            base = sorted((p.name, p.stat().st_size) for p in folder.iterdir() if p.is_file())
+            index = folder / "model.safetensors.index.json"
+            if index.exists():
+                wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                absent = sorted(wanted - {name for name, _ in base})
+                if absent:
+                    raise RefusedError(f"model.path: {folder} lacks {', '.join(absent)}")
+        open_rows(config.data.path, config.data.split, config.data.format, verify=False)
+    except TuneloomError as error:
+        return base, {"class": type(error).__name__, "message": str(error)}
+    return base, None
+
+
+def gpu_facts() -> tuple[list[str], int]:
+    """Names of this rank's GPUs, and the uncorrected memory errors they counted since boot."""
+    rows = [line.rsplit(",", 1) for line in nvidia_smi(f"--query-gpu={','.join(GPU_QUERY)}")]
+    errors = [row[1].strip() for row in rows]
+    return [row[0].strip() for row in rows], sum(int(e) for e in errors if e.isdigit())
+
+
+def gpu_processes() -> list[str]:
+    """Other people's processes on this rank's GPUs: nothing of ours is there yet."""
+    return nvidia_smi("--query-compute-apps=pid,used_memory")
+
+
+def nvidia_smi(query: str) -> list[str]:
+    """Lines of an nvidia-smi query about the visible GPUs; none without a driver."""
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    command += ["-i", visible] if visible else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return (
+        [line for line in done.stdout.splitlines() if line.strip()] if not done.returncode else []
+    )
+
+
+def links(*, messages: int = 5) -> dict[str, float]:
+    """Join the group that the environment names; seconds for a message from the rank before this
+    one, and for an all-reduce, best of `messages`. Collective.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from tuneloom.train import distributed
+
+    world = distributed.start(timeout_seconds=60)
+    try:
+        floats = (64 if world.device.type == "cuda" else 4) * 2**20
+        ours = torch.full((floats,), world.rank + 1.0, device=world.device)
+        theirs = torch.empty_like(ours)
+        after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+
+        def shift() -> None:
+            exchange = [
+                dist.P2POp(dist.isend, ours, after),
+                dist.P2POp(dist.irecv, theirs, before),
+            ]
+            for work in dist.batch_isend_irecv(exchange):
+                work.wait()
+
+        summed = ours.clone()
+        dist.all_reduce(summed)
+        expected = world.size * (world.size + 1) / 2
+        if float(summed[0]) != expected or float(summed[-1]) != expected:
+            raise RefusedError(
+                f"preflight: all-reduce: rank {world.rank} got {float(summed[-1])} "
+                f"where {expected} is due"
+            )
+        alone = world.size == 1
+        return {
+            "bytes": float(floats * 4),
+            "link": 0.0 if alone else _best(shift, messages, world.device),
+            "all_reduce": _best(lambda: dist.all_reduce(summed), messages, world.device),
+        }
+    finally:
+        distributed.stop()
+
+
+def _best(work: Any, times: int, device: Any) -> float:
+    """Seconds of the fastest of `times` calls, each started together on all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    seconds = []
+    for _ in range(times):
+        dist.barrier()
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def verdict(all_facts: list[Facts], *, gpus_per_rank: int, need_bytes: int) -> list[str]:
+    """Every reason not to start, each naming its check, host and value; empty when all agree."""
+    first = all_facts[0]
+    reasons = []
+    for facts in all_facts:
+        here = f"rank {facts.rank} on {facts.host}"
+        if facts.code != first.code:
+            reasons.append(f"code: {here} runs {facts.code[:12]}, rank 0 runs {first.code[:12]}; "
+                           "use one checkout on a shared file system")  # fmt: skip
+        if facts.config != first.config:
+            reasons.append(f"config: {here} was given another config than rank 0")
+        reasons += [
+            f"environment: {name} is {version} for {here}, {first.packages.get(name)} for rank 0"
+            for name, version in facts.packages.items() if version != first.packages.get(name)
+        ]  # fmt: skip
+        if facts.unseen:
+            reasons.append(f"shared file system: {here} cannot read what rank(s) "
+                           f"{', '.join(map(str, facts.unseen))} wrote into the run folder; set "
+                           "run.root to a folder that all nodes share")  # fmt: skip
+        if facts.free_bytes < need_bytes:
+            reasons.append(f"free space: {facts.free_bytes / GIB:.2f} GiB for {here}, "
+                           f"{need_bytes / GIB:.2f} GiB needed under run.root")  # fmt: skip
+        if facts.shared_memory_bytes < SHARED_MEMORY:
+            reasons.append(f"/dev/shm: {facts.shared_memory_bytes / 2**20:.0f} MiB free for "
+                           f"{here}, 256 needed; containers take --shm-size=8g")  # fmt: skip
+        if len(facts.gpus) < gpus_per_rank:
+            reasons.append(f"GPU count: {here} sees {len(facts.gpus)}, {gpus_per_rank} expected")
+        elif facts.gpus != first.gpus:
+            reasons.append(f"GPU kind: {here} has {facts.gpus}, rank 0 has {first.gpus}; use "
+                           "one kind, the slowest would set the pace")  # fmt: skip
+        if facts.ecc_errors:
+            reasons.append(f"ECC: {facts.ecc_errors} uncorrected memory errors for {here}; take "
+                           "the node out, or reset the GPU")  # fmt: skip
+        if facts.gpu_processes:
+            reasons.append(f"GPU in use: {here} shares it with process "
+                           f"{'; '.join(facts.gpu_processes)} (pid, MiB)")  # fmt: skip
+        if abs(facts.clock_skew) > SKEW_SECONDS:
+            reasons.append(f"clock: {here} is {facts.clock_skew:+.1f} s off; start chrony or ntpd")
+        if facts.incomplete and not first.incomplete:
+            reasons.append(f"inputs: {here}: {facts.incomplete['message']}")
+        elif facts.base != first.base:
+            differ = sorted({name for name, _ in set(facts.base) ^ set(first.base)})
+            reasons.append(f"inputs: {here} has another base than rank 0: {', '.join(differ)}")
+    return reasons
+
+
+def slow_links(all_facts: list[Facts], seconds: list[float], size: float) -> tuple[str, list[str]]:
+    """The slowest link in words, and a reason for each that is far slower than the median."""
+    if len(seconds) < 2:
+        return "one rank, no links", []
+    typical = statistics.median_low(seconds)
+    limit = LINK_RATIO * max(typical, LINK_FLOOR_SECONDS)
+
+    def name(rank: int) -> str:
+        before = all_facts[rank - 1]
+        return f"{before.rank} ({before.host}) -> {rank} ({all_facts[rank].host})"
+
+    def speed(value: float) -> str:
+        return f"{size / value / 1e9:.2f} GB/s"
+
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    words = f"slowest link {name(slowest)} {speed(seconds[slowest])}, median {speed(typical)}"
+    return words, [
+        f"link: {name(rank)} runs at {speed(value)}, the median is {speed(typical)}"
+        for rank, value in enumerate(seconds) if value > limit
+    ]  # fmt: skip
+
+
+def conduct(actors: list[Any], places: list[dict[str, Any]], config: TrainConfig, *,
+            gpus_per_rank: int, group: list[dict[str, str]]) -> None:  # fmt: skip
+    """Ask all ranks, compare, print one line; raises RefusedError with every reason.
+
+    `group` is each rank's environment for a process group of its own. An error that all ranks give
+    alike is the run's own (exit 2 or 3), not one of this cluster.
+    """
+    import ray
+
+    started = time.monotonic()
+    content = config.model_dump(mode="json")
+    hosts = [place["host"] for place in places]
+    try:
+        answers = ray.get([
+            actor.examine.remote(content, rank, hosts[rank]) for rank, actor in enumerate(actors)
+        ])  # fmt: skip
+        unseen = ray.get([actor.unseen_by.remote(content, len(actors)) for actor in actors])
+    finally:
+        shutil.rmtree(probe_folder(config), ignore_errors=True)
+    skews = [_skew(actor) for actor in actors]
+    all_facts = [
+        Facts(**answer | {"unseen": ranks, "clock_skew": skew})
+        for answer, ranks, skew in zip(answers, unseen, skews, strict=True)
+    ]
+    reasons = verdict(all_facts, gpus_per_rank=gpus_per_rank, need_bytes=_need(config, all_facts))
+    words = "links not measured"
+    if not reasons and not all_facts[0].incomplete:
+        measured = ray.get([
+            actor.links.remote(env) for actor, env in zip(actors, group, strict=True)
+        ])  # fmt: skip
+        seconds = [row["link"] for row in measured]
+        words, reasons = slow_links(all_facts, seconds, measured[0]["bytes"])
+    if reasons:
+        raise RefusedError(f"preflight: {len(reasons)} reason(s) not to start\n  "
+                           + "\n  ".join(reasons))  # fmt: skip
+    print(
+        f"preflight: {len(actors)} rank(s) on {len(set(hosts))} node(s) agree; {words}; "
+        f"{time.monotonic() - started:.0f} s",
+        flush=True,
+    )
+
+
+def _skew(actor: Any) -> float:
+    """Seconds by which an actor's clock is ahead of ours, from the fastest of three questions."""
+    import ray
+
+    rounds = []
+    for _ in range(3):
+        asked = time.time()
+        theirs = ray.get(actor.now.remote())
+        answered = time.time()
+        rounds.append((answered - asked, theirs - (asked + answered) / 2))
+    return min(rounds)[1]
+
+
+def _need(config: TrainConfig, all_facts: list[Facts]) -> int:
+    """Room for one checkpoint: fp32 masters and moments of all weights, or little for adapters."""
+    base = sum(size for _, size in all_facts[0].base)
+    return GIB // 2 + (7 if config.method.kind == "full" else 1) * base
