@@ -394,3 +394,31 @@ def test_a_damaged_gzip_is_a_sentence_and_a_bomb_is_refused(tmp_path: Path) -> N
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * (300 << 20), 1))
     with pytest.raises(DataError, match="as a bomb does"):
         run(tmp_path, str(tmp_path / "bomb.jsonl.gz"))
+
+
+def test_rows_that_break_the_owners_schema_are_rejected(tmp_path: Path) -> None:
+    schema = {
+        "type": "object",
+        "required": ["who"],
+        "properties": {"age": {"type": "integer", "minimum": 0}},
+    }
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    lines = [
+        {"text": "a", "who": "x", "age": 3},
+        {"text": "b"},
+        {"text": "c", "who": "y", "age": -987654},
+    ]
+    source = write(tmp_path / "raw.jsonl", lines)
+    options = {"json_schema": str(tmp_path / "schema.json"), "max_rejected": 1.0}
+    folder = run(tmp_path, source, **options)
+    rejected = [json.loads(x) for x in (folder / "rejected.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["reason"], r["why"]) for r in rejected] == [
+        (2, "schema", "row: breaks 'required' of the schema"),
+        (3, "schema", "age: breaks 'minimum' of the schema"),
+    ]
+    (tmp_path / "schema.json").write_text('{"type": 7}')
+    with pytest.raises(ConfigError, match=r"data\.json_schema: .* is no JSON Schema"):
+        run(tmp_path, source, **options)
+    (tmp_path / "schema.json").write_text('{"$ref": "https://example.com/schema.json"}')
+    with pytest.raises(ConfigError, match=r"refers to https://example\.com/schema\.json"):
+        run(tmp_path, source, **options)

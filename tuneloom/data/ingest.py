@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tuneloom.data.aside import ASIDE, aside_rows, write_rows
-from tuneloom.data.card import balance, card
+from tuneloom.data.card import balance
 from tuneloom.data.decide import Collector, Columns, decide, open_signatures
 from tuneloom.data.gather import Spill, first_of_each
 from tuneloom.data.manifest import (
@@ -24,11 +24,11 @@ from tuneloom.data.manifest import (
     refuse_leaks,
     refuse_over_budget,
 )
+from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.pool import prepare_all
 from tuneloom.data.readers import read_blocks
 from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.records import canonical
-from tuneloom.data.report import report
 from tuneloom.data.sources import find_sources
 from tuneloom.data.store import publish, read_manifest, write_json
 
@@ -56,8 +56,7 @@ def ingest(config: IngestConfig) -> Path:
     try:
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=root) as spill:
             manifest, seconds = _make(config, draft, Path(spill))
-        (draft / "card.md").write_text(card(manifest), encoding="utf-8", newline="\n")
-        (draft / "report.html").write_text(report(draft, manifest), encoding="utf-8", newline="\n")
+        write_paperwork(draft, manifest)
         folder = publish(draft, root, manifest)
         write_json(folder / "timing.json", seconds)
         return folder

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tuneloom.data.recipe import Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.rows import open_rows
 from tuneloom.data.splits import SPLITS
-from tuneloom.data.store import digest_of, manifest_id
+from tuneloom.data.store import digest_of, file_digest, manifest_id
 from tuneloom.errors import DataError
 
 VERSION = 1
@@ -103,6 +104,8 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     sets = {"sets": {"__all__": {"path"}}}
     places: Any = {"source": True, "privacy": {"key_file"}, "against": sets}
     whole = recipe.model_dump(mode="json", exclude=places)
+    if recipe.json_schema:
+        whole["json_schema"] = file_digest(Path(recipe.json_schema))
     if recipe.within:
         whole["within"] = {"split": recipe.within.split}
     return whole

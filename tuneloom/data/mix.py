@@ -21,12 +21,11 @@ from pydantic import Field, field_validator, model_validator
 
 from tuneloom.config import Config
 from tuneloom.data.aside import ASIDE, LENGTHS
-from tuneloom.data.card import card
 from tuneloom.data.manifest import length_table
+from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import effective
 from tuneloom.data.recipe import NAME
 from tuneloom.data.records import canonical
-from tuneloom.data.report import report
 from tuneloom.data.splits import SPLITS, place_of
 from tuneloom.data.store import (
     ROWS_PER_SHARD,
@@ -238,8 +237,7 @@ def _write(
         "created_from": [{"dataset": part.name, "split": "train"} for part in everyone],
     }  # fmt: skip
     manifest["id"] = manifest_id(manifest)
-    (draft / "card.md").write_text(card(manifest), encoding="utf-8", newline="\n")
-    (draft / "report.html").write_text(report(draft, manifest), encoding="utf-8", newline="\n")
+    write_paperwork(draft, manifest)
     return manifest
 
 

@@ -28,6 +28,7 @@ from tuneloom.data.recipe import Recipe
 from tuneloom.data.redact import DropRow, Redactor, excerpt_redactor
 from tuneloom.data.sanitise import CONTROLS, sanitise
 from tuneloom.data.schema import Reject, check, is_plain
+from tuneloom.data.tenant_schema import schema_check
 from tuneloom.errors import DataError
 
 ROW = pa.schema([
@@ -58,6 +59,7 @@ class Preparer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.content = mapper(recipe.record)
+        self.conforms = schema_check(recipe.json_schema) if recipe.json_schema else None
         self.key = compile_template(recipe.key, key="data.key") if recipe.key else None
         self.label = compile_template(recipe.label, key="data.label") if recipe.label else None
         self.subject = (
@@ -90,6 +92,8 @@ class Preparer:
     ) -> tuple[Any, ...]:
         """One raw row as a prepared row in the order of ROW; raises Reject or DropRow."""
         fields = self.parse(raw)
+        if self.conforms:
+            self.conforms(fields)
         content, key, label, subject = self.mapped(fields)
         check(content)
         if not is_plain(content):

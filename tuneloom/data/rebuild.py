@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tuneloom.data.card import card
+from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import Provenance, SourceInfo, summary
-from tuneloom.data.report import report
 from tuneloom.data.store import (
     ROWS_PER_SHARD,
     ShardWriter,
@@ -62,8 +61,7 @@ def rebuild(folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str
             "labels": labels, "rejects_digest": _copy_paperwork(folder, draft, unwanted, sources),
         }  # fmt: skip
         made["id"] = manifest_id(made)
-        (draft / "card.md").write_text(card(made), encoding="utf-8", newline="\n")
-        (draft / "report.html").write_text(report(draft, made), encoding="utf-8", newline="\n")
+        write_paperwork(draft, made)
         return publish(draft, root, made)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -50,6 +50,8 @@ class Recipe(Config):
     """Files, folders or globs; `source=` on the command line goes before it."""
     record: dict[str, Any] | None = None
     """Templates that make a record from a raw row's fields; None recognises the common shapes."""
+    json_schema: str | None = None
+    """A JSON Schema file of the data owner's; raw rows that break it are rejected."""
     key: str | None = None
     """Template of what must not be on both sides of a split; None takes the record's input."""
     label: str | None = None
