@@ -4,6 +4,7 @@ Kept in parts, one a checkpoint, so that a resumed run drops what it will do aga
 end into exposure.parquet: record_id, step, rank, tokens, target_tokens.
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -61,11 +62,20 @@ class Exposure:
                 pq.write_table(kept, part.with_suffix(".tmp"))
                 part.with_suffix(".tmp").rename(part)
 
-    def finish(self, step: int) -> None:
-        """Join all parts into exposure.parquet; they are sorted by step."""
+    def finish(self, step: int) -> str:
+        """Join all parts into exposure.parquet, sorted by step; returns the digest of the order."""
         self.flush(step)
         tables = [pq.read_table(part) for part in sorted(self.parts.glob("step-*.parquet"))]
         joined = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         pq.write_table(joined.sort_by("step"), self.target.with_suffix(".tmp"))
         self.target.with_suffix(".tmp").rename(self.target)
         shutil.rmtree(self.parts, ignore_errors=True)
+        return order_digest(joined["step"].to_pylist(), joined["record_id"].to_pylist())
+
+
+def order_digest(steps: list[int], ids: list[str]) -> str:
+    """sha256 of which record came in which step, in order: the same whoever launched the run."""
+    sha = hashlib.sha256()
+    for step, record_id in zip(steps, ids, strict=True):
+        sha.update(f"{step} {record_id}\n".encode())
+    return sha.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tuneloom.errors import Stopped, TrainingError
-from tuneloom.train import distributed, runs
+from tuneloom.train import debug, distributed, runs
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.loss import loss_sum
 from tuneloom.train.schedule import lr_at
@@ -34,10 +34,18 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
     joined_here = not distributed.is_joined()
     world = distributed.start()
     config = distributed.broadcast_object(runs.with_id(config))
+    if config.debug:
+        config = debug.shortened(config)
     session = Session(config, world, launcher or {})
     try:
         session.prepare()
-        return loop(session)
+        if not config.debug:
+            return loop(session)
+        with debug.anomalies_named():
+            outcome = loop(session)
+        if world.first:
+            print(debug.verdict(session.folder), flush=True)
+        return outcome
     except BaseException as error:
         session.abandon(error)
         raise

@@ -99,6 +99,8 @@ RESUMABLE = (
     "batch.accumulation",
 )
 """Keys that a resumed run may change: none of them moves the loss curve."""
+KEPT = ("first_loss",)
+"""Keys of run.json that only the first attempt can know."""
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -138,7 +140,11 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
     import yaml
 
     folder = folder_of(config)
+    before: dict[str, Any] = {}
+    if (folder / "run.json").exists():
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     content = {
+        **{key: before[key] for key in KEPT if key in before},
         "run_id": config.run.id,
         "parent": config.run.parent,
         "config": plain(config),

@@ -326,6 +326,9 @@ class Session:
             )
             row["speed/mfu"] = work / (seconds * peak * self.world.size)
         self.metrics.write(row | self.clock.row())
+        if self.step == 1:
+            # Exact: launchers that agree do so to the bit.
+            runs.update(self.folder, {"first_loss": loss.hex()})
         self.progress_line.show(row, self.progress())
 
     def validate(self) -> None:
@@ -396,7 +399,7 @@ class Session:
                 self.drill.verdict()
         if self.world.first:
             assert self.exposure is not None
-            self.exposure.finish(self.step)
+            data_order = self.exposure.finish(self.step)
             self.feed.ledger.check(rows=self.feed.plan.consumed)
             self.feed.ledger.write(self.folder / "ledger.json")
             self.clock.switch("productive")
@@ -404,6 +407,7 @@ class Session:
             shares = {phase: seconds / total for phase, seconds in self.clock.total.items()}
             runs.update(self.folder, {
                 "state": "done", "steps": self.step, "loss": loss, "seconds": total, "time": shares,
+                "data_order": data_order,
             })  # fmt: skip
         distributed.barrier()
 

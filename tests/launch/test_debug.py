@@ -1,0 +1,38 @@
+"""debug=true: 20 steps, then a verdict; a NaN is named."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tuneloom.errors import TrainingError
+from tuneloom.testing import Gang, metrics, small_config
+from tuneloom.train.debug import verdict
+
+
+def test_a_sound_run_takes_20_steps_and_is_safe_to_scale(lab: Path, one: Gang) -> None:
+    one.fit(small_config(lab, "sound", steps=500, debug=True))
+    assert len(metrics(lab, "sound")) == 20
+    assert verdict(lab / "runs/sound").startswith("safe to scale: 20 steps")
+
+
+def test_a_nan_in_the_base_is_named_by_its_operation(lab: Path, one: Gang, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(lab / "base", tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(weights, path, metadata={"format": "pt"})
+    config = small_config(lab, "nan", debug=True, train__probe=False)
+    config["model"] = {"path": str(tmp_path / "base"), "dtype": "fp32"}
+    with pytest.raises(TrainingError, match=r"debug: Function '\w+Backward\d' returned nan values"):
+        one.fit(config)
+
+
+def test_a_run_whose_loss_rises_is_not_safe_to_scale(lab: Path, one: Gang) -> None:
+    with pytest.raises(TrainingError, match="not safe to scale: loss went from"):
+        one.fit(small_config(
+            lab, "rising", debug=True, steps=20, optim__lr=30.0, optim__clip=0.0,
+        ))  # fmt: skip
