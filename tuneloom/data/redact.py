@@ -53,7 +53,7 @@ class TenantRecogniser(Config):
 class PrivacyConfig(Config):
     default: Action = "mask"
     """What happens to an entity that `actions` does not name."""
-    actions: dict[str, Action] = {}
+    actions: dict[str, Action] | None = None
     """By entity, such as {email: pseudonym, card: drop, secret: drop}."""
     engine: Literal["patterns", "presidio"] = "patterns"
     """`presidio` adds its recognisers, about 10 ms a row (extra `privacy`)."""
@@ -68,7 +68,7 @@ class PrivacyConfig(Config):
     def actions_are_of_known_entities(self) -> "PrivacyConfig":
         own = {recogniser.entity for recogniser in self.recognisers}
         known = {*ENTITIES, *own, "secret"}
-        unknown = sorted(self.actions.keys() - known) if self.engine == "patterns" else []
+        unknown = sorted((self.actions or {}).keys() - known) if self.engine == "patterns" else []
         if unknown:
             raise ValueError(
                 f"data.privacy.actions: no entity {unknown[0]!r}; "
@@ -94,7 +94,8 @@ class Redactor:
             Recogniser(r.entity, "always", re.compile(r.pattern), words=tuple(map(_word, r.near)))
             for r in config.recognisers
         ]  # fmt: skip
-        named = {"keep"} != {config.default, *config.actions.values()}
+        self.actions = config.actions or {}
+        named = {"keep"} != {config.default, *self.actions.values()}
         wanted = [r for r in [*own, *RECOGNISERS] if self.action(r.entity) != "keep"]
         self.recognisers = wanted if named else []
         self.find_secrets: Callable[[str], Iterable[Finding]] | None = {
@@ -106,12 +107,12 @@ class Redactor:
             self.more: Callable[[str], Iterable[Finding]] | None = find_with_presidio
         else:
             self.more = None
-        uses_key = "pseudonym" in {config.default, *config.actions.values()}
+        uses_key = "pseudonym" in {config.default, *self.actions.values()}
         self.key = pseudonym_key(config.key_file) if uses_key else b""
 
     def action(self, entity: str) -> Action:
         """What the config says to do with an entity."""
-        return self.config.actions.get(entity, self.config.default)
+        return self.actions.get(entity, self.config.default)
 
     def find(self, text: str) -> list[Finding]:
         """Secrets first, then the data owner's patterns, the built-in ones, and Presidio's."""

@@ -147,7 +147,7 @@ def _privacy(manifest: Mapping[str, Any]) -> str:
     if "privacy" not in manifest["recipe"]:
         return ""  # a mixture: its parts' reports say it
     privacy = manifest["recipe"]["privacy"]
-    rows = [(entity, number, privacy["actions"].get(entity, privacy["default"]))
+    rows = [(entity, number, (privacy["actions"] or {}).get(entity, privacy["default"]))
             for entity, number in manifest["found"].items()]  # fmt: skip
     found = table(["found", "times", "action"], rows) if rows else "<p>Nothing was found.</p>"
     changed = (
