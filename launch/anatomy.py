@@ -9,6 +9,7 @@ wastes. Llama-3-8B in bf16: 196.1 KiB a token and layer trained whole, 180.4 wit
 
 import functools
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Anatomy:
     """Trainable elements that Muon would take: two dimensions, neither embedding nor head."""
     largest: int
     """Elements of the largest single parameter."""
+    largest_trained: int
     largest_layer: int
     """Elements of the largest decoder layer: what ZeRO-3 gathers at a time."""
     layers: int
@@ -128,6 +130,9 @@ def _network(shape: str, method: str, kernels: bool = False) -> Any:
     from tuneloom.kernels.patch import patch
     from tuneloom.train import method as methods
 
+    # PEFT imports bitsandbytes, which warns of a CPU kernel that nothing here would call.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
     fields = json.loads(shape)
     try:
         config = AutoConfig.for_model(**fields)
@@ -169,6 +174,7 @@ def _anatomy(shape: str, method: str) -> Anatomy:
             if p.dim() >= 2 and "embed" not in n and "lm_head" not in n
         ),
         largest=max(p.numel() for p in named.values()),
+        largest_trained=max(p.numel() for p in trainable.values()),
         largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in _layers(network)),
         layers=len(_layers(network)),
         hidden=text.hidden_size,
