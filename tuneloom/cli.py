@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": ("tuneloom.evals.runner", "Base against tuned on rows neither saw."),
     "report": ("tuneloom.evals.report", "One self-contained report.html for a run."),
     "mix": ("tuneloom.data.mix", "One dataset out of several, by weight, epochs and rehearsal."),
+    "synthesise": ("tuneloom.data.synthesise", "Rows written by a teacher model, each on the record."),
     "golden": ("tuneloom.data.review", "Rows that people vouch for: propose, decide, seal."),
     "lineage": ("tuneloom.registry.lineage", "Rows to models, and models back to rows."),
     "erase": ("tuneloom.data.erase", "Rows out of datasets and models: plan, then do it."),

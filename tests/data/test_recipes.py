@@ -20,6 +20,7 @@ from tuneloom.data.recipe import IngestConfig, Recipe, SplitConfig, WithinConfig
 from tuneloom.data.redact import PrivacyConfig, TenantRecogniser
 from tuneloom.data.review import GoldenConfig
 from tuneloom.data.sanitise import SanitiseConfig
+from tuneloom.data.synthesise import SynthesiseConfig, TeacherConfig
 from tuneloom.registry.lineage import LineageConfig
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ RECIPES = sorted(p.stem for p in (ROOT / "conf" / "ingest" / "data").glob("*.yam
 MODELS: list[type[BaseModel]] = [
     AgainstConfig, EraseConfig, EvaluationSet, GoldenConfig, IngestConfig, LineageConfig, MixConfig,
     NearConfig, Part, PrivacyConfig, QualityConfig, Recipe, Rehearsal, SanitiseConfig, SourceInfo,
-    SplitConfig, TenantRecogniser, WithinConfig,
+    SplitConfig, SynthesiseConfig, TeacherConfig, TenantRecogniser, WithinConfig,
 ]  # fmt: skip
 
 

@@ -109,6 +109,8 @@ class Preparer:
             meta["label"] = label
         if subject is not None:
             meta["subject"] = f"{hash64(subject):016x}"
+        if synthetic := origin_of(fields):
+            meta["synthetic"] = synthetic
         if changed:
             meta["sanitised"] = sorted(changed)
         if findings:
@@ -168,6 +170,18 @@ class Preparer:
             return redacted
 
         return rewrite(content, text, ""), changed, findings
+
+
+def origin_of(fields: dict[str, Any]) -> dict[str, str | int | None]:
+    """What `tuneloom synthesise` wrote of a row's teacher, prompt and seed; nothing for other rows."""
+    said = fields.get("meta")
+    said = said.get("synthetic") if isinstance(said, dict) else None
+    if not isinstance(said, dict):
+        return {}
+    return {
+        key: said.get(key)
+        for key in ("teacher", "teacher_licence", "prompt_digest", "seed", "score")
+    }
 
 
 def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:

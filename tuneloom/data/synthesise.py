@@ -1,0 +1,192 @@
+"""`tuneloom synthesise name=.. seeds=.. teacher.model=..`: rows by a teacher, each on the record.
+
+A teacher behind any OpenAI-style endpoint answers a prompt template filled with a seed row; a
+judge, if one is named, scores the answer. What comes out is raw JSONL for `tuneloom ingest`, each row with
+its teacher, the teacher's licence, the prompt's digest, the seed's id and the judge's score. The
+share of synthetic rows is capped, and a request that was answered before is not made again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from tuneloom.config import Config
+from tuneloom.data.fields import compile_template
+from tuneloom.data.mapping import mapper
+from tuneloom.data.records import canonical, content_id, parse
+from tuneloom.data.rows import open_rows
+from tuneloom.errors import ConfigError, DataError
+
+SCORE = re.compile(r"\b(10|[0-9])\b")
+
+
+class TeacherConfig(Config):
+    url: str = "http://localhost:8000/v1"
+    """Base address of an OpenAI-style API; its key is read from OPENAI_API_KEY."""
+    model: str
+    licence: str
+    """Whether its answers may train another model is for you to know; it is written to each row."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    max_tokens: Annotated[int, Field(gt=0)] = 512
+    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+
+
+class SynthesiseConfig(Config):
+    name: str
+    """The output is OUT/NAME.jsonl."""
+    seeds: str
+    """A dataset folder or JSONL file whose rows fill the prompt."""
+    split: str = "train"
+    prompt: str
+    """Template over the seed's content, such as 'Rephrase: {prompt}'."""
+    record: dict[str, Any]
+    """Templates of the new row over the seed's content and {answer}."""
+    teacher: TeacherConfig
+    judge: str | None = None
+    """Template over seed and {answer} that asks for a score from 0 to 10; None asks for none."""
+    min_score: Annotated[int, Field(ge=0, le=10)] = 7
+    per_seed: Annotated[int, Field(gt=0)] = 1
+    max_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    """Synthetic rows, of these and the seeds together."""
+    parallel: Annotated[int, Field(gt=0)] = 8
+    out: str = "raw/synthetic"
+
+    @field_validator("name")
+    @classmethod
+    def safe(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", value):
+            raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
+        return value
+
+
+CONFIG = SynthesiseConfig
+
+
+def main(config: SynthesiseConfig) -> int:
+    """Ask, judge, write; print what became of the answers."""
+    path, counts = synthesise(config)
+    for what, number in counts.items():
+        print(f"  {what:<24}{number:>10,}")
+    print(f"{path}\nnext: tuneloom ingest data=... 'source=[...,{path}]'")
+    return 0
+
+
+def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
+    """Write the synthetic rows; returns the file and the counts, which add up."""
+    seeds = open_rows(config.seeds, config.split)
+    most = int(config.max_share / (1.0 - config.max_share) * len(seeds))
+    out = Path(config.out)
+    teacher = Teacher(config.teacher, out / f".{config.name}.answers")
+    ask = compile_template(config.prompt, key="prompt")
+    judge = compile_template(config.judge, key="judge") if config.judge else None
+    build = mapper(config.record)
+    counts = dict.fromkeys(("asked", "empty", "judged too low", "a copy", "written"), 0)
+    known = {seeds[i].id for i in range(len(seeds))}
+    wanted = [(i, n) for n in range(config.per_seed) for i in range(len(seeds))][:most]
+
+    def answer(place: tuple[int, int]) -> tuple[str, str, int | None]:
+        fields = flat(seeds[place[0]].content)
+        text = teacher.answer(ask(fields), place[1])
+        if judge is None or not text.strip():
+            return seeds[place[0]].id, text, None
+        return (
+            seeds[place[0]].id,
+            text,
+            score_in(teacher.answer(judge(fields | {"answer": text}), 0)),
+        )
+
+    with (
+        ThreadPoolExecutor(config.parallel) as pool,
+        (out / f"{config.name}.jsonl").open("w", encoding="utf-8") as file,
+    ):
+        for (index, _), (seed_id, text, score) in zip(
+            wanted, pool.map(answer, wanted), strict=True
+        ):
+            counts["asked"] += 1
+            if not text.strip():
+                counts["empty"] += 1
+                continue
+            if judge is not None and (score is None or score < config.min_score):
+                counts["judged too low"] += 1
+                continue
+            content = build(flat(seeds[index].content) | {"answer": text})
+            row_id = content_id(parse(content, where="record").content)
+            if row_id in known:
+                counts["a copy"] += 1
+                continue
+            known.add(row_id)
+            origin = {
+                "teacher": config.teacher.model,
+                "teacher_licence": config.teacher.licence,
+                "prompt_digest": _digest(config.prompt),
+                "seed": seed_id,
+                "score": score,
+            }
+            file.write(canonical(content | {"meta": {"synthetic": origin}}) + "\n")
+            counts["written"] += 1
+    return out / f"{config.name}.jsonl", counts
+
+
+def flat(content: dict[str, Any]) -> dict[str, Any]:
+    """A record's content with the last question and answer of a chat beside its messages."""
+    if "messages" not in content:
+        return dict(content)
+    turns = content["messages"]
+    said = {turn["role"]: turn.get("content") or "" for turn in turns}
+    return {**content, "question": said.get("user", ""), "completion": said.get("assistant", "")}
+
+
+def score_in(text: str) -> int | None:
+    """The first whole number from 0 to 10 in a judge's answer."""
+    found = SCORE.search(text)
+    return int(found[1]) if found else None
+
+
+class Teacher:
+    """One chat completion a call; an answer that was had before comes from disk."""
+
+    def __init__(self, config: TeacherConfig, cache: Path) -> None:
+        self.config, self.cache = config, cache
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def answer(self, prompt: str, attempt: int) -> str:
+        """What the teacher says; raises DataError for an endpoint that does not answer."""
+        body = {"model": self.config.model, "messages": [{"role": "user", "content": prompt}],
+                "temperature": self.config.temperature, "max_tokens": self.config.max_tokens,
+                "seed": attempt}  # fmt: skip
+        path = self.cache / f"{_digest(self.config.url + canonical(body))[:32]}.txt"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        text = self._post(body)
+        path.write_text(text, encoding="utf-8")
+        return text
+
+    def _post(self, body: dict[str, Any]) -> str:
+        if not self.config.url.startswith(("http://", "https://")):
+            raise ConfigError(f"teacher.url: expected http:// or https://, got {self.config.url!r}")
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(
+            f"{self.config.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.config.timeout_seconds) as response:
+                return str(json.load(response)["choices"][0]["message"]["content"] or "")
+        except (urllib.error.URLError, OSError, ValueError, LookupError) as error:
+            raise DataError(
+                f"teacher.url: no answer from {self.config.url} ({error}); answers so far are "
+                "kept, the same command goes on from here"
+            ) from None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
