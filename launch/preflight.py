@@ -293,7 +293,9 @@ def conduct(actors: list[Any], places: list[dict[str, Any]], config: TrainConfig
         Facts(**answer | {"unseen": ranks, "clock_skew": skew})
         for answer, ranks, skew in zip(answers, unseen, skews, strict=True)
     ]
-    reasons = verdict(all_facts, gpus_per_rank=gpus_per_rank, need_bytes=_need(config, all_facts))
+    reasons = verdict(
+        all_facts, gpus_per_rank=gpus_per_rank, need_bytes=needed_bytes(config, all_facts[0])
+    )
     words = "links not measured"
     if not reasons and not all_facts[0].incomplete:
         measured = ray.get([
@@ -324,7 +326,7 @@ def _skew(actor: Any) -> float:
     return min(rounds)[1]
 
 
-def _need(config: TrainConfig, all_facts: list[Facts]) -> int:
+def needed_bytes(config: TrainConfig, facts: Facts) -> int:
     """Room for one checkpoint: fp32 masters and moments of all weights, or little for adapters."""
-    base = sum(size for _, size in all_facts[0].base)
+    base = sum(size for _, size in facts.base)
     return GIB // 2 + (7 if config.method.kind == "full" else 1) * base

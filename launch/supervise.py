@@ -9,10 +9,12 @@ step
 """
 
 import os
+import secrets
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,8 +40,11 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
     """
     import ray
 
-    connect(launch)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(private_token() if launch.kind == "local" else nullcontext())
+        stack.callback(ray.shutdown)
+        connect(launch)
+        keeps_its_folder(config)
         with signals_ask_to_stop(folder_of(config)):
             lost: str | None = None
             for attempt in range(launch.max_restarts + 1):
@@ -50,8 +55,39 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
             raise TrainingError(
                 f"launch.max_restarts: all {launch.max_restarts} restarts are used up; last: {lost}"
             )
-    finally:
-        ray.shutdown()
+
+
+@contextmanager
+def private_token() -> Iterator[None]:
+    """A token for one embedded Ray, in a file that only its owner reads, gone when it ends.
+
+    Ray makes one by itself, but as ~/.ray/auth_token, readable by all (2.60.0).
+    """
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
+    before = {name: os.environ.pop(name, None) for name in names}
+    with tempfile.TemporaryDirectory(prefix="tuneloom-") as folder:  # 0700
+        path = Path(folder) / "token"
+        path.touch(0o600)
+        path.write_text(secrets.token_hex(32), encoding="utf-8")
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+        try:
+            yield
+        finally:
+            for name in names:
+                os.environ.pop(name, None)
+            os.environ |= {name: value for name, value in before.items() if value is not None}
+
+
+def keeps_its_folder(config: TrainConfig) -> None:
+    """A job's working_dir is a copy that Ray deletes, so a run must stand elsewhere."""
+    import ray
+
+    shipped = ray.get_runtime_context().runtime_env.get("working_dir")
+    if shipped and not Path(config.run.root).is_absolute():
+        raise RefusedError(
+            f"run.root: {config.run.root!r} would lie in the working_dir that Ray deletes after "
+            "the job; give an absolute folder that all nodes share"
+        )
 
 
 @contextmanager
@@ -90,7 +126,8 @@ def connect(launch: LaunchConfig) -> None:
     if launch.kind == "local":
         ray.init(
             address="local", num_cpus=max(launch.workers, os.cpu_count() or 1),
-            include_dashboard=False, object_store_memory=80 * 2**20, **shared,
+            include_dashboard=False, object_store_memory=80 * 2**20,
+            _node_ip_address="127.0.0.1", **shared,
         )  # fmt: skip
         return
     address = os.environ.get("RAY_ADDRESS")

@@ -1,0 +1,128 @@
+"""Preflight: each check broken once, each with a reason of its own."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneloom.config import build
+from tuneloom.launch import preflight
+from tuneloom.launch.preflight import GIB, Facts, examine, slow_links, unseen_by, verdict
+from tuneloom.testing import small_config
+from tuneloom.train.config import TrainConfig
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture()
+def config(lab: Path, tmp_path: Path) -> TrainConfig:
+    return build(TrainConfig, small_config(lab, "checked", run__root=str(tmp_path / "runs")))
+
+
+@pytest.fixture()
+def pair(config: TrainConfig) -> list[Facts]:
+    """What two ranks on two sound hosts say."""
+    return [examine(config, rank, f"n{rank + 1}") for rank in (0, 1)]
+
+
+def reasons(pair: list[Facts], gpus: int = 0, **broken: Any) -> list[str]:
+    """The verdict when rank 1 differs in `broken`."""
+    return verdict(
+        [pair[0], dataclasses.replace(pair[1], **broken)], gpus_per_rank=gpus, need_bytes=1
+    )
+
+
+def test_two_sound_hosts_may_start(pair: list[Facts], config: TrainConfig) -> None:
+    assert reasons(pair) == []
+    assert unseen_by(config, 2) == ()
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"code": "0" * 64}, "code: rank 1 on n2 runs 000000000000"),
+        ({"config": "0" * 64}, "config: rank 1 on n2 was given another config"),
+        ({"packages": {"torch": "2.9.0"}}, "environment: torch is 2.9.0 for rank 1 on n2"),
+        ({"unseen": (0,)}, "shared file system: rank 1 on n2 cannot read what rank(s) 0 wrote"),
+        ({"free_bytes": 0}, "free space: 0.00 GiB for rank 1 on n2"),
+        ({"shared_memory_bytes": 64 * 2**20}, "/dev/shm: 64 MiB free for rank 1 on n2"),
+        ({"ecc_errors": 3}, "ECC: 3 uncorrected memory errors for rank 1 on n2"),
+        ({"gpu_processes": ["4242, 71000"]}, "GPU in use: rank 1 on n2 shares it with process 42"),
+        ({"clock_skew": -7.5}, "clock: rank 1 on n2 is -7.5 s off"),
+        ({"base": [("model.safetensors", 1)]}, "inputs: rank 1 on n2 has another base"),
+        (
+            {"incomplete": {"class": "DataError", "message": "data.path: no rows.jsonl"}},
+            "inputs: rank 1 on n2: data.path: no rows.jsonl",
+        ),
+    ],
+)
+def test_each_fault_is_the_one_reason_given(
+    pair: list[Facts], broken: dict[str, Any], said: str
+) -> None:
+    (reason,) = reasons(pair, **broken)
+    assert reason.startswith(said)
+
+
+def test_a_missing_gpu_and_another_kind_of_gpu_are_told_apart(pair: list[Facts]) -> None:
+    gpu = [dataclasses.replace(facts, gpus=[H100]) for facts in pair]
+    assert reasons(gpu, gpus=1) == []
+    (missing,) = verdict([gpu[0], pair[1]], gpus_per_rank=1, need_bytes=1)
+    assert missing.startswith("GPU count: rank 1 on n2 sees 0, 1 expected")
+    (mixed,) = verdict(
+        [gpu[0], dataclasses.replace(gpu[1], gpus=["NVIDIA L4"])], gpus_per_rank=1, need_bytes=1
+    )
+    assert mixed.startswith("GPU kind: rank 1 on n2 has ['NVIDIA L4']")
+
+
+def test_a_run_folder_that_is_not_shared_is_noticed(config: TrainConfig) -> None:
+    examine(config, 0, "n1")
+    assert unseen_by(config, 2) == (1,)
+    (preflight.probe_folder(config) / "1").write_text("stale", encoding="utf-8")
+    assert unseen_by(config, 2) == (1,)
+
+
+def test_a_base_without_one_of_its_shards_is_incomplete(lab: Path, tmp_path: Path) -> None:
+    shutil.copytree(lab / "base", tmp_path / "base")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    broken = small_config(lab, "x", run__root=str(tmp_path / "runs"))
+    broken["model"] = {"path": str(tmp_path / "base")}
+    facts = examine(build(TrainConfig, broken), 0, "n1")
+    assert facts.incomplete is not None
+    assert "lacks model-00002.safetensors" in facts.incomplete["message"]
+
+
+def test_nvidia_smi_is_asked_for_kind_errors_and_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\ncase $1 in\n"
+        f"--query-gpu=*) echo '{H100}, 2';;\n--query-compute-apps=*) echo '77, 1024';;\nesac\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert preflight.gpu_facts() == ([H100], 2)
+    assert preflight.gpu_processes() == ["77, 1024"]
+
+
+def test_the_slowest_link_is_named_and_refused_when_far_below_the_others(
+    pair: list[Facts],
+) -> None:
+    four = [dataclasses.replace(pair[0], rank=r, host=f"n{r + 1}") for r in range(4)]
+    words, none = slow_links(four, [0.010, 0.011, 0.012, 0.010], size=1e8)
+    assert words.startswith("slowest link 1 (n2) -> 2 (n3) 8.33 GB/s")
+    assert none == []
+    _, (reason,) = slow_links(four, [0.010, 0.011, 0.012, 1.0], size=1e8)
+    assert reason == "link: 2 (n3) -> 3 (n4) runs at 0.10 GB/s, the median is 9.09 GB/s"
+
+
+def test_free_space_must_hold_a_checkpoint(config: TrainConfig, pair: list[Facts]) -> None:
+    rich = [dataclasses.replace(facts, base=[("model.safetensors", 10 * GIB)]) for facts in pair]
+    full = config.model_copy(update={"method": config.method.model_copy(update={"kind": "full"})})
+    assert preflight.needed_bytes(full, rich[0]) == 70 * GIB + GIB // 2
+    assert preflight.needed_bytes(config, rich[0]) == 10 * GIB + GIB // 2
