@@ -167,11 +167,11 @@ def layer_forward(
             raise Unsupported("generation with a cache")
         attention, mlp = layer.self_attn, layer.mlp
         first, second = layer.input_layernorm, layer.post_attention_layernorm
-        for module in (attention, mlp, first, second):
-            refuse_hooks(module)
         qkv = tuple(linear_of(getattr(attention, n)) for n in ("q_proj", "k_proj", "v_proj"))
         out = linear_of(attention.o_proj)
         gate, up, down = (linear_of(getattr(mlp, n)) for n in ("gate_proj", "up_proj", "down_proj"))
+        for module in (attention, mlp, first, second):
+            refuse_hooks(module)
     except Unsupported as reason:
         CALLS[f"not on the diet: {reason}"] += 1
         return original(hidden_states, past_key_values=past_key_values, **kwargs)

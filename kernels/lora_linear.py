@@ -94,9 +94,9 @@ def _magnitude(layer: Any, name: str, dropout: float) -> Tensor | None:
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if type(module).__name__ not in ("Linear", "Linear4bit"):
         raise Unsupported(f"{type(module).__name__} in place of a linear")
-    refuse_hooks(module)
     weight: Any = module.weight
     _refuse_shards(weight)
+    refuse_hooks(module)
     if weight.dtype == torch.uint8 and getattr(weight, "quant_state", None) is None:
         raise Unsupported("4-bit weights that are not quantised yet")
     return weight, module.bias  # type: ignore[return-value]

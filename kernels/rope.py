@@ -43,6 +43,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         CALLS["rope"] += 1
         ctx.save_for_backward(cos, sin)
+        q, k = _unit_stride(q), _unit_stride(k)
         out_q, out_k = torch.empty_like(q), torch.empty_like(k)
         _rotate(q, k, out_q, out_k, cos, sin, backward=False)
         return out_q, out_k
@@ -51,6 +52,7 @@ class _Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        dq, dk = _unit_stride(dq), _unit_stride(dk)
         out_q, out_k = torch.empty_like(dq), torch.empty_like(dk)
         _rotate(dq, dk, out_q, out_k, cos, sin, backward=True)
         return out_q, out_k, None, None
@@ -66,12 +68,15 @@ def _rotate(
             f"rope: expected cos (1 or {batch}, {tokens}, an even number up to {width}), "
             f"got {tuple(cos.shape)}"
         )
+    if not tokens:
+        return
     if not runs_triton(q):
         _plain_rotate(q, out_q, cos, sin, backward)
         _plain_rotate(k, out_k, cos, sin, backward)
         return
-    q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
-    cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+    if any(t.stride(-1) != 1 for t in (q, k, out_q, out_k) if t.shape[-1] > 1):
+        raise ValueError("rope: expected neighbouring columns in q and k; call .contiguous()")
+    cos, sin = (_unit_stride(t).expand(batch, -1, -1) for t in (cos, sin))
     _rope_kernel[(tokens, batch)](
         q, k, out_q, out_k, cos, sin,
         *q.stride()[:3], *k.stride()[:3], *out_q.stride()[:3], *out_k.stride()[:3],
@@ -81,6 +86,10 @@ def _rotate(
         HALF_BLOCK=next_power_of_2(rotated // 2), REST_BLOCK=next_power_of_2(width - rotated),
         num_warps=4,
     )  # fmt: skip
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _plain_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:

@@ -47,7 +47,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(dh), torch.empty_like(dh)
+        dgate, dup = (torch.empty(dh.shape, dtype=dh.dtype, device=dh.device) for _ in range(2))
         gate_backward(dh, gate, up, ctx.activation, dgate, dup)
         return dgate, dup, None
 

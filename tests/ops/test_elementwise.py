@@ -211,6 +211,36 @@ def test_gated_keeps_gate_and_up_and_nothing_else() -> None:
     assert {t.data_ptr() for t in kept} == {gate.data_ptr(), up.data_ptr()}
 
 
+def test_gradients_that_arrive_transposed_or_expanded_are_read_right() -> None:
+    gate, up, w = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8)
+    cos, sin = angles(1, 5, 8, torch.float32)
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8)
+    ops: list[tuple[Callable[..., Outputs], list[Tensor]]] = [
+        (lambda e, g: (gated(e, g),), [gate, up]),
+        (lambda x, w: (rms_norm(x, w, 1e-5),), [gate, w]),
+        (lambda q, k: rope(q, k, cos, sin), [q, k]),
+    ]
+    for op, inputs in ops:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        outputs = op(*leaves)
+        contiguous = [torch.randn_like(o) for o in outputs]
+        turned = [c.transpose(-1, -2).contiguous().transpose(-1, -2) for c in contiguous]
+        expected = torch.autograd.grad(outputs, leaves, contiguous, retain_graph=True)
+        torch.testing.assert_close(
+            torch.autograd.grad(outputs, leaves, turned, retain_graph=True), expected
+        )
+        ones = [torch.ones_like(o) for o in outputs]
+        expected = torch.autograd.grad(outputs, leaves, ones, retain_graph=True)
+        spread = [torch.ones(()).expand(o.shape) for o in outputs]
+        torch.testing.assert_close(torch.autograd.grad(outputs, leaves, spread), expected)
+
+
+def test_queries_whose_columns_are_not_neighbours_are_right() -> None:
+    cos, sin = angles(1, 5, 8, torch.float32)
+    q = torch.randn(1, 2, 8, 5).transpose(2, 3)
+    agrees(lambda q, k: rope(q, k, cos, sin), rope_formula(cos, sin), q, torch.randn(1, 1, 5, 8))
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_empty_and_one_token_inputs(rows: int) -> None:
     x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(8, requires_grad=True)
