@@ -60,7 +60,8 @@ def config(tmp_path: Path, url: str, **more: Any) -> SynthesiseConfig:
     (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SEEDS))
     mapping = {
         "name": "more", "seeds": str(tmp_path / "seeds.jsonl"), "prompt": "Rephrase: {prompt}",
-        "record": {"prompt": "{answer}", "completion": "{completion}"}, "out": str(tmp_path / "raw"),
+        "record": {"prompt": "{answer}", "completion": "{completion}"},
+        "out": str(tmp_path / "raw"),
         "teacher": {"url": url, "model": "teacher-1", "licence": "Apache-2.0"},
         "judge": "Score {prompt} as {answer}", "max_share": 0.3,
     }  # fmt: skip
@@ -71,7 +72,7 @@ def test_each_row_names_its_teacher_prompt_and_seed_through_ingest(
     tmp_path: Path, url: str
 ) -> None:
     path, counts = synthesise(config(tmp_path, url))
-    # 8 of 28 rows are 0.3; seed 1 is judged too low, 2 answers nothing, 3 gives a seed's twin below.
+    # 8 of 28 rows are 0.3; seed 1 is judged too low, seed 2 answers nothing.
     assert counts == {"asked": 8, "empty": 1, "judged too low": 1, "a copy": 0, "written": 6}
     split = {"train": 1, "validation": 0, "test": 0}
     mapping = {

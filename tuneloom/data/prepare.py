@@ -38,6 +38,7 @@ ROW = pa.schema([
     ("signature", pa.binary()),
 ])  # fmt: skip
 EXCERPT = 200
+ORIGIN = ("teacher", "teacher_licence", "prompt_digest", "seed", "score")
 SORTED = orjson.OPT_SORT_KEYS
 
 
@@ -173,15 +174,12 @@ class Preparer:
 
 
 def origin_of(fields: dict[str, Any]) -> dict[str, str | int | None]:
-    """What `tuneloom synthesise` wrote of a row's teacher, prompt and seed; nothing for other rows."""
+    """What `tuneloom synthesise` wrote of a row's teacher, prompt and seed; else nothing."""
     said = fields.get("meta")
     said = said.get("synthetic") if isinstance(said, dict) else None
     if not isinstance(said, dict):
         return {}
-    return {
-        key: said.get(key)
-        for key in ("teacher", "teacher_licence", "prompt_digest", "seed", "score")
-    }
+    return {key: said.get(key) for key in ORIGIN}
 
 
 def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:
