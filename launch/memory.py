@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, fields
 
 from tuneloom.launch.anatomy import Anatomy, Saved
-from tuneloom.train.config import MethodConfig, OptimConfig, TrainConfig
+from tuneloom.train.config import ADAPTER_BUCKET, MethodConfig, OptimConfig, TrainConfig
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 USABLE = 0.95
@@ -180,14 +180,15 @@ def temporary_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int, *, cuda: 
     if stage == 1 and config.model.dtype == "bf16" and config.zero.offload == "none":
         return fresh
     # A CPU backs only the pages of the bucket that are written.
-    bucket = width * (BUCKET if cuda else min(BUCKET, trained))
+    elements = BUCKET if config.method.kind == "full" else ADAPTER_BUCKET
+    bucket = width * (elements if cuda else min(elements, trained))
     step = 0 if config.zero.offload != "none" else _fp32(trained) // ranks
     if stage < 3:
         return max(bucket + fresh, step)
     whole = anatomy.base + (0 if config.method.kind == "full" else trained)
     live = min(whole, max(MAX_LIVE, anatomy.largest_layer + PREFETCH, anatomy.largest))
     fetch = min(whole, anatomy.largest_layer + PREFETCH)
-    scatter = bucket + fresh + width * min(BUCKET, trained)
+    scatter = bucket + fresh + width * min(elements, trained)
     return width * (live + fetch) + max(scatter, min(step, _fp32(MAX_LIVE) // ranks))
 
 

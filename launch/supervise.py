@@ -14,7 +14,8 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,10 +39,11 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
 
     Raises the error a rank raised, Stopped after a signal, TrainingError when workers kept dying.
     """
+    if launch.kind == "local":
+        private_token()
     import ray
 
     with ExitStack() as stack:
-        stack.enter_context(private_token() if launch.kind == "local" else nullcontext())
         stack.callback(ray.shutdown)
         connect(launch)
         keeps_its_folder(config)
@@ -57,25 +59,20 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
             )
 
 
-@contextmanager
-def private_token() -> Iterator[None]:
-    """A token for one embedded Ray, in a file that only its owner reads, gone when it ends.
+@cache
+def private_token() -> tempfile.TemporaryDirectory[str]:
+    """A token for the embedded Rays of this process, in a file that only its owner reads.
 
-    Ray makes one by itself, but as ~/.ray/auth_token, readable by all (2.60.0).
+    Ray makes one by itself, but as ~/.ray/auth_token, readable by all (2.60.0). It reads the
+    variables once, at import, so a sweep's next job keeps the token; the folder goes with the process.
     """
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
-    before = {name: os.environ.pop(name, None) for name in names}
-    with tempfile.TemporaryDirectory(prefix="tuneloom-") as folder:  # 0700
-        path = Path(folder) / "token"
-        path.touch(0o600)
-        path.write_text(secrets.token_hex(32), encoding="utf-8")
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-        try:
-            yield
-        finally:
-            for name in names:
-                os.environ.pop(name, None)
-            os.environ |= {name: value for name, value in before.items() if value is not None}
+    folder = tempfile.TemporaryDirectory(prefix="tuneloom-")  # 0700
+    path = Path(folder.name) / "token"
+    path.touch(0o600)
+    path.write_text(secrets.token_hex(32), encoding="utf-8")
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    return folder
 
 
 def keeps_its_folder(config: TrainConfig) -> None:

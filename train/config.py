@@ -12,6 +12,8 @@ from tuneloom.config import Config
 
 NAME = re.compile(r"[a-z0-9._-]{1,64}")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ADAPTER_BUCKET = 50_000_000
+"""Elements of DeepSpeed's reduce buckets under LoRA: allocated whole, 2 x 1 GB by default."""
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 

@@ -19,6 +19,9 @@ from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
 
+EVEN = 0.5
+"""Median over largest singular value of an update: above it Muon acted, AdamW stays below."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -65,11 +68,10 @@ class Witness:
         after = _master(dict(self.network.named_parameters())[name], sharded=self._sharded)
         change = (after - before).float()
         values = torch.linalg.svdvals(change)
-        values = values[: max(1, math.ceil(0.9 * len(values)))]
         self._update = {
             "parameter": name,
             "norm": float(change.norm()),
-            "singular_values": [float(values[-1]), float(values[0])],
+            "singular_values": {"largest": float(values[0]), "median": float(values.median())},
         }
 
     def receipts(self) -> list[Receipt]:
@@ -90,7 +92,11 @@ class Witness:
         }
         yield Receipt(f"method={method.kind}", bool(moved), evidence)
         if method.kind == "qlora":
-            quantised = [m for m in self.network.modules() if type(m).__name__ == "Linear4bit"]
+            quantised = [  # PEFT's wrapper around one has the same class name
+                m
+                for m in self.network.modules()
+                if type(m).__name__ == "Linear4bit" and not hasattr(m, "lora_A")
+            ]
             yield Receipt("method=qlora", bool(quantised), {"modules_in_nf4": len(quantised)})
         if method.dora:
             vectors = [n for n in moved if "lora_magnitude_vector" in n]
@@ -121,9 +127,10 @@ class Witness:
         }  # fmt: skip
         acted = self._update is not None and self._update["norm"] > 0
         if optim.name == "muon" and self._update is not None:
-            low, high = self._update["singular_values"]
-            # Newton-Schulz leaves singular values near one another; AdamW's spread over decades.
-            acted = acted and branches.get("muon", 0) > 0 and low > 0.2 * high
+            # Newton-Schulz brings singular values near one another; AdamW's spread over decades.
+            values = self._update["singular_values"]
+            level = values["median"] > EVEN * values["largest"]
+            acted = acted and branches.get("muon", 0) > 0 and level
         if optim.name == "adamw8bit":
             acted = acted and "8bit" in type(base).__name__
         yield Receipt(f"optim={optim.name}", acted, evidence)

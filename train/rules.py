@@ -80,6 +80,11 @@ RULES: tuple[Rule, ...] = (
         "an adapter on random weights trains nothing of use; set method=full",
     ),
     Rule(
+        ("model.kernels", "model.checkpointing"),
+        lambda c: c.model.kernels and c.model.checkpointing != "off",
+        "the fused layers keep few activations and recompute none; set model.checkpointing=off",
+    ),
+    Rule(
         ("method.dora", "method.kind"),
         lambda c: c.method.kind == "full" and (c.method.dora or c.method.rslora),
         "DoRA and rsLoRA are kinds of LoRA; set method=lora",

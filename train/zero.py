@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tuneloom.errors import RefusedError
-from tuneloom.train.config import OptimConfig, TrainConfig
+from tuneloom.train.config import ADAPTER_BUCKET, OptimConfig, TrainConfig
 from tuneloom.train.distributed import World
 
 
@@ -51,6 +51,8 @@ def _zero(config: TrainConfig) -> dict[str, Any]:
         "overlap_comm": False,
         "contiguous_gradients": True,
     }
+    if config.method.kind != "full":
+        zero["reduce_bucket_size"] = ADAPTER_BUCKET
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {
             "device": config.zero.offload,
@@ -151,9 +153,17 @@ def build_engine(network: nn.Module, config: TrainConfig, settings: dict[str, An
             deepspeed.utils.set_z3_leaf_modules(network, blocks)
     optimizer = _build_op(network, config)
     groups = [p for p in network.parameters() if p.requires_grad] if optimizer is None else None
-    engine, *_ = deepspeed.initialize(
-        model=network, optimizer=optimizer, model_parameters=groups, config=settings
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=network, optimizer=optimizer, model_parameters=groups, config=settings
+        )
+    except RuntimeError as error:
+        if "async_io" not in str(error):
+            raise
+        raise RefusedError(
+            "zero.offload: DeepSpeed's async_io cannot be built here (Debian: apt-get install "
+            "libaio-dev); set zero.offload=cpu"
+        ) from error
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         # Its constructor takes one optimizer step on zeros, so that Adam's first real update would
         # be

@@ -36,7 +36,13 @@ def tiny_tokenizer(folder: Path, texts: list[str], vocab_size: int = 384) -> Non
 
 
 def tiny_model(
-    folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, dtype: str = "float32"
+    folder: Path,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    seed: int = 0,
+    dtype: str = "float32",
+    tied: bool = True,
 ) -> Path:
     """A random Llama of about 100,000 parameters with tokenizer and chat template, saved in
     `folder`.
@@ -51,7 +57,7 @@ def tiny_model(
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, dtype=dtype,
+        max_position_embeddings=512, tie_word_embeddings=tied, dtype=dtype,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip

@@ -91,7 +91,8 @@ def started(lab: Path, run_id: str) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "tuneloom", "train",
          *overrides(lab, run_id, "launch=local", "launch.workers=2", "steps=4000",
                     "checkpoint.every=20")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -1,1 +1,0 @@
-"""Drift, feedback, the decision to retrain."""

@@ -1,1 +1,0 @@
-"""One base, many adapters."""
