@@ -3,15 +3,18 @@
 Rows are chats of about 1 KB, one in fifty an exact copy. `core` reads, validates, normalises,
 deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds secrets and personal
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
-index. Peak memory is the sum of the resident sizes of all processes, sampled ten times a second.
-Writes benchmarks/results/ingest.json.
+index. `--datatrove PYTHON` runs benchmarks/peers/datatrove_ingest.py with an interpreter that has
+datatrove, on the same files. Peak memory is the sum of the resident sizes of all processes, sampled
+ten times a second. Writes benchmarks/results/ingest.json.
 """
 
 import argparse
+import fileinput
 import json
 import os
 import platform
 import random
+import subprocess
 import tempfile
 import threading
 import time
@@ -33,18 +36,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Chats of words from a made-up vocabulary of 5,000; every fiftieth row is a copy."""
+def write_rows(folder: Path, count: int) -> None:
+    """Two files of chats of words from a vocabulary of 5,000; every fiftieth row is a copy."""
     rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(rng.choices(letters, k=rng.randrange(2, 10))) for _ in range(5000)]
-    with path.open("w", encoding="utf-8") as file:
+    folder.mkdir()
+    with (folder / "a.jsonl").open("w") as one, (folder / "b.jsonl").open("w") as two:
         for i in range(count):
             if i % 50 != 49:
                 turns = [("user", f"{i} {' '.join(rng.choices(words, k=60))}?"),
                          ("assistant", " ".join(rng.choices(words, k=80)) + ".")]  # fmt: skip
                 line = json.dumps({"messages": [{"role": r, "content": t} for r, t in turns]})
-            file.write(line + "\n")
+            (one if i < count // 2 else two).write(line + "\n")
 
 
 class Peak:
@@ -107,8 +111,8 @@ def rensa_alone(source: Path) -> dict[str, Any]:
 
     cpu, started, rows = _cpu(), time.perf_counter(), 0
     index = RMinHashLSH(threshold=0.8, num_perm=PERMUTATIONS, num_bands=16)
-    with source.open(encoding="utf-8") as file:
-        for rows, line in enumerate(file, 1):
+    with fileinput.input(sorted(source.glob("*.jsonl")), encoding="utf-8") as lines:
+        for rows, line in enumerate(lines, 1):
             sketch = RMinHash(num_perm=PERMUTATIONS, seed=SEED)
             sketch.update(shingles("\n".join(texts(json.loads(line))), 5))
             if not index.query(sketch):
@@ -118,19 +122,45 @@ def rensa_alone(source: Path) -> dict[str, Any]:
             "cpu_us_per_row": round((_cpu() - cpu) / rows * 1e6, 1)}  # fmt: skip
 
 
+def against_datatrove(
+    python: str, source: Path, folder: Path, first: dict[str, Any]
+) -> dict[str, Any]:
+    """The peer between two runs of ours, so that a machine that others use weighs on both alike."""
+    peer = datatrove(python, source, folder / "peer")
+    again = run(source, folder / "again", 2, **CASES["core"])
+    ours = (first["rows_per_second"] + again["rows_per_second"]) / 2
+    ratio = round(ours / peer["rows_per_second"], 2)
+    print("datatrove", peer, f"core again {again['rows_per_second']:,}; {ratio} x", flush=True)
+    return {"datatrove": peer, "core_again": again, "core_times_datatrove": ratio}
+
+
+def datatrove(python: str, source: Path, out: Path) -> dict[str, Any]:
+    """The peer on the same files, in its own interpreter."""
+    script = Path(__file__).parent / "peers" / "datatrove_ingest.py"
+    command = [python, str(script), str(source), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    rows = sum(1 for path in source.glob("*.jsonl") for _ in path.open("rb"))
+    return said | {"rows_per_second": round(rows / said["seconds"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
-    rows = parser.parse_args().rows
+    parser.add_argument("--datatrove", help="an interpreter in whose environment datatrove is")
+    arguments = parser.parse_args()
+    rows = arguments.rows
     result: dict[str, Any] = {"rows": rows, "machine": platform.platform(), "cores": os.cpu_count(),
                               "load_before": os.getloadavg()[0]}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "raw.jsonl"
+        source = Path(folder) / "raw"
         write_rows(source, rows)
-        result["bytes_per_row"] = round(source.stat().st_size / rows)
+        result["bytes_per_row"] = round(sum(p.stat().st_size for p in source.iterdir()) / rows)
         for name, data in CASES.items():
             result[name] = run(source, Path(folder) / name, 2, **data)
             print(name, result[name], flush=True)
+            if name == "core" and arguments.datatrove:
+                result |= against_datatrove(arguments.datatrove, source, Path(folder), result[name])
         result["core_one_worker"] = run(source, Path(folder) / "one", 1, **CASES["core"])
         assert result["core_one_worker"]["id"] == result["core"]["id"], "workers must not show"
         result["rensa"] = rensa_alone(source)
