@@ -186,3 +186,19 @@ def test_a_mapping_reads_any_other_export(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"data\.record\.text: a brace without its pair"):
         kept(tmp_path, str(tmp_path / "r.jsonl"), record={"text": "{oops"})
+
+
+@pytest.mark.parametrize("name", ["r.parquet", "r.arrow"])
+def test_a_broken_columnar_file_is_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not what it says" * 100)
+    with pytest.raises(DataError, match=f"{name}: cannot be read as"):
+        kept(tmp_path, str(tmp_path / name))
+
+
+def test_a_line_without_end_is_one_reject_and_the_next_row_is_kept(tmp_path: Path) -> None:
+    with (tmp_path / "r.jsonl").open("wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(90):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n{"text": "good"}\n')
+    assert kept(tmp_path, str(tmp_path / "r.jsonl")) == ['{"text":"good"}', "too_long"]

@@ -4,6 +4,7 @@ Blocks are prepared (in any number of processes), merged by id, deduplicated, sp
 The result is a function of rows and recipe: not of workers, order of files, time zone or locale.
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -33,6 +34,7 @@ from tuneloom.data.sources import find_sources
 from tuneloom.data.store import publish, read_manifest, write_json
 
 CONFIG = IngestConfig
+STAGES = ("prepare", "merge", "decide", "write")
 
 
 def main(config: IngestConfig) -> int:
@@ -43,6 +45,8 @@ def main(config: IngestConfig) -> int:
         print(f"  {what:<32}{rows:>12,}")
     for name, part in manifest["splits"].items():
         print(f"  {'split ' + name:<32}{part['rows']:>12,}")
+    timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
+    print("  seconds: " + ", ".join(f"{stage} {timing[stage]}" for stage in STAGES))
     print(f"{folder}")
     print(f"next: tuneloom train data.path={Path(config.root) / config.data.name} model.path=...")
     return 0
@@ -84,8 +88,7 @@ def _make(
     manifest = make_manifest(recipe, tally, columns, decision, exact, written)
     refuse_blocked(recipe, manifest["licence"])
     refuse_leaks(recipe, manifest["leaks"])
-    stages = ("prepare", "merge", "decide", "write")
-    seconds = {s: round(b - a, 3) for s, a, b in zip(stages, clock, clock[1:], strict=False)}
+    seconds = {s: round(b - a, 3) for s, a, b in zip(STAGES, clock, clock[1:], strict=False)}
     return manifest, seconds
 
 

@@ -10,9 +10,11 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
+
+import pyarrow as pa
 
 from tuneloom.data.schema import Reject
 from tuneloom.data.sources import Source
@@ -21,6 +23,8 @@ from tuneloom.errors import DataError
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 2_000
+LONGEST_LINE = 64 << 20
+"""Bytes; what goes beyond is cut off, and the row is rejected as too long or as broken JSON."""
 LARGEST_JSON = 256 << 20
 """Bytes of one .json file, which has to be read whole; JSONL has no such limit."""
 Row = dict[str, Any]
@@ -54,30 +58,39 @@ def read_blocks(sources: list[Source], passed: list[Passed]) -> Iterator[Block]:
     """All rows of all sources, in the order of names; `passed` grows by every source read."""
     number = 0
     for source in sources:
-        first = 1
-        with Counted(source) as stream:
-            if source.kind == "lines":
-                for lines in _whole_lines(stream):
-                    yield Block(number, source.name, first, lines)
-                    number += 1
-                    first += lines.count(b"\n")
-            else:
-                for rows in _grouped(READERS[source.kind](stream, source)):
-                    yield Block(number, source.name, first, rows=rows)
-                    number += 1
-                    first += len(rows)
-            passed.append(Passed(source.name, *stream.finish()))
+        try:
+            for block in _blocks_of(source, passed):
+                yield replace(block, number=number)
+                number += 1
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{source.name}: cannot be read as {source.kind} ({error})") from None
+
+
+def _blocks_of(source: Source, passed: list[Passed]) -> Iterator[Block]:
+    """One source's rows, counted from 1."""
+    first = 1
+    with Counted(source) as stream:
+        if source.kind == "lines":
+            for lines in _whole_lines(stream):
+                yield Block(0, source.name, first, lines)
+                first += lines.count(b"\n")
+        else:
+            for rows in _grouped(READERS[source.kind](stream, source)):
+                yield Block(0, source.name, first, rows=rows)
+                first += len(rows)
+        passed.append(Passed(source.name, *stream.finish()))
 
 
 def _whole_lines(stream: Counted) -> Iterator[bytes]:
-    """The file in pieces that end at a line's end; a line longer than a piece stays whole."""
+    """The file in pieces that end at a line's end; of an endless line only the start is kept."""
     rest: list[bytes] = []
     while piece := stream.read(BLOCK_BYTES):
         cut = piece.rfind(b"\n") + 1
         if cut:
             yield b"".join([*rest, piece[:cut]])
             rest = []
-        rest.append(piece[cut:])
+        if len(rest) < LONGEST_LINE // BLOCK_BYTES:
+            rest.append(piece[cut:])
     if last := b"".join(rest):
         yield last
 
@@ -154,8 +167,6 @@ def _parquet(stream: Counted, source: Source) -> Iterator[Row | Reject]:
 
 def _arrow(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     """Arrow streams, as Hugging Face datasets writes them, and Arrow files."""
-    import pyarrow as pa
-
     with _seekable(stream, source) as file:
         try:
             reader = pa.ipc.open_stream(file)
