@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from tuneloom.config import Config
 from tuneloom.train.config import TrainConfig
 
-HEADER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+HEADER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 TIME = re.compile(r"\d{1,6}|(\d{1,3}-)?\d{1,2}(:\d{2}){1,2}")
 
 

@@ -10,6 +10,7 @@ import time
 
 from tuneloom.config import build, compose, dotted_keys, unknown_override
 from tuneloom.errors import TuneloomError
+from tuneloom.redact import redact
 from tuneloom.train.config import TrainConfig
 
 
@@ -30,7 +31,7 @@ def main(overrides: list[str]) -> int:
         fit(config, launcher={"kind": "torchrun"})
     except TuneloomError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"tuneloom train: {error}", file=sys.stderr, flush=True)
+            print(f"tuneloom train: {redact(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
 

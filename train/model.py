@@ -4,7 +4,6 @@ it.
 Only safetensors are read and no remote code is executed; no key of any config turns that on.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,12 @@ def locate(model: ModelConfig) -> Path:
         raise ConfigError(
             f"model.path: {folder} has no tokenizer (tokenizer.json); copy it beside the weights"
         )
-    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        raise ConfigError(
-            f"model.path: {folder}/config.json asks for remote code (auto_map), never run here; "
-            "remove the key if transformers knows the architecture"
-        )
+    for config in sorted(folder.glob("*config.json")):  # the tokenizer's and nested ones too
+        if '"auto_map"' in config.read_text(encoding="utf-8"):
+            raise ConfigError(
+                f"model.path: {config} asks for remote code (auto_map), never run here; "
+                "remove the key if transformers knows the architecture"
+            )
     if model.init == "pretrained" and not list(folder.glob("*.safetensors")):
         raise ConfigError(
             f"model.path: {folder} has no *.safetensors; pickled weights are not read"

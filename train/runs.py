@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.redact import redacted
 from tuneloom.train.config import TrainConfig
 
 C = TypeVar("C", bound=TrainConfig)
@@ -157,7 +158,7 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
     }
     write_json(folder / "run.json", content)
     (folder / "config.yaml").write_text(
-        yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8"
+        yaml.safe_dump(redacted(plain(config)), sort_keys=False), encoding="utf-8"
     )
 
 
@@ -170,7 +171,7 @@ def update(folder: Path, facts: dict[str, Any]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file whole: a reader sees the old or the new one, never half."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(redacted(content), indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 

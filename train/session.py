@@ -14,6 +14,7 @@ from torch import nn
 
 from tuneloom.data.tokenizer import load_tokenizer
 from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
+from tuneloom.redact import redacted
 from tuneloom.registry.digests import weights_digest
 from tuneloom.train import (
     checkpoint,
@@ -202,7 +203,10 @@ class Session:
         if not self.world.first:
             return
         tracker = Tracker(
-            self.config.tracker, self.folder, str(self.config.run.id), runs.plain(self.config)
+            self.config.tracker,
+            self.folder,
+            str(self.config.run.id),
+            redacted(runs.plain(self.config)),
         )
         runs.update(self.folder, {"tracker": {"mode": tracker.mode, "reason": tracker.reason}})
         self.metrics = Metrics(self.folder, tracker)

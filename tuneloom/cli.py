@@ -28,7 +28,10 @@ VERBS = {
     "evaluate": ("tuneloom.evals.runner", "Base against tuned on rows neither saw."),
     "report": ("tuneloom.evals.report", "One self-contained report.html for a run."),
     "mix": ("tuneloom.data.mix", "One dataset out of several, by weight, epochs and rehearsal."),
-    "synthesise": ("tuneloom.data.synthesise", "Rows written by a teacher model, each on the record."),
+    "synthesise": (
+        "tuneloom.data.synthesise",
+        "Rows written by a teacher model, each on the record.",
+    ),
     "golden": ("tuneloom.data.review", "Rows that people vouch for: propose, decide, seal."),
     "lineage": ("tuneloom.registry.lineage", "Rows to models, and models back to rows."),
     "erase": ("tuneloom.data.erase", "Rows out of datasets and models: plan, then do it."),
@@ -61,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
             return run_under_hydra(verb, rest)
         return run(verb, rest)
     except TuneloomError as error:
-        print(f"tuneloom {verb}: {error}", file=sys.stderr)
+        from tuneloom.redact import redact
+
+        print(f"tuneloom {verb}: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"tuneloom {verb}: interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -116,6 +117,10 @@ def compose(
     from omegaconf.errors import OmegaConfBaseException
 
     GlobalHydra.instance().clear()
+    if config_dir:
+        from tuneloom.yaml_guard import check_folder
+
+        check_folder(Path(config_dir))
     # The flag takes the place of the search path that conf/ingest.yaml names.
     own = ",pkg://tuneloom.conf.ingest" if verb == "ingest" else ""
     search = [f"hydra.searchpath=[file://{config_dir}{own}]"] if config_dir else []

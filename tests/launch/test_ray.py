@@ -1,0 +1,190 @@
+"""One config over every launcher, and the job API of a Ray cluster: codes, stop, token."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tuneloom.testing import free_port
+
+ROOT = Path(__file__).parent.parent.parent
+HASHES = ("config_digest", "data_order", "first_loss")
+
+
+def arguments(lab: Path, run_id: str, *more: str) -> list[str]:
+    """Overrides of one small run on 2 ranks; `more` win."""
+    keys = {
+        "steps": "4", "epochs": "1000", "model.path": f"{lab}/base", "model.dtype": "fp32",
+        "method.rank": "8", "data.path": f"{lab}/rows.jsonl", "data.validation": "null",
+        "batch.max_length": "128", "batch.tokens": "512", "batch.window": "64", "optim.lr": "5e-3",
+        "optim.warmup_steps": "2", "zero": "stage0", "checkpoint.every": "0",
+        "train.drill": "false", "tracker": "off", "run.root": f"{lab}/runs", "run.id": run_id,
+    }  # fmt: skip
+    keys |= dict(item.split("=", 1) for item in more)
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def hashes(lab: Path, run_id: str) -> dict[str, str]:
+    facts = json.loads((lab / "runs" / run_id / "run.json").read_text(encoding="utf-8"))
+    assert facts["state"] == "done"
+    return {key: facts[key] for key in HASHES}
+
+
+def run(*command: str, code: int = 0, env: dict[str, str] | None = None) -> str:
+    """Run in the repository; returns the output."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        check=False, env=env,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray head of this test's own on loopback, with a token."""
+
+    dashboard: str
+    environment: dict[str, str]
+
+    def submit(self, name: str, *entrypoint: str, code: int = 0) -> str:
+        return run(
+            "ray.scripts.scripts", "job", "submit", "--address", self.dashboard,
+            "--submission-id", name, "--working-dir", str(ROOT), "--runtime-env-json",
+            '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}', "--", *entrypoint, code=code,
+            env=self.environment,
+        )  # fmt: skip
+
+    def ask(self, path: str, token: str | None) -> int:
+        """The status of a GET of the jobs API."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(self.dashboard + path, headers=headers), timeout=30
+            ) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def job(self, name: str) -> dict[str, object]:
+        headers = {"Authorization": f"Bearer {self.token}"}
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/{name}", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return dict(json.load(answer))
+
+    @property
+    def token(self) -> str:
+        return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Not tmp_path: its length and Ray's session name pass the 107 bytes of a Unix socket's path.
+    folder = Path(tempfile.mkdtemp(prefix="tl"))
+    token = folder / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    outer = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = outer | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    dashboard = free_port()
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+         f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--num-gpus=0",
+         "--node-ip-address=127.0.0.1", "--object-store-memory=80000000",
+         f"--temp-dir={folder}/ray", "--disable-usage-stats"],
+        env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    cluster = Cluster(f"http://127.0.0.1:{dashboard}", environment)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if cluster.ask("/api/jobs/", cluster.token) == 200:
+                    break
+            except OSError:  # not listening yet
+                assert head.poll() is None, (folder / "head.log").read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, (folder / "head.log").read_text(encoding="utf-8")
+            time.sleep(0.5)
+        yield cluster
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_inline_torchrun_local_ray_and_a_ray_job_are_one_run(lab: Path, cluster: Cluster) -> None:
+    """Equal config, order of data and, at 2 ranks, loss of step 1 to the bit."""
+    run("tuneloom", "train", *arguments(lab, "inline", "launch=inline", "batch.accumulation=2"))
+    run("torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
+        "-m", "tuneloom.train", *arguments(lab, "torchrun"))  # fmt: skip
+    run("tuneloom", "train", *arguments(lab, "local", "launch=local", "launch.workers=2"))
+    said = cluster.submit(
+        "same", "python", "-m", "tuneloom", "train",
+        *arguments(lab, "job", "launch=ray", "launch.workers=2"),
+    )  # fmt: skip
+    assert "preflight: 2 rank(s) on 1 node(s) agree" in said
+    expected = hashes(lab, "torchrun")
+    assert hashes(lab, "local") == expected
+    assert hashes(lab, "job") == expected
+    alone = hashes(lab, "inline")
+    assert (alone["config_digest"], alone["data_order"]) == (
+        expected["config_digest"],
+        expected["data_order"],
+    )
+
+
+def test_a_job_ends_with_the_exit_code_of_the_run(lab: Path, cluster: Cluster) -> None:
+    """`ray job submit` itself only knows 0 and 1; the code stands in the job's details."""
+    said = cluster.submit(
+        "coded", "python", "-m", "tuneloom", "train",
+        *arguments(lab, "coded", "launch=ray", "run.root=runs"), code=1,
+    )  # fmt: skip
+    assert "run.root: 'runs' would lie in the working_dir" in said
+    assert cluster.job("coded")["driver_exit_code"] == 4
+
+
+def test_ray_job_stop_saves_and_the_same_command_resumes(lab: Path, cluster: Cluster) -> None:
+    entry = ["python", "-m", "tuneloom", "train"]
+    words = arguments(lab, "stopped", "launch=ray", "launch.workers=2", "steps=100000")
+    submitted = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--no-wait", "--address",
+         cluster.dashboard, "--submission-id", "stopped", "--working-dir", str(ROOT),
+         "--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}', "--",
+         *entry, *words],
+        cwd=ROOT, env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert submitted.wait(120) == 0
+    rows = lab / "runs/stopped/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not rows.exists() or len(rows.read_text(encoding="utf-8").splitlines()) < 3:
+        assert time.monotonic() < deadline, cluster.job("stopped")
+        time.sleep(0.3)
+    run("ray.scripts.scripts", "job", "stop", "--address", cluster.dashboard, "stopped",
+        env=cluster.environment)  # fmt: skip
+    facts = json.loads((lab / "runs/stopped/run.json").read_text(encoding="utf-8"))
+    assert facts["state"] == "stopped"
+    assert cluster.job("stopped")["status"] == "STOPPED"
+    assert sorted((lab / "runs/stopped/checkpoints").glob("step-*"))
+
+
+def test_the_jobs_api_answers_no_one_without_the_token(cluster: Cluster) -> None:
+    assert cluster.ask("/api/jobs/", None) == 401
+    assert cluster.ask("/api/jobs/", secrets.token_hex(32)) == 403
+    assert cluster.ask("/api/jobs/", cluster.token) == 200

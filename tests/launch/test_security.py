@@ -1,0 +1,342 @@
+"""Secure by default: hostile names, configs, YAML, models and secrets, with their counts."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import shlex
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneloom import cli
+from tuneloom.config import FORBIDDEN_KEYS, build
+from tuneloom.errors import ConfigError, TuneloomError
+from tuneloom.launch.config import JobConfig, LaunchConfig
+from tuneloom.launch.slurm import header, render
+from tuneloom.redact import redact, redacted
+from tuneloom.testing import small_config
+from tuneloom.train.config import ModelConfig, RunConfig
+from tuneloom.train.model import locate
+from tuneloom.yaml_guard import check_file
+
+HOSTILE = [
+    "$(touch canary)", "`touch canary`", "a;touch canary", "a|touch canary", "a&touch canary",
+    "a\n#SBATCH --wrap=touch", "a\n touch canary", "../../etc/passwd", "/etc/passwd", "..", ".",
+    "-rf", "--wrap=touch canary", "a b", "a'b", 'a"b', "a\\b", "a\0b", "a\r\nb", "ä", "A" * 65,
+    "${IFS}touch", "%j", "a*", "~root", "{{ 7*7 }}", "{% raw %}", "",
+]  # fmt: skip
+
+
+def fuzzed(count: int) -> list[str]:
+    """Hostile names and random mixtures of them with printable and control characters."""
+    rng = random.Random(0)
+    alphabet = string.printable + "\0\x1b\u202e\u2028ä"
+    noise = [
+        "".join(rng.choice(alphabet) for _ in range(rng.randrange(1, 80))) for _ in range(count)
+    ]
+    return HOSTILE + [rng.choice(HOSTILE) + word for word in noise[len(HOSTILE) :]]
+
+
+def test_5000_fuzzed_names_reach_no_path_header_or_shell() -> None:
+    """Each is refused, or is made of harmless characters alone (S19)."""
+    for name in fuzzed(5000):
+        for make in (
+            lambda n: RunConfig(name=n).name,
+            lambda n: RunConfig(id=n).id,
+            lambda n: LaunchConfig(kind="slurm", partition=n).partition,
+            lambda n: LaunchConfig(kind="slurm", account=n).account,
+            lambda n: LaunchConfig(kind="slurm", time=n).time,
+            lambda n: LaunchConfig(kind="slurm", memory=n).memory,
+        ):
+            try:
+                accepted = str(make(name))
+            except ValueError:
+                continue
+            assert set(accepted) <= set(string.ascii_letters + string.digits + "._-:")
+            assert accepted not in (".", "..")
+
+
+def test_paths_of_any_name_stay_one_word_of_the_batch_script(lab: Path, tmp_path: Path) -> None:
+    """The rendered script is run by bash as far as its arguments; nothing in them is executed."""
+    for folder in ("$(touch canary)", "`touch canary`", "a;touch canary", "a&touch canary"):
+        run = {"root": f"{tmp_path}/{folder.replace(' ', '${IFS}')}", "id": "named"}
+        content = small_config(lab, "named") | {"launch": {
+            "kind": "slurm", "gpus_per_worker": 0, "python": f"/opt/{folder}/bin/python",
+        }}  # fmt: skip
+        script = render(build(JobConfig, content | {"run": run}))
+        start = script.index("TUNELOOM_PYTHON=")
+        kept = [line for line in script[start:].splitlines() if line.startswith(("TUNE", "set --"))]
+        done = subprocess.run(
+            ["bash", "-c", "\n".join([*kept, 'printf "%s\\n" "$TUNELOOM_PYTHON" "$@"'])],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.splitlines()[0] == f"/opt/{folder}/bin/python"
+        assert f"{run['root']}/named/slurm" in done.stdout.splitlines()
+        assert not (tmp_path / "canary").exists()
+
+
+def test_a_run_folder_that_would_break_an_sbatch_line_is_refused() -> None:
+    for output in ("/a b/x.out", "/a\n#SBATCH --wrap=x", '/a"b', "/a'b"):
+        with pytest.raises(ConfigError, match="SBATCH line"):
+            header(LaunchConfig(kind="slurm", gpus_per_worker=0), name="x", output=output)
+
+
+TARGETS = [
+    "os.system", "os.popen", "os.mkdir", "os.remove", "os.execv", "os.spawnl", "os.putenv",
+    "subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_output",
+    "builtins.eval", "builtins.exec", "builtins.open", "builtins.__import__", "builtins.compile",
+    "pickle.load", "pickle.loads", "torch.load", "torch.hub.load", "torch.jit.load",
+    "pandas.read_pickle", "numpy.load", "joblib.load", "shutil.copytree", "shutil.rmtree",
+    "shutil.move", "importlib.import_module", "runpy.run_path", "timeit.timeit", "ctypes.CDLL",
+    "socket.socket", "urllib.request.urlopen", "requests.get", "webbrowser.open", "code.interact",
+    "pty.spawn", "multiprocessing.Process", "threading.Thread", "pathlib.Path.unlink",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FORBIDDEN_KEYS)
+def test_no_config_names_code_to_run(key: str, lab: Path, tmp_path: Path) -> None:
+    """40 targets at 5 places each (S4)."""
+    for target in TARGETS:
+        for place in ("run", "model", "optim", "data", ""):
+            content: dict[str, Any] = small_config(lab, "x")
+            at = content if not place else content[place]
+            at[key] = target
+            with pytest.raises(ConfigError, match="configs name no code"):
+                build(JobConfig, content)
+
+
+def test_200_fuzzed_overrides_end_in_one_sentence(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback, no code run, no exit 0 (S4)."""
+    rng = random.Random(1)
+    keys = [
+        "optim.lr",
+        "run.name",
+        "model.path",
+        "_target_",
+        "hydra.sweeper._target_",
+        "+x",
+        "~run",
+    ]
+    values = [*TARGETS, *HOSTILE, "${oc.env:HOME}", "[1,2", "{a:1}", "???", "null", "1e999", "'"]
+    for _ in range(200):
+        override = f"{rng.choice(keys)}={rng.choice(values)}"
+        code = cli.main(["plan", override, "model.path=/nowhere", "data.path=/nowhere"])
+        said = capsys.readouterr()
+        assert code in (2, 3, 4), override
+        assert "Traceback" not in said.err + said.out, override
+
+
+def bombs(folder: Path) -> list[Path]:
+    """20 files that are small to read and large, deep or endless to unfold."""
+    texts = []
+    for width, levels in ((2, 30), (9, 9), (10, 6), (50, 4), (3, 20)):
+        lines = ["a0: &a0 [x]"]
+        lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, levels)]
+        texts.append("\n".join(lines))
+        maps = ["a0: &a0 {x: 1}"]
+        maps += [
+            f"a{n}: &a{n} {{{', '.join(f'k{i}: *a{n - 1}' for i in range(width))}}}"
+            for n in range(1, levels)
+        ]
+        texts.append("\n".join(maps))
+    texts += ["a: &a [*a]", "a: &a {b: *a}", "&r {<<: *r}", "a: &a [[[*a]]]"]
+    texts += ["[" * n + "]" * n for n in (100, 5_000, 60_000)]
+    texts += ["x: " + "y" * 300_000, "{" * 200_000, "- " * 100_000]
+    paths = [folder / f"{n}.yaml" for n in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    return paths
+
+
+def test_20_yaml_bombs_are_refused_within_a_second_each(tmp_path: Path) -> None:
+    """And in under 200 MiB of memory (S5)."""
+    paths = bombs(tmp_path)
+    assert len(paths) == 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for path in paths:
+        started = time.monotonic()
+        with pytest.raises(ConfigError):
+            check_file(path)
+        assert time.monotonic() - started < 1.0, path.read_text()[:80]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 * 2**10
+
+
+def test_a_bomb_in_a_config_dir_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    bomb = bombs(tmp_path)[0]
+    bomb.rename(tmp_path / "experiment/bomb.yaml")
+    assert cli.main(["plan", "--config-dir", str(tmp_path / "experiment"), "experiment=bomb"]) == 2
+    assert "unfolds to more than" in capsys.readouterr().err
+
+
+def test_configs_of_ours_pass_the_guard() -> None:
+    for path in (Path(__file__).parent.parent.parent / "conf").rglob("*.yaml"):
+        check_file(path)
+
+
+class Payload:
+    """Unpickling this writes the canary."""
+
+    def __init__(self, canary: Path) -> None:
+        self.command = f"touch {shlex.quote(str(canary))}"
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_pickled_weights_under_any_name_run_nothing(lab: Path, tmp_path: Path) -> None:
+    """A base whose weights are a pickle, bare or inside torch's zip, in 10 names each (S2)."""
+    import shutil
+
+    import torch
+
+    from tuneloom.train import model
+
+    canary = tmp_path / "canary"
+    names = [
+        "pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "optimizer.pt",
+        "training_args.bin", "model.safetensors", "model-00001-of-00001.safetensors",
+        "adapter_model.safetensors",
+    ]  # fmt: skip
+    for number, name in enumerate(names):
+        for zipped in (False, True):
+            folder = tmp_path / f"{number}{zipped}"
+            shutil.copytree(lab / "base", folder)
+            (folder / "model.safetensors").unlink()
+            if zipped:
+                torch.save(Payload(canary), folder / name)
+            else:
+                (folder / name).write_bytes(pickle.dumps(Payload(canary)))
+            config = ModelConfig(path=str(folder), dtype="fp32")
+            with pytest.raises(Exception):  # noqa: B017 - ours or safetensors' own, but no load
+                model.load(locate(config), config, None, torch.device("cpu"), seed=0)  # type: ignore[arg-type]
+            assert not canary.exists(), (name, zipped)
+
+
+def test_models_that_bring_code_are_refused_and_not_imported(lab: Path, tmp_path: Path) -> None:
+    """10 folders with modeling_*.py, named in config.json or deeper (S3)."""
+    import shutil
+
+    from tuneloom.data.tokenizer import load_tokenizer
+
+    canary = tmp_path / "canary"
+    places = [
+        ("config.json", ["auto_map"]), ("config.json", ["text_config", "auto_map"]),
+        ("config.json", ["vision_config", "auto_map"]), ("tokenizer_config.json", ["auto_map"]),
+        ("generation_config.json", ["auto_map"]),
+    ]  # fmt: skip
+    for number, (file, path) in enumerate(places):
+        for remote in (False, True):
+            folder = tmp_path / f"{number}{remote}"
+            shutil.copytree(lab / "base", folder)
+            (folder / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: ...")
+            config = folder / file
+            content = json.loads(config.read_text()) if config.exists() else {}
+            at = content
+            for key in path[:-1]:
+                at = at.setdefault(key, {})
+            prefix = "someone/repo--" if remote else ""
+            classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+            at[path[-1]] = dict.fromkeys(classes, f"{prefix}modeling_evil.Evil")
+            config.write_text(json.dumps(content))
+            with pytest.raises(TuneloomError, match="remote code"):
+                locate(ModelConfig(path=str(folder)))
+                load_tokenizer(str(folder))
+            assert not canary.exists(), (file, path)
+
+
+def secret_shapes() -> list[str]:
+    """25 credentials of 25 forms, none of them real."""
+    rng = random.Random(2)
+
+    def of(alphabet: str, count: int) -> str:
+        return "".join(rng.choice(alphabet) for _ in range(count))
+
+    word, hexed = string.ascii_letters + string.digits, "0123456789abcdef"
+    upper = string.ascii_uppercase + string.digits
+    return [
+        "hf_" + of(word, 34), "sk-" + of(word, 48), "sk-ant-" + of(word, 40),
+        "sk-proj-" + of(word, 40), "AKIA" + of(upper, 16), "ASIA" + of(upper, 16),
+        "ghp_" + of(word, 36), "gho_" + of(word, 36), "ghs_" + of(word, 36),
+        "github_pat_" + of(word, 60), "glpat-" + of(word, 20), "npm_" + of(word, 36),
+        "pypi-" + of(word, 60), "xoxb-" + of(word, 30), "xapp-1-" + of(word, 30),
+        "AIza" + of(word, 35), "ya29." + of(word, 40), "sk_live_" + of(word, 24),
+        "SG." + of(word, 22) + "." + of(word, 43), "dop_v1_" + of(hexed, 64),
+        "shpat_" + of(hexed, 32), "eyJ" + of(word, 20) + ".eyJ" + of(word, 30) + "." + of(word, 40),
+        "https://bob:" + of(word, 20) + "@host.example/x",
+        "-----BEGIN RSA PRIVATE KEY-----" + of(word, 64) + "-----END RSA PRIVATE KEY-----",
+        "Bearer " + of(word, 40),
+    ]  # fmt: skip
+
+
+def essence(secret: str) -> str:
+    """The part that must not be seen: without scheme, header or marker."""
+    if secret.startswith("https://"):
+        return secret.split(":")[2].split("@")[0]
+    if secret.startswith("-----"):
+        return secret.split("-----")[2]
+    return secret.removeprefix("Bearer ")
+
+
+def test_25_shapes_of_secret_are_masked_in_text_and_in_trees() -> None:
+    shapes = secret_shapes()
+    assert len(shapes) == 25
+    for secret in shapes:
+        assert essence(secret) not in redact(f"failed: {secret}, see above")
+        tree = json.dumps(redacted({"a": [secret, {secret: 1}]}))
+        assert essence(secret) not in tree
+    assert redact("learning rate 2e-4, step-000500, sha256 " + "ab" * 32) == (
+        "learning rate 2e-4, step-000500, sha256 " + "ab" * 32
+    )
+
+
+def test_no_planted_secret_is_in_any_byte_that_a_run_writes(lab: Path, tmp_path: Path) -> None:
+    """25 shapes in the config, the rows and the environment of a run with W&B offline (S10)."""
+    shapes = secret_shapes()
+    rows = [
+        {"messages": [{"role": "user", "content": secret}, {"role": "assistant", "content": "no"}]}
+        for secret in shapes
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content = small_config(
+        lab, "planted", run__root=str(tmp_path / "runs"), run__parent=" ".join(shapes), steps=2,
+        data__path=str(tmp_path / "rows.jsonl"), tracker__mode="offline", batch__max_length=512,
+    )  # fmt: skip
+    script = (
+        "import json, sys\n"
+        "from tuneloom.config import build\nfrom tuneloom.train.config import TrainConfig\n"
+        "from tuneloom.train.loop import fit\n"
+        "fit(build(TrainConfig, json.load(sys.stdin)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(content).encode(), capture_output=True,
+        env=os.environ | {f"PLANTED_{n}_TOKEN": secret for n, secret in enumerate(shapes)},
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"run.json", "config.yaml", "metrics.jsonl"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    written = b"".join(path.read_bytes() for path in files) + done.stdout + done.stderr
+    assert [secret for secret in shapes if essence(secret).encode() in written] == []
+
+
+def test_an_error_that_quotes_a_secret_does_not_show_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    secret = secret_shapes()[0]
+    assert cli.main(["train", f"model.path={secret}", "data.path=/nowhere"]) == 2
+    said = capsys.readouterr()
+    assert "[secret]" in said.err
+    assert secret not in said.out + said.err
