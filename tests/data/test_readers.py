@@ -130,6 +130,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         kept(tmp_path, str(tmp_path / "a.zip"))
     with pytest.raises(DataError, match="no file at"):
         kept(tmp_path, str(tmp_path / "nowhere" / "*.jsonl"))
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        kept(tmp_path, "nosuchprotocol://bucket/raw.jsonl")
     (tmp_path / "b.json").write_text("[1, 2")
     with pytest.raises(DataError, match=r"b\.json: not JSON"):
         kept(tmp_path, str(tmp_path / "b.json"))

@@ -55,7 +55,7 @@ def _rensa() -> Any:
         from rensa import RMinHash
     except ImportError:
         raise ConfigError(
-            "data.near.engine: rensa is not installed; pip install 'tuneloom[dedupe]'"
+            "data.near.engine: rensa is not installed; pip install 'tuneloom[data]'"
         ) from None
     return RMinHash
 
@@ -65,7 +65,7 @@ def _datasketch() -> Any:
         from datasketch import MinHash
     except ImportError:
         raise ConfigError(
-            "data.near.engine: datasketch is not installed; pip install 'tuneloom[dedupe]'"
+            "data.near.engine: datasketch is not installed; pip install 'tuneloom[data]'"
         ) from None
     return MinHash
 

@@ -39,7 +39,7 @@ def _analyzer() -> Any:
         from presidio_analyzer.nlp_engine import SpacyNlpEngine
     except ImportError:
         raise ConfigError(
-            "data.privacy.engine: presidio is not installed; pip install 'tuneloom[privacy]'"
+            "data.privacy.engine: presidio is not installed; pip install 'tuneloom[data]'"
         ) from None
     # Its e-mail recogniser would fetch the public suffix list from the network at first use.
     os.environ.setdefault("TLDEXTRACT_CACHE", "")

@@ -56,9 +56,9 @@ class PrivacyConfig(Config):
     actions: dict[str, Action] | None = None
     """By entity, such as {email: pseudonym, card: drop, secret: drop}."""
     engine: Literal["patterns", "presidio"] = "patterns"
-    """`presidio` adds its recognisers, about 10 ms a row (extra `privacy`)."""
+    """`presidio` adds its recognisers, about 10 ms a row (extra `data`)."""
     secrets: Literal["off", "patterns", "detect-secrets"] = "patterns"
-    """`detect-secrets` adds that library's detectors, about 1.5 ms a KB (extra `privacy`)."""
+    """`detect-secrets` adds that library's detectors, about 1.5 ms a KB (extra `data`)."""
     recognisers: list[TenantRecogniser] = []
     """The data owner's own patterns, asked before the built-in ones."""
     key_file: str | None = None

@@ -86,7 +86,7 @@ def _detectors() -> list[Any]:
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     except ImportError:
         raise ConfigError(
-            "data.privacy.secrets: detect-secrets is not installed; pip install 'tuneloom[privacy]'"
+            "data.privacy.secrets: detect-secrets is not installed; pip install 'tuneloom[data]'"
         ) from None
     # On prose, entropy and keyword detectors fire on words in quotes; the rest are token shapes.
     left_out = {"IPPublicDetector", "Base64HighEntropyString", "HexHighEntropyString"}

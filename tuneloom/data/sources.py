@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import fsspec
 
-from tuneloom.errors import DataError
+from tuneloom.errors import ConfigError, DataError
 
 FORMATS = {
     ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -35,7 +35,10 @@ def find_sources(patterns: list[str]) -> list[Source]:
 
 def _expand(pattern: str) -> list[str]:
     """Files of a folder (those of a known kind), of a glob, or the one file, as full addresses."""
-    filesystem, path = fsspec.core.url_to_fs(pattern)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+    except (ImportError, ValueError) as error:  # fsspec says which package the protocol needs
+        raise ConfigError(f"source: {pattern} cannot be reached: {error}") from None
     if filesystem.isdir(path):
         found = [p for p in filesystem.find(path) if _kind(p) and not _hidden(p, path)]
     elif filesystem.exists(path):

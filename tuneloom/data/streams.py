@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 
 from tuneloom.data.sources import Source
-from tuneloom.errors import DataError
+from tuneloom.errors import ConfigError, DataError
 
 MAX_EXPANSION = 200
 """Times that a compressed file may grow; text stays below 20, a bomb is near deflate's 1,000."""
@@ -21,6 +21,10 @@ class Counted(io.RawIOBase):
         self.raw = fsspec.open(source.path, "rb").open()
         self.sha, self.read_raw, self.given = hashlib.sha256(), 0, 0
         opener = fsspec.compression.compr.get(source.compression) if source.compression else None
+        if source.compression and opener is None:
+            raise ConfigError(
+                f"source: {source.name} needs {source.compression}; pip install 'tuneloom[data]'"
+            )
         self.plain: Any = opener(_Hashing(self), mode="rb") if opener else None
 
     def __enter__(self) -> "Counted":
@@ -41,7 +45,7 @@ class Counted(io.RawIOBase):
         else:
             try:
                 data = self.plain.read(size)
-            except Exception as error:
+            except Exception as error:  # zlib, lzma, bz2 and zstandard have an error class each
                 raise DataError(f"{self.source.name}: cannot be uncompressed ({error})") from error
         self.given += len(data)
         if self.given > MAX_EXPANSION * max(self.read_raw, 1 << 20):

@@ -3,7 +3,7 @@
 A teacher behind any OpenAI-style endpoint answers a prompt template filled with a seed row; a
 judge, if one is named, scores the answer. What comes out is raw JSONL for `tuneloom ingest`, each
 row with its teacher, the teacher's licence, the prompt's digest, the seed's id and the judge's
-score. The share of synthetic rows is capped, and a request that was answered before is not made again.
+score. The share of synthetic rows is capped, and a request that was answered is not made again.
 """
 
 import hashlib

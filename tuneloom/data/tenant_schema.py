@@ -11,9 +11,13 @@ from tuneloom.errors import ConfigError
 
 def schema_check(path: str) -> Callable[[dict[str, Any]], None]:
     """A function that raises Reject for a row that breaks the schema; references stay local."""
-    import jsonschema
-    import referencing
-
+    try:
+        import jsonschema
+        import referencing
+    except ImportError:
+        raise ConfigError(
+            "data.json_schema: jsonschema is not installed; pip install 'tuneloom[data]'"
+        ) from None
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
         cls = jsonschema.validators.validator_for(schema)
