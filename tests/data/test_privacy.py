@@ -90,6 +90,18 @@ def test_pseudonyms_without_a_key_are_refused(monkeypatch: pytest.MonkeyPatch) -
         Redactor(PrivacyConfig(default="pseudonym"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_recipe_that_cannot_run_is_refused_by_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.delenv("TUNELOOM_PSEUDONYM_KEY", raising=False)
+    (tmp_path / "raw.jsonl").write_text('{"text": "a"}\n')
+    data = {"name": "d", "privacy": {"default": "pseudonym"}}
+    places = {"source": str(tmp_path / "raw.jsonl"), "root": str(tmp_path / "ds")}
+    with pytest.raises(ConfigError, match="need a key of 16 bytes"):
+        ingest(build(IngestConfig, {"data": data, "workers": workers} | places))
+
+
 def test_an_unknown_entity_in_actions_is_refused() -> None:
     with pytest.raises(ConfigError, match="no entity 'e-mail'"):
         build(PrivacyConfig, {"actions": {"e-mail": "drop"}})

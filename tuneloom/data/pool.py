@@ -20,8 +20,8 @@ def prepare_all(
     blocks: Iterable[Block], recipe: Recipe, folder: Path, *, workers: int
 ) -> Iterator[tuple[Block, Prepared]]:
     """Write every block's rows into `folder`; yields what became of each, in order."""
+    _start(recipe)  # a recipe that cannot run is refused here, not as a broken pool
     if workers == 1:
-        _start(recipe)
         for block in blocks:
             yield block, _prepare(block, folder)
         return
