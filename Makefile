@@ -35,7 +35,8 @@ check: install
 	$(BIN)/pytest tests/test_layers.py
 
 bench: install
-	$(BIN)/python -m benchmarks
+	for name in activation_diet kernels packing estimator ingest pii; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 .PHONY: help install demo test check bench
 .DEFAULT_GOAL := help

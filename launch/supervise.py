@@ -124,7 +124,9 @@ def connect(launch: LaunchConfig) -> None:
         ray.init(
             address="local", num_cpus=max(launch.workers, os.cpu_count() or 1),
             include_dashboard=False, object_store_memory=80 * 2**20,
-            _node_ip_address="127.0.0.1", **shared,
+            _node_ip_address="127.0.0.1",
+            # Ray starts workers at nice 15, so that anything else on a workstation comes first.
+            _system_config={"worker_niceness": 0}, **shared,
         )  # fmt: skip
         return
     address = os.environ.get("RAY_ADDRESS")

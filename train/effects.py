@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
-from tuneloom.kernels import attention
+from tuneloom.kernels import attention, jit
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
@@ -44,6 +44,7 @@ class Witness:
         self._before: tuple[str, Tensor] | None = None
         self._documents: list[int] = []
         attention.CALLS.clear()
+        jit.CALLS.clear()
 
     def saw_micro_batches(self, documents: list[int]) -> None:
         """Documents in each micro-batch of a step that is about to run."""
@@ -170,6 +171,9 @@ class Witness:
                 str(parameter.dtype).removeprefix("torch."), 0
             ) + true_numel(parameter)
         yield Receipt(f"model.dtype={model.dtype}", True, {"parameters": dtypes})
+        if model.kernels:
+            ran = dict(jit.CALLS)
+            yield Receipt("model.kernels", bool(ran), {"calls": ran})
         if model.checkpointing != "off":
             network: Any = self.network
             layers = network.config.get_text_config().num_hidden_layers

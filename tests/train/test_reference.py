@@ -58,12 +58,14 @@ def plain_loop(lab: Path, run_id: str) -> list[float]:
     return losses
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_plain_loop_gives_the_same_twenty_losses(
-    lab: Path, one: Gang, two: Gang, stage: int
+    lab: Path, one: Gang, two: Gang, stage: int, packing: bool
 ) -> None:
-    run_id = f"against-plain{stage}"
+    run_id = f"against-plain{stage}-{packing}".lower()
     gang = two if stage else one
-    gang.fit(small_config(lab, run_id, steps=STEPS, optim__lr=LR, zero__stage=stage))
+    settings = {"steps": STEPS, "optim__lr": LR, "zero__stage": stage, "batch__packing": packing}
+    gang.fit(small_config(lab, run_id, **settings))
     assert json.loads((lab / "runs" / run_id / "run.json").read_text())["steps"] == STEPS
     assert metrics(lab, run_id) == pytest.approx(plain_loop(lab, run_id), rel=1e-5)
