@@ -9,17 +9,25 @@ before use.
 
 DeepSpeed's own `latest` moves before its last barrier, and no flipped bit in a shard is noticed by
 `torch.load` (395 of 400 trials); so a folder without a manifest that verifies does not exist here.
+The manifest carries its own digest.
 """
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from tuneloom.errors import ConfigError, TrainingError
 from tuneloom.train import distributed
@@ -27,6 +35,9 @@ from tuneloom.train.distributed import World
 
 MANIFEST = "MANIFEST.json"
 ENGINE = "engine"
+SEAL = "manifest_sha256"
+ROOM = 1.2
+"""Free space to have before a save, in sizes of the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -69,44 +80,62 @@ def save(
     Raises TrainingError on all ranks when any rank could not write; the torn folder is removed and
     older checkpoints stay as they were.
     """
-    final, torn = root / name(step), root / f".torn-{name(step)}"
-    if world.first:
-        shutil.rmtree(torn, ignore_errors=True)
-        torn.mkdir(parents=True)
-    distributed.barrier()
-    failure = _write(engine, torn, world, trainer, adapters_only)
-    failures = [f for f in distributed.gather_objects(failure) if f]
+    # A name nobody else has: a process of a dead attempt that wakes up writes into its own folder.
+    torn = distributed.broadcast_object(root / f".torn-{name(step)}-{secrets.token_hex(4)}")
+    agreed = partial(_agreed, torn=torn, step=step, world=world)
+    agreed(lambda: _make_room(torn, keep) if world.first else None)
+    agreed(lambda: _write(engine, torn, world, trainer, adapters_only))
+    files = dict(
+        sorted(f for part in agreed(lambda: _hash_share(torn, world)) for f in part.items())
+    )
+    manifest = {
+        "step": step, "world_size": world.size, "zero_stage": zero_stage, "digests": digests,
+        "files": files,
+    }  # fmt: skip
+    agreed(lambda: _commit(torn, root / name(step), manifest, keep) if world.first else None)
+    return root / name(step)
+
+
+def _agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> list[Any]:
+    """What every rank's `work` returned, in rank order; one rank's failure is every rank's, and the
+    torn folder is gone by then.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = _why(error, torn)
+    outcomes: list[Any] = distributed.gather_objects((result, failure))
+    failures = [reason for _, reason in outcomes if reason]
     if failures:
         if world.first:
             shutil.rmtree(torn, ignore_errors=True)
-        raise TrainingError(f"checkpoint: step {step} could not be saved in {root}: {failures[0]}")
-    files = _hash_share(torn, world)
-    if world.first:
-        manifest = {
-            "step": step,
-            "world_size": world.size,
-            "zero_stage": zero_stage,
-            "digests": digests,
-            "files": files,
-        }
-        _write_durably(torn / MANIFEST, json.dumps(manifest, indent=1))
-        if final.exists():  # the same step saved twice: by a signal just after a regular save
-            shutil.rmtree(final)
-        os.rename(torn, final)
-        _sync_folder(root)
-        point_latest(root.parent, final.name)
-        prune(root, keep)
-    distributed.barrier()
-    return final
+        raise TrainingError(
+            f"checkpoint: step {step} could not be saved in {torn.parent}: {failures[0]}"
+        )
+    return [value for value, _ in outcomes]
+
+
+def _make_room(torn: Path, keep: int) -> None:
+    """The torn folder; where the last checkpoint would not fit again, all but that one go first."""
+    root = torn.parent
+    root.mkdir(parents=True, exist_ok=True)
+    if keep > 1 and shutil.disk_usage(root).free < ROOM * _last_bytes(root):
+        prune(root, 1)
+    (torn / ENGINE).mkdir(parents=True)
+
+
+def _last_bytes(root: Path) -> int:
+    """Size of the newest checkpoint, 0 without one."""
+    folders = ordered(root)
+    return sum(p.stat().st_size for p in folders[-1].rglob("*") if p.is_file()) if folders else 0
 
 
 def _write(
     engine: Any, torn: Path, world: World, trainer: dict[str, Any], adapters_only: bool
-) -> str | None:
-    """This rank's part of a checkpoint; the reason as a string when it failed."""
-    from safetensors.torch import save_file
-
-    try:
+) -> None:
+    """This rank's part of a checkpoint."""
+    with _failures_wait(engine):
         engine.save_checkpoint(
             str(torn),
             tag=ENGINE,
@@ -115,36 +144,89 @@ def _write(
             save_latest=False,
             exclude_frozen_parameters=adapters_only,
         )
-        save_file(rng_state(world), torn / f"rng-{world.rank:05d}.safetensors")
-        if world.first:
-            (torn / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
-    except (OSError, RuntimeError) as error:
-        return _why(error, torn)
-    return None
+    save_file(rng_state(world), torn / f"rng-{world.rank:05d}.safetensors")
+    if world.first:
+        (torn / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
 
 
-def _why(error: Exception, folder: Path) -> str:
+@contextmanager
+def _failures_wait(engine: Any) -> Iterator[None]:
+    """Raise the first failure to write only when `save_checkpoint` is over: it has barriers, and
+    ranks that could write would wait there for one that could not (deepspeed 0.19.8).
+    """
+    failures: list[Exception] = []
+
+    def held_back(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        return call
+
+    shards = engine.checkpoint_engine
+    shards.save = held_back(shards.save)
+    engine._copy_recovery_script = held_back(engine._copy_recovery_script)
+    try:
+        yield
+    finally:
+        del shards.save, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
+
+
+def _why(error: Exception, torn: Path) -> str:
     """torch reports a full disk as `unexpected pos`, with no errno (measured on 2.13)."""
-    free = shutil.disk_usage(folder.parent).free
     text = str(error).strip().splitlines()[0]
-    if "unexpected pos" in text or getattr(error, "errno", None) == 28 or free < 1 << 20:
-        return f"disk full, {free} bytes free; free some space or point run.root elsewhere ({text})"
-    return f"{type(error).__name__}: {text}"
+    full = "unexpected pos" in text or "No space left" in text
+    if not full and getattr(error, "errno", None) != errno.ENOSPC:
+        return f"{type(error).__name__}: {text}"
+    there = next(folder for folder in (torn, *torn.parents) if folder.exists())
+    free, needed = shutil.disk_usage(there).free, _last_bytes(torn.parent)
+    size = f"about {needed} bytes needed, as the last one took" if needed else "it is the first one"
+    return f"disk full: {size}, {free} bytes free; free some space or move run.root ({text})"
+
+
+def _commit(torn: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
+    """The manifest last, then the name; from the rename on the checkpoint exists."""
+    _write_durably(torn / MANIFEST, sealed(manifest))
+    for folder in (torn / ENGINE, torn):
+        _sync_folder(folder)
+    if final.exists():  # of a later past, when a run was resumed from an older checkpoint by name
+        os.rename(final, final.with_name(f".torn-replaced-{final.name}"))
+    os.rename(torn, final)
+    _sync_folder(final.parent)
+    point_latest(final.parent.parent, final.name)
+    prune(final.parent, keep)
+
+
+def sealed(manifest: dict[str, Any]) -> str:
+    """The manifest as text that carries its own digest."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps(manifest | {SEAL: digest}, indent=1)
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The manifest of a text that is, byte for byte, what `sealed` gave; raises ValueError."""
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or SEAL not in manifest:
+        raise ValueError("no seal")
+    del manifest[SEAL]
+    if sealed(manifest) != text:
+        raise ValueError("not what was sealed")
+    return manifest
 
 
 def _hash_share(folder: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Fsync and hash every n-th file on this rank; the whole table on all ranks."""
+    """Fsync and hash every n-th file on this rank."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     mine = {}
     for path in files[world.rank :: world.size]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    table: dict[str, dict[str, Any]] = {}
-    for part in distributed.gather_objects(mine):
-        assert isinstance(part, dict)
-        table.update(part)
-    return dict(sorted(table.items()))
+    return mine
 
 
 def sha256(path: Path) -> str:
@@ -174,10 +256,19 @@ def point_latest(run: Path, checkpoint: str) -> None:
     os.rename(run / ".latest", run / "latest")
 
 
+def ordered(root: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first; names alone would put step 1,000,000 before
+    999,999.
+    """
+    folders = [f for f in root.glob("step-*") if f.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
 def prune(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and torn ones of dead attempts."""
-    for folder in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(folder)
+    for folder in ordered(root)[:-keep]:
+        # Renamed first: half a deletion must not look like damage.
+        os.rename(folder, folder.with_name(f".torn-pruned-{folder.name}"))
     for folder in [*root.glob(".torn-*"), *root.glob(".universal-*")]:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -192,8 +283,6 @@ def rng_state(world: World) -> dict[str, torch.Tensor]:
 
 def restore_rng(folder: Path, world: World) -> None:
     """Put this rank's generators back; a rank that did not exist then keeps its seed."""
-    from safetensors.torch import load_file
-
     file = folder / f"rng-{world.rank:05d}.safetensors"
     if not file.exists():
         return
@@ -204,15 +293,22 @@ def restore_rng(folder: Path, world: World) -> None:
 
 
 def verify(folder: Path) -> str | None:
-    """None when every file is what the manifest says, else the first difference."""
+    """None when the folder holds what its manifest lists and nothing else, else the first
+    difference.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        listed = manifest["files"]
+        manifest = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "no manifest: the save never finished"
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # json's and Unicode's errors are ValueErrors
         return "the manifest is damaged"
-    for relative, facts in listed.items():
+    if folder.name.startswith("step-") and folder.name != name(manifest["step"]):
+        return f"it holds step {manifest['step']}"
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+    stray = sorted(present - set(manifest["files"]) - {MANIFEST})
+    if stray:  # DeepSpeed unpickles what it finds by pattern
+        return f"{stray[0]} is not in the manifest"
+    for relative, facts in manifest["files"].items():
         path = folder / relative
         if not path.is_file():
             return f"{relative} is missing"
@@ -225,10 +321,10 @@ def verify(folder: Path) -> str | None:
 
 def newest(root: Path, say: Any = print) -> Found | None:
     """The newest checkpoint that verifies; damaged ones are set aside with a line each."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
+    for folder in reversed(ordered(root)):
         fault = verify(folder)
         if fault is None:
-            return opened(folder)
+            return _found(folder)
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
@@ -246,7 +342,11 @@ def opened(folder: Path) -> Found:
         raise ConfigError(
             f"resume: {folder} cannot be used: {fault}; resume=auto takes the newest good one"
         )
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return _found(folder)
+
+
+def _found(folder: Path) -> Found:
+    manifest = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     return Found(folder, manifest, trainer)
 

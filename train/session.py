@@ -139,6 +139,8 @@ class Session:
                 outcome = work()
             except TuneloomError as error:
                 outcome = error
+            except OSError as error:  # a full disk: said on every rank, not waited for
+                outcome = TrainingError(f"{self.folder}: {error}")
         outcome = distributed.broadcast_object(outcome)
         if isinstance(outcome, TuneloomError):
             raise outcome
@@ -195,6 +197,9 @@ class Session:
         self.step = self._saved_step = found.step
         self.feed.restore(found.trainer["feed"])
         self._best, self._worse = found.trainer["best"], found.trainer["worse"]
+        # Validating this step once more would count twice towards train.patience.
+        self._evaluated_step = found.trainer["evaluated"]
+        self._sampled_step = found.trainer["sampled"]
         if self.exposure is not None:
             self.exposure.rewind(found.step)
             print(f"resumed {found.folder.name} of {self.config.run.id}", flush=True)
@@ -363,8 +368,7 @@ class Session:
         if self._saved_step == self.step:
             return
         with self.clock.phase("checkpoint"):
-            if self.exposure is not None:
-                self.exposure.flush(self.step)
+            self._on_first(lambda: self.exposure.flush(self.step) if self.exposure else None)
             checkpoint.save(
                 self.engine, self.folder / "checkpoints", self.world,
                 step=self.step, zero_stage=self.config.zero.stage, trainer=self._state(),
@@ -383,6 +387,8 @@ class Session:
             "feed": self.feed.state(),
             "best": self._best,
             "worse": self._worse,
+            "evaluated": self._evaluated_step,
+            "sampled": self._sampled_step,
         }
 
     def finish(self, loss: float) -> None:
@@ -419,7 +425,10 @@ class Session:
         """Say in run.json how it ended, where that can still be said."""
         if self.world.first and self._lock is not None and (self.folder / "run.json").exists():
             state = "stopped" if isinstance(error, Stopped) else "failed"
-            runs.update(self.folder, {"state": state, "error": str(error).splitlines()[0:1]})
+            try:
+                runs.update(self.folder, {"state": state, "error": str(error).splitlines()[0:1]})
+            except OSError as why:  # a full disk must not hide what ended the run
+                print(f"run.json still says running: {why}", flush=True)
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""

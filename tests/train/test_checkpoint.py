@@ -149,7 +149,7 @@ from tuneloom.train.loop import fit
 rank, config = os.environ["RANK"], json.loads(sys.argv[1])
 real = checkpoint._hash_share
 def die(folder, world):
-    if folder.name.endswith("000008") and rank == sys.argv[2]:
+    if folder.name.startswith(".torn-step-000008") and rank == sys.argv[2]:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(folder, world)
 checkpoint._hash_share = die
@@ -178,7 +178,66 @@ def test_killed_inside_a_save_resumes_from_the_one_before_with_the_same_bits(
     assert ranks[int(rank)].wait(120) == -9
     assert ranks[1 - int(rank)].wait(120) != 0
     left = sorted(p.name for p in (lab / "runs" / run_id / "checkpoints").iterdir())
-    assert left == [".torn-step-000008", "step-000004"]
+    assert len(left) == 2 and left[0].startswith(".torn-step-000008-")
+    assert left[1] == "step-000004"
     two.fit(config(lab, run_id, **settings))
     assert metrics(lab, run_id) == metrics(lab, f"alive{rank}")
     assert exposures(lab, run_id) == exposures(lab, f"alive{rank}")
+
+
+CRAMPED = """
+import json, os, resource, sys
+from tuneloom.config import build
+from tuneloom.errors import TrainingError
+from tuneloom.train import checkpoint
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.loop import fit
+if os.environ["RANK"] == sys.argv[2]:
+    real = checkpoint._write
+    def cramped(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        try:
+            return real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    checkpoint._write = cramped
+try:
+    fit(build(TrainConfig, json.loads(sys.argv[1])))
+except TrainingError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(("stage", "rank"), [(2, "1"), (3, "0")])
+def test_a_rank_that_cannot_write_ends_the_save_on_all_ranks_and_leaves_no_torn_folder(
+    lab: Path, stage: int, rank: str
+) -> None:
+    """DeepSpeed has barriers inside a save, so raising on one rank left the other there."""
+    run_id = f"cramped{stage}"
+    settings = config(lab, run_id, zero__stage=stage, checkpoint__every=4, steps=4)
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CRAMPED, json.dumps(settings), rank],
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert all("step 4 could not be saved" in text for text in said), said
+    assert list((lab / "runs" / run_id / "checkpoints").iterdir()) == []
+
+
+def test_resuming_does_not_validate_the_same_step_twice(lab: Path, two: Gang) -> None:
+    settings: dict[str, object] = {
+        "data__validation": str(lab / "validation.jsonl"), "train__validate_every": 4,
+        "checkpoint__every": 4,
+    }  # fmt: skip
+    two.fit(config(lab, "validated", **settings))
+    interrupted(lab, two, "revalidated", **{k: v for k, v in settings.items() if "every" not in k},
+                train__validate_every=4)  # fmt: skip
+    two.fit(config(lab, "revalidated", **settings))
+    assert metrics(lab, "revalidated", "eval/loss") == metrics(lab, "validated", "eval/loss")
