@@ -9,9 +9,10 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
-from tuneloom.config import build, compose, dotted_keys, unknown_override
+from tuneloom.config import FORBIDDEN_KEYS, build, compose, dotted_keys, unknown_override
 from tuneloom.errors import CONFIGURATION, ConfigError, TuneloomError
 
 VERBS = {
@@ -135,6 +136,7 @@ def run_under_hydra(verb: str, rest: list[str]) -> int:
     import hydra
     from omegaconf import DictConfig, OmegaConf
 
+    refuse_code(rest)
     worst = 0
 
     def task(composed: DictConfig) -> None:
@@ -147,3 +149,17 @@ def run_under_hydra(verb: str, rest: list[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "0")
     hydra.main(version_base="1.3", config_path="pkg://tuneloom.conf", config_name=verb)(task)()
     return worst
+
+
+def refuse_code(arguments: list[str]) -> None:
+    """Hydra instantiates its own sweeper and launcher: no argument may name their class
+    (CVE-2026-68508), and no file of a config folder may unfold to more than it is.
+    """
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        key, _, value = argument.partition("=")
+        if set(key.lstrip("+~").split(".")) & set(FORBIDDEN_KEYS):
+            raise ConfigError(f"{key}: configs name no code here; remove it")
+        if key in ("--config-dir", "-cd"):
+            from tuneloom.yaml_guard import check_folder
+
+            check_folder(Path(value or following))

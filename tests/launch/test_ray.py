@@ -78,6 +78,17 @@ class Cluster:
         except urllib.error.HTTPError as error:
             return error.code
 
+    def takes_jobs(self) -> bool:
+        """True once the dashboard and the agent that starts jobs are up."""
+        body = json.dumps({"entrypoint": "true"}).encode()
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return bool(answer.status == 200)
+        except OSError:  # not listening, or 500 while there is no agent yet
+            return False
+
     def job(self, name: str) -> dict[str, object]:
         headers = {"Authorization": f"Bearer {self.token}"}
         request = urllib.request.Request(f"{self.dashboard}/api/jobs/{name}", headers=headers)
@@ -107,19 +118,16 @@ def cluster() -> Iterator[Cluster]:
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
          f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--num-gpus=0",
          "--node-ip-address=127.0.0.1", "--object-store-memory=80000000",
-         f"--temp-dir={folder}/ray", "--disable-usage-stats"],
+         f"--temp-dir={folder}/ray", f"--dashboard-agent-listen-port={free_port()}",
+         "--disable-usage-stats"],
         env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
     cluster = Cluster(f"http://127.0.0.1:{dashboard}", environment)
     try:
         deadline = time.monotonic() + 120
-        while True:
-            try:
-                if cluster.ask("/api/jobs/", cluster.token) == 200:
-                    break
-            except OSError:  # not listening yet
-                assert head.poll() is None, (folder / "head.log").read_text(encoding="utf-8")
+        while not cluster.takes_jobs():
+            assert head.poll() is None, (folder / "head.log").read_text(encoding="utf-8")
             assert time.monotonic() < deadline, (folder / "head.log").read_text(encoding="utf-8")
             time.sleep(0.5)
         yield cluster

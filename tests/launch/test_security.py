@@ -135,6 +135,17 @@ def test_200_fuzzed_overrides_end_in_one_sentence(
         assert "Traceback" not in said.err + said.out, override
 
 
+@pytest.mark.parametrize("target", ["sweeper", "launcher", "callbacks.x", "job_logging"])
+def test_hydras_own_classes_cannot_be_replaced(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = f"+hydra.{target}._target_=os.mkdir"
+    assert cli.main(["plan", "--multirun", code, "+hydra.sweeper.path=canary"]) == 2
+    assert "configs name no code here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def bombs(folder: Path) -> list[Path]:
     """20 files that are small to read and large, deep or endless to unfold."""
     texts = []
