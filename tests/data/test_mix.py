@@ -113,6 +113,17 @@ def test_contradicting_shares_are_refused(parts: list[str]) -> None:
         build(MixConfig, {"name": "m", "parts": [{"dataset": "a", "weight": 1}, {"dataset": "b"}]})
 
 
+def test_a_mixture_keeps_the_licence_of_each_row(tmp_path: Path, parts: list[str]) -> None:
+    terms = [{"match": "*", "licence": "MIT"}]
+    free = make(tmp_path, "free", 50, provenance=terms)
+    mixed(tmp_path, parts=of([free, parts[1]]))
+    graph = Graph.load(tmp_path / "datasets", tmp_path)
+    found = graph.find_rows("licence", "MIT")
+    (mixture,) = (t for name, t in found.items() if name.startswith("m@"))
+    assert set(mixture["source"].to_pylist()) == {"free/free.jsonl"}
+    assert set(graph.find_rows("source", "free.jsonl")) == set(found)
+
+
 def test_an_erased_source_leaves_the_mixture_too(tmp_path: Path, parts: list[str]) -> None:
     mixed(tmp_path, parts=of(parts))
     order = {"source": "small.jsonl", "execute": True, "reason": "r"}

@@ -135,6 +135,16 @@ def test_out_writes_every_row(
     assert pq.read_table(tmp_path / "rows.parquet").num_rows == answer["rows"] > 20
 
 
+def test_a_source_of_the_same_name_in_another_folder_is_another_source(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    write_raw(tmp_path / "raw" / "old")
+    for line_file in (tmp_path / "raw" / "old").glob("*.jsonl"):
+        line_file.write_text(line_file.read_text().replace("question", "older question"))
+    made = make(tmp_path / "datasets", raw)
+    found = graph(tmp_path).find_rows("source", "crm.jsonl")[made.name]
+    assert set(found["source"].to_pylist()) == {"crm.jsonl"} and len(found) == 40
+
+
 def test_a_plan_changes_nothing(house: Path) -> None:
     before = sorted(p for p in house.rglob("*") if p.is_file())
     config = {

@@ -114,6 +114,15 @@ class Graph:
         found = [Run(path.parent, _json(path)) for path in sorted(Path(runs).glob("*/run.json"))]
         return cls({d.name: d for d in versions}, {r.id: r for r in found})
 
+    def licences(self, dataset: Dataset) -> dict[str, str | None]:
+        """Licence by source; the sources of a mixture are DATASET/SOURCE of its parts."""
+        found = dataset.licences()
+        for name in dataset.parents():
+            if parent := self.datasets.get(name):
+                prefix = parent.manifest["name"]
+                found |= {f"{prefix}/{s}": terms for s, terms in self.licences(parent).items()}
+        return found
+
     def dataset_of(self, run: Run) -> tuple[Dataset, str] | None:
         """The version and split a run was trained on; None for a raw file, or one that is gone."""
         digest = (run.record.get("dataset") or {}).get("digest")
@@ -156,9 +165,9 @@ class Graph:
         """By dataset version, the rows meant: id, split, source, meta."""
         found = {}
         for dataset in self.datasets.values():
-            tables = []
+            licences, tables = self.licences(dataset), []
             for split, table in dataset.rows(["id", "source", "meta"]):
-                chosen = table.filter(_meant(table, kind, value, dataset))
+                chosen = table.filter(_meant(table, kind, value, dataset, licences))
                 column = pa.array([split] * len(chosen), pa.string())
                 tables.append(chosen.append_column("split", column))
             joined = pa.concat_tables(tables) if tables else None
@@ -178,15 +187,16 @@ class Graph:
         return pa.concat_tables(tables)
 
 
-def _meant(table: pa.Table, kind: Kind, value: str, dataset: Dataset) -> Any:
+def _meant(table: pa.Table, kind: Kind, value: str, licences: dict[str, str | None]) -> Any:
     """(N,) bool: the rows a selector means."""
     if kind == "row":
         return pc.starts_with(table["id"], value)
     if kind == "source":
-        return pc.equal(table["source"], value)
+        in_mixtures = [f"{name.split('@')[0]}/{value}" for name in dataset.parents()]
+        return pc.is_in(table["source"], pa.array([value, *in_mixtures], pa.string()))
     if kind == "subject":
         return pc.match_substring(table["meta"], f'"subject":"{subject_hash(value)}"')
-    names = [source for source, licence in dataset.licences().items() if licence == value]
+    names = [source for source, licence in licences.items() if licence == value]
     return pc.is_in(table["source"], pa.array(names, pa.string()))
 
 

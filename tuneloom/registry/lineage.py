@@ -218,7 +218,7 @@ def _facts(graph: Graph, run: Run) -> dict[str, tuple[str, str | None, list[str]
     if known is None:
         return {}
     dataset, split = known
-    licences, facts = dataset.licences(), {}
+    licences, facts = graph.licences(dataset), {}
     for name, table in dataset.rows(["id", "source", "meta"]):
         if name == split:
             for row in table.to_pylist():
