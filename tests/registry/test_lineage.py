@@ -60,7 +60,8 @@ def make(root: Path, source: Path, **data: Any) -> Path:
 def train(folder: Path, run_id: str, data: Path) -> Path:
     command = [sys.executable, "-m", "tuneloom", "train", f"model.path={folder / 'base'}",
                "model.dtype=fp32", f"data.path={data}", "launch=inline", "zero=stage0",
-               "tracker=off", "epochs=1", "batch.max_length=128", "batch.tokens=256", f"run.id={run_id}",
+               "tracker=off", "epochs=1", "batch.max_length=128", "batch.tokens=256",
+               f"run.id={run_id}",
                f"run.root={folder / 'runs'}",
                "train.drill=false", "train.probe=false"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

@@ -187,7 +187,9 @@ class Graph:
         return pa.concat_tables(tables)
 
 
-def _meant(table: pa.Table, kind: Kind, value: str, licences: dict[str, str | None]) -> Any:
+def _meant(
+    table: pa.Table, kind: Kind, value: str, dataset: Dataset, licences: dict[str, str | None]
+) -> Any:
     """(N,) bool: the rows a selector means."""
     if kind == "row":
         return pc.starts_with(table["id"], value)
