@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +109,20 @@ def test_remote_code_is_refused_whatever_the_config(
     (base / "config.json").write_text(json.dumps(config))
     assert train(lab, f"model.path={base}") == 2
     assert "auto_map" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(
+            [sys.executable, "-m", "tuneloom.train", "experiment=demo"],
+            env=os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": str(taken.getsockname()[1])},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 4
+    assert "is in use by another process" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.fixture

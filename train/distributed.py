@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tuneloom.errors import RefusedError
+
 
 @dataclass(frozen=True)
 class World:
@@ -53,9 +55,7 @@ def start(*, timeout_seconds: int = 1800) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
-        )
+        _join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     return World(rank, size, local_rank, device)
 
 
@@ -76,6 +76,20 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise RefusedError(
+                f"MASTER_PORT: {where} is in use by another process; choose another port "
+                "(torchrun --master-port)"
+            ) from None
+        first = str(error).splitlines()[0]
+        raise RefusedError(f"MASTER_ADDR: rank 0 cannot be reached at {where} ({first})") from None
 
 
 def is_joined() -> bool:

@@ -115,6 +115,7 @@ BROKEN: list[list[str]] = [
     ["optim=muon", "optim.clip=1.0"],
     ["model.attention=flash", "model.dtype=fp32"],
     ["model.init=random", "method=lora"],
+    ["model.kernels=true", "model.checkpointing=on"],
     ["method=full", "method.dora=true"],
     ["method=full", "method.extra_modules=[lm_head]"],
     ["data.format=text"],

@@ -1,0 +1,99 @@
+"""What only a GPU can show: pytest -m gpu tests/gpu. None of it has run yet; README, honest limits.
+
+Each run is a process of its own through `python -m tuneloom.train`, so Ray is not needed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuneloom.testing import free_port, metrics, tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+LLAMA3_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "rope_theta": 500000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def train(lab: Path, run_id: str, *overrides: str, gpu: bool = True) -> None:
+    environment = os.environ | {"MASTER_PORT": str(free_port())}
+    environment.pop("DS_ACCELERATOR", None)
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneloom.train", f"run.root={lab}/runs", f"run.id={run_id}",
+         f"model.path={lab}/base", f"data.path={lab}/rows.jsonl", "data.validation=null",
+         "batch.max_length=128", "batch.tokens=512", "batch.window=64", "optim.warmup_steps=2",
+         "optim.lr=5e-3", "tracker=off", "epochs=100", "steps=20", "zero=stage0", *overrides],
+        capture_output=True, text=True, env=environment, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def effects(lab: Path, run_id: str) -> dict[str, dict[str, object]]:
+    found = json.loads((lab / "runs" / run_id / "effects.json").read_text())["receipts"]
+    return {receipt["option"]: receipt["evidence"] for receipt in found}
+
+
+@pytest.fixture(scope="module")
+def curve(lab: Path) -> list[float]:
+    """The same run in fp32 on the CPU."""
+    train(lab, "cpu", "model.dtype=fp32", gpu=False)
+    return metrics(lab, "cpu")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_on_the_gpu_follows_fp32_on_the_cpu(
+    lab: Path, curve: list[float], dtype: str, stage: int
+) -> None:
+    run_id = f"{dtype}-{stage}"
+    train(lab, run_id, f"model.dtype={dtype}", f"zero=stage{stage}")
+    assert metrics(lab, run_id) == pytest.approx(curve, rel=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "sdpa", "flash"])
+def test_the_backend_asked_for_is_the_one_that_ran(lab: Path, backend: str) -> None:
+    from tuneloom.kernels.attention import has_flash
+
+    if backend == "flash" and not has_flash():
+        pytest.skip("flash-attn is not installed")
+    train(lab, backend, "model.dtype=bf16", f"model.attention={backend}")
+    assert list(effects(lab, backend)[f"model.attention={backend}"]["calls"]) == [backend]  # type: ignore[call-overload]
+
+
+def test_qlora_and_the_8_bit_optimizer_train(lab: Path) -> None:
+    tiny_model(lab / "wide", hidden=128)
+    train(lab, "nf4", f"model.path={lab}/wide", "method=qlora", "optim=adamw8bit")
+    assert metrics(lab, "nf4")[-1] < metrics(lab, "nf4")[0]
+
+
+def test_the_fused_ops_give_the_curve_of_the_plain_ones(lab: Path) -> None:
+    train(lab, "plain", "model.dtype=bf16")
+    train(lab, "fused", "model.dtype=bf16", "model.kernels=true")
+    assert metrics(lab, "fused") == pytest.approx(metrics(lab, "plain"), rel=1e-2)
+
+
+def test_an_8b_shape_with_random_weights_takes_steps(lab: Path) -> None:
+    base = lab / "llama3-8b"
+    tiny_model(base)  # its tokenizer; the weights are drawn, not read
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    (base / "config.json").write_text(json.dumps(LLAMA3_8B))
+    train(
+        lab, "8b", f"model.path={base}", "model.init=random", "method=full", "optim=adamw8bit",
+        "model.dtype=bf16", "model.checkpointing=on", "steps=3", "train.drill=false",
+        "checkpoint.every=0",
+    )  # fmt: skip
+    assert metrics(lab, "8b", "speed/mfu")[-1] > 0
