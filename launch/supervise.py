@@ -8,6 +8,7 @@ step
 (measured on 2.60.0). Here a checkpoint on disk that verifies is the only thing a restart believes.
 """
 
+import math
 import os
 import secrets
 import signal
@@ -30,6 +31,12 @@ INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OF
              "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
              "CUDA_HOME", "PATH")  # fmt: skip
 """Variables that ranks get from the driver; secrets are not among them, W&B reads its own netrc."""
+READ_AT_IMPORT = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Every line of every rank, as it was written: Ray drops lines that repeat across workers."""
 NODES_SECONDS = 120.0
 """How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
 
@@ -41,13 +48,17 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
     """
     if launch.kind == "local":
         private_token()
+    os.environ |= READ_AT_IMPORT
     import ray
 
+    folder = folder_of(config)
+    (folder / "stop").unlink(missing_ok=True)  # of a driver that was killed after it was asked
     with ExitStack() as stack:
+        stack.enter_context(signals_ask_to_stop(folder))
         stack.callback(ray.shutdown)
         connect(launch)
         keeps_its_folder(config)
-        with signals_ask_to_stop(folder_of(config)):
+        with signals_ask_to_stop(folder):  # once more: ray.init puts its own SIGTERM handler
             lost: str | None = None
             for attempt in range(launch.max_restarts + 1):
                 lost = run_gang(config, launch, attempt)
@@ -57,7 +68,8 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
             raise TrainingError(
                 f"launch.max_restarts: all {launch.max_restarts} restarts are used up; last: {lost}"
             )
-
+    variables once, at import, so a sweep's next job keeps the token; the folder goes with the
+    process.
 
 @cache
 def private_token() -> tempfile.TemporaryDirectory[str]:
@@ -113,12 +125,6 @@ def connect(launch: LaunchConfig) -> None:
     """
     import ray
 
-    # Every line of every rank, as it was written: Ray drops lines that repeat across workers.
-    os.environ |= {
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_COLOR_PREFIX": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
     shared: dict[str, Any] = {"logging_level": "error", "log_to_driver": True}
     if launch.kind == "local":
         ray.init(
@@ -253,23 +259,26 @@ def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int)
 def wait(calls: list[Any]) -> None:
     """Until every rank returned; raises the first error, after the others had 30 s to say the
     same.
+
+    Raises RayActorError when a worker died: its peers fail in a collective, often before Ray knows.
     """
     import ray
     from ray.exceptions import RayTaskError
 
-    waiting, failure, deadline = calls, None, 0.0
-    while waiting:
+    waiting, failure, crash, deadline = calls, None, None, math.inf
+    while waiting and time.monotonic() < deadline:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
         try:
-            failures = [error for error in ray.get(done) if error is not None]
+            for error in ray.get(done):
+                failure = failure or (revived(error) if error else None)
         except RayTaskError as error:
-            raise TrainingError(f"a rank failed: {str(error.cause).strip()}") from error
-        if failures and failure is None:
-            failure, deadline = revived(failures[0]), time.monotonic() + 30.0
-        if failure is not None and time.monotonic() > deadline:
-            break
+            crash = crash or error
+        if (failure or crash) and deadline == math.inf:
+            deadline = time.monotonic() + 30.0
     if failure is not None:
         raise failure
+    if crash is not None:
+        raise TrainingError(f"a rank failed: {str(crash.cause).strip()}") from crash
 
 
 def revived(error: dict[str, str]) -> TuneloomError:

@@ -1,4 +1,4 @@
-"""The main job through its commands, on the shipped data and base: raw records to a scored adapter."""
+"""The main job through its commands, on the shipped data and base: records to a scored adapter."""
 
 import json
 import os
@@ -20,7 +20,8 @@ Command = Callable[..., str]
 def tuneloom() -> Command:
     def call(*arguments: str, code: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "tuneloom", *arguments], capture_output=True, text=True, cwd=ROOT,
+            [sys.executable, "-m", "tuneloom", *arguments], capture_output=True, text=True,
+            cwd=ROOT,
             timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stderr}"
@@ -35,7 +36,8 @@ def job(tuneloom: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job")
     tuneloom("ingest", "data=debian", f"root={folder}/datasets")
     tuneloom(
-        "train", "experiment=demo", f"data.path={folder}/datasets/debian", f"run.root={folder}/runs",
+        "train", "experiment=demo",
+        f"data.path={folder}/datasets/debian", f"run.root={folder}/runs",
         "run.id=e2e", "steps=120", "train.validation_rows=64",
     )  # fmt: skip
     return folder / "runs" / "e2e"
