@@ -68,15 +68,15 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
             raise TrainingError(
                 f"launch.max_restarts: all {launch.max_restarts} restarts are used up; last: {lost}"
             )
-    variables once, at import, so a sweep's next job keeps the token; the folder goes with the
-    process.
+
 
 @cache
 def private_token() -> tempfile.TemporaryDirectory[str]:
     """A token for the embedded Rays of this process, in a file that only its owner reads.
 
     Ray makes one by itself, but as ~/.ray/auth_token, readable by all (2.60.0). It reads the
-    variables once, at import, so a sweep's next job keeps the token; the folder goes with the process.
+    variables once, at import, so a sweep's next job keeps the token; the folder goes with the
+    process.
     """
     folder = tempfile.TemporaryDirectory(prefix="tuneloom-")  # 0700
     path = Path(folder.name) / "token"
