@@ -13,7 +13,7 @@ tuneloom plan experiment=demo
 say "3/7 tuneloom train experiment=demo         LoRA, two Ray workers, DeepSpeed ZeRO-2 over gloo, W&B offline"
 tuneloom train experiment=demo run.id="$run"
 say "4/7 tuneloom evaluate run=runs/$run        base and tuned on rows neither saw"
-tuneloom evaluate run="runs/$run"
+OMP_NUM_THREADS=2 tuneloom evaluate run="runs/$run"
 say "5/7 tuneloom export run=runs/$run          adapter with its contract"
 tuneloom export run="runs/$run"
 say "6/7 tuneloom generate                      a fresh process opens what was exported"
