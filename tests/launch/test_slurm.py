@@ -84,6 +84,38 @@ def left_behind(bed: SlurmBed, job: str) -> list[str]:
     return found + ([str(token)] if token.exists() else [])
 
 
+def strangers_that_got_in(bed: SlurmBed, job: str) -> list[str]:
+    """From another network namespace: who asks the cluster's state, or joins it, without its token
+    (S1).
+    """
+    log = (bed.base / f"runs/.slurm/{job}/head.log").read_text(encoding="utf-8")
+    address = log.split("ray start --address='")[1].split("'")[0]
+    wrong = bed.base / "wrong-token"
+    wrong.touch(0o600)
+    wrong.write_text("0" * 64, encoding="utf-8")
+    got_in = []
+    for identity in (
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)},
+    ):
+        for words in (["status", f"--address={address}"], ["start", f"--address={address}"]):
+            tried = subprocess.run(
+                [sys.executable, "-m", "ray.scripts.scripts", *words],
+                env=bed.environment() | identity, capture_output=True, timeout=60, check=False,
+            )  # fmt: skip
+            if tried.returncode == 0:
+                got_in.append(f"{identity} {words}")
+    return got_in
+
+
+def token_in_processes(bed: SlurmBed, token: str) -> list[str]:
+    """Arguments and environments of the nodes' processes that hold the token (S10)."""
+    script = "for f in /proc/[0-9]*/environ /proc/[0-9]*/cmdline; do echo; echo $f; cat $f; done"
+    seen = [bed.inside(node, "sh", "-c", script + " 2>/dev/null") for node in bed.addresses]
+    assert all("ray" in text for text in seen)
+    return [line for text in seen for line in text.splitlines() if token in line]
+
+
 @pytest.mark.slurm
 def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed) -> None:
     job = sbatch(bed, "whole")
@@ -111,6 +143,8 @@ def test_usr1_saves_and_requeues_then_term_saves_and_ends_with_75(bed: SlurmBed)
     wait_for_steps(bed, job, "requeued", 3)
     token = bed.base / f"runs/.slurm/{job}/token"
     assert token.stat().st_mode & 0o777 == 0o600
+    assert strangers_that_got_in(bed, job) == []
+    assert token_in_processes(bed, token.read_text(encoding="utf-8")) == []
     bed.run("scancel", "--batch", "--signal=USR1", job)
     bed.wait_job(job, {"PENDING"})
     saved = sorted((bed.base / "runs/requeued/checkpoints").glob("step-*"))[-1].name
