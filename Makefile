@@ -35,6 +35,7 @@ check: install
 	$(BIN)/pytest tests/test_layers.py
 
 bench: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
 	for name in activation_diet kernels packing estimator ingest pii; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
