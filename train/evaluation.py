@@ -38,6 +38,12 @@ class Validation:
             return open_rows(path, "train", data.format)
         if Path(data.path).is_dir():
             return open_rows(data.path, data.validation, data.format, verify=self.world.first)
+        if self.world.first:
+            print(
+                f"validation: none, since {data.path} is a file without splits; "
+                "set data.validation=FILE.jsonl, or null",
+                flush=True,
+            )
         return None
 
     @torch.no_grad()

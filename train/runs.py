@@ -136,6 +136,21 @@ def changes(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [f"{path}: {before!r} -> {after!r}"]
 
 
+def refuse_other_inputs(config: TrainConfig, facts: dict[str, Any]) -> None:
+    """A resumed run reads the base and the rows it was started with; raises RefusedError."""
+    path = folder_of(config) / "run.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for part, key in (("base", "model.path"), ("dataset", "data.path")):
+        was, now = before[part]["digest"], facts[part]["digest"]
+        if was != now:
+            raise RefusedError(
+                f"{key}: {facts[part]['path']} has digest {now[:12]} now, but {config.run.id} was "
+                f"started with {was[:12]}; put it back, or choose another run.id"
+            )
+
+
 def record(config: TrainConfig, facts: dict[str, Any]) -> None:
     """Write run.json and config.yaml before step 0; `facts` are dataset, base and world."""
     import yaml

@@ -118,8 +118,8 @@ class Session:
             probe.isolation(self.network, self.vocabulary, world.device, seed=config.seed)
         torch.manual_seed(config.seed + world.rank)  # dropout differs by rank
 
+        self._on_first(lambda: self._record_run(found))
         if world.first:
-            self._record_run(found)
             self.exposure = Exposure(self.folder)
         if found:
             checkpoint.restore(self.engine, found, world, universal=universal)
@@ -190,7 +190,8 @@ class Session:
             "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
             "resumed_from": found.folder.name if found else None,
         }  # fmt: skip
-        self.facts = facts
+        if found:
+            runs.refuse_other_inputs(config, facts)
         runs.record(config, facts)
 
     def _restore(self, found: checkpoint.Found) -> None:

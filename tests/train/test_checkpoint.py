@@ -119,6 +119,19 @@ def test_another_config_under_the_same_run_id_is_refused_by_key(lab: Path, one: 
         one.fit(config(lab, "mine", optim__lr=0.1))
 
 
+def test_rows_that_changed_since_the_run_began_are_refused(
+    lab: Path, tmp_path: Path, one: Gang
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    shutil.copyfile(lab / "rows.jsonl", rows)
+    settings = {"data__path": str(rows), "checkpoint__every": 4}
+    one.fit(config(lab, "edited", **settings))
+    rows.write_text(rows.read_text().replace("answer", "Answer", 1))
+    shutil.rmtree(lab / "runs/edited/checkpoints" / checkpoint.name(STEPS))
+    with pytest.raises(RefusedError, match=r"data\.path: .* has digest"):
+        one.fit(config(lab, "edited", **settings))
+
+
 def test_resume_never_refuses_a_folder_that_holds_a_run(lab: Path, one: Gang) -> None:
     one.fit(config(lab, "taken"))
     with pytest.raises(ConfigError, match="holds a run already"):
