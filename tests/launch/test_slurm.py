@@ -66,7 +66,7 @@ def output(bed: SlurmBed, job: str) -> str:
 def wait_for_steps(bed: SlurmBed, job: str, run_id: str, count: int) -> None:
     """Until the run has written `count` steps."""
     path = bed.base / "runs" / run_id / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     while not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < count:
         assert time.monotonic() < deadline, output(bed, job)
         assert bed.job(job)["JobState"] not in ENDED, output(bed, job)
@@ -138,14 +138,15 @@ def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed) -> None:
 
 
 @pytest.mark.slurm
-def test_usr1_saves_and_requeues_then_term_saves_and_ends_with_75(bed: SlurmBed) -> None:
+def test_preemption_saves_and_requeues_then_term_saves_and_ends_with_75(bed: SlurmBed) -> None:
+    """A job of a higher partition takes both nodes; Slurm's warning is the one of a time limit."""
     job = sbatch(bed, "requeued", "steps=100000")
     wait_for_steps(bed, job, "requeued", 3)
     token = bed.base / f"runs/.slurm/{job}/token"
     assert token.stat().st_mode & 0o777 == 0o600
     assert strangers_that_got_in(bed, job) == []
     assert token_in_processes(bed, token.read_text(encoding="utf-8")) == []
-    bed.run("scancel", "--batch", "--signal=USR1", job)
+    bed.run("sbatch", "-N2", "-p", "high", "--exclusive", "--wrap", "sleep 2", cwd=bed.base)
     bed.wait_job(job, {"PENDING"})
     saved = sorted((bed.base / "runs/requeued/checkpoints").glob("step-*"))[-1].name
     assert bed.job(job)["Restarts"] == "1"
