@@ -1,0 +1,194 @@
+"""Where drills happen: a tiny model in a temporary folder, real runs of `tuneloom train` on it, and
+what is measured about them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tuneloom.errors import TrainingError
+
+STEPS, EVERY = 120, 10
+"""Ranks outlive their driver by 2 s, in which this model takes 17 to 40 steps (measured)."""
+PATIENCE = 180.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one fault cost; None is not measured under this fault."""
+
+    fault: str
+    what: str
+    exit_codes: str
+    steps_lost: int | None
+    seconds: float | None
+    """From the fault (or the second start of the same command) to the first new step."""
+    differing_bits: int
+    samples_off: int
+    """Examples that were missing or came twice, against the uninterrupted run."""
+    orphans: int
+    held: bool
+
+
+class Run:
+    """One started `tuneloom train`."""
+
+    def __init__(self, lab: "Lab", run_id: str, *more: str, root: Path | None = None) -> None:
+        self.lab, self.folder = lab, (root or lab.folder / "runs") / run_id
+        self.started = time.monotonic()
+        self.log = lab.folder / f"{run_id}.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tuneloom", "train", *lab.overrides(self.folder), *more],
+                stdout=log, stderr=log, cwd=lab.folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Training rows of metrics.jsonl that are whole."""
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True)
+        except FileNotFoundError:
+            return []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [row for row in rows if "train/loss" in row]
+
+    @property
+    def step(self) -> int:
+        rows = self.rows()
+        return int(rows[-1]["step"]) if rows else 0
+
+    def inode(self) -> int:
+        """Of metrics.jsonl: a resumed run replaces the file."""
+        path = self.folder / "metrics.jsonl"
+        return path.stat().st_ino if path.exists() else 0
+
+    def wait_for(self, ready: Any, what: str) -> None:
+        """Poll every 10 ms; raises TrainingError when the run ends first, or after 180 s."""
+        deadline = time.monotonic() + PATIENCE
+        while not ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                tail = self.log.read_text(errors="replace")[-1500:]
+                raise TrainingError(f"drill: {self.folder.name} never saw {what}; its log: {tail}")
+            time.sleep(0.01)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: self.step >= step, f"step {step}")
+
+    def wait_for_save(self) -> None:
+        """Until a save is under way."""
+        root = self.folder / "checkpoints"
+        self.wait_for(lambda: any(root.glob(".torn-step-*")), "a save")
+
+    def wait_for_new_step(self, inode: int) -> None:
+        """Until a resumed attempt, which replaces metrics.jsonl, has written a step of its own."""
+        self.wait_for(lambda: self.inode() != inode, "a resumed attempt")
+        kept = self.resumed_from()
+        self.wait_for(lambda: self.step > kept, "a new step")
+
+    def resumed_from(self) -> int:
+        name = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["resumed_from"]
+        return int(name.removeprefix("step-")) if name else 0
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks at work, which Ray names after the method they run."""
+        return [pid for pid in standing_in(self.lab.folder) if b"Worker.run" in _command(pid)]
+
+    def end(self, seconds: float = PATIENCE) -> int:
+        """Its exit code; killed and raised about when it does not end."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise TrainingError(
+                f"drill: {self.folder.name} did not end in {seconds:.0f} s"
+            ) from None
+
+
+class Lab:
+    """The temporary folder with model and rows, and the uninterrupted run."""
+
+    def __init__(self, folder: Path) -> None:
+        from tuneloom.testing import chat_rows, tiny_model
+
+        self.folder = folder.resolve()
+        tiny_model(folder / "base")
+        chat_rows(folder / "rows.jsonl", 48)
+        self.reference = Run(self, "reference")
+        if self.reference.end() != 0:
+            raise TrainingError(f"drill: the uninterrupted run failed: {self.reference.log}")
+
+    def overrides(self, run: Path) -> list[str]:
+        return [
+            f"run.root={run.parent}", f"run.id={run.name}", f"model.path={self.folder}/base",
+            "model.dtype=fp32", f"data.path={self.folder}/rows.jsonl", "data.validation=null",
+            "batch.max_length=128", "batch.tokens=512", "batch.window=64", "optim.lr=5e-3",
+            "optim.warmup_steps=2", "tracker=off", "zero=stage2", "epochs=100", f"steps={STEPS}",
+            "train.drill=false", f"checkpoint.every={EVERY}", "launch=local", "launch.workers=2",
+        ]  # fmt: skip
+
+    def orphans(self, after: float = 10.0) -> int:
+        """Processes of drilled runs that live `after` seconds from now; ends as none does."""
+        deadline = time.monotonic() + after
+        while (left := standing_in(self.folder)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return len(left)
+
+    def sweep(self) -> None:
+        """End what a failed drill left behind."""
+        for pid in standing_in(self.folder):
+            os.kill(pid, signal.SIGKILL)
+
+    def bits_off(self, run: Run) -> int:
+        """Bits that differ in the losses of all steps, as float64."""
+        from struct import pack
+
+        def losses(rows: list[dict[str, Any]]) -> dict[int, int]:
+            return {
+                row["step"]: int.from_bytes(pack(">d", row["train/loss"]), "big") for row in rows
+            }
+
+        ours, wanted = losses(run.rows()), losses(self.reference.rows())
+        return sum(
+            (ours.get(step, bits ^ (2**64 - 1)) ^ bits).bit_count() for step, bits in wanted.items()
+        )
+
+    def samples_off(self, run: Run) -> int:
+        """Examples missing or twice, by record and step, against the uninterrupted run."""
+        ours, wanted = (exposed(r.folder / "exposure.parquet") for r in (run, self.reference))
+        return (ours - wanted).total() + (wanted - ours).total()
+
+
+def exposed(path: Path) -> Counter[tuple[str, int]]:
+    table = pq.read_table(path, columns=["record_id", "step"])
+    return Counter(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+
+def standing_in(folder: Path) -> list[int]:
+    """Processes whose working directory is `folder`: what a run starts inherits it, orphaned or
+    not.
+    """
+    pids = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
+    return sorted(pid for pid in pids if _directory(pid) == str(folder))
+
+
+def _directory(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:  # it ended meanwhile, or is another user's
+        return None
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,78 @@
+"""The drills strike real runs; a gang whose worker died is restarted, whoever is heard first."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneloom.errors import TrainingError
+from tuneloom.launch import drill
+from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.supervise import connect, private_token, wait
+
+
+def test_a_fault_without_a_drill_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert drill.main(["F99", "--out", str(tmp_path / "faults.md")]) == 2
+    assert "no drill for F99; there are F1" in capsys.readouterr().err
+    assert not (tmp_path / "faults.md").exists()
+
+
+@pytest.mark.slow
+def test_the_drill_of_a_death_inside_a_save_holds_its_bar_and_writes_the_table(
+    tmp_path: Path,
+) -> None:
+    table = tmp_path / "faults.md"
+    assert drill.main(["F2", "--seed", "3", "--out", str(table)]) == 0
+    text = table.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| F2"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[2] == "0" and cells[5:10] == ["0", "0", "0", "held", "3"]
+    assert 0 <= int(cells[3]) < 10 and 0 < float(cells[4]) < 120
+
+
+class Rank:
+    """A worker that fails as the peer of a dead rank does, or waits."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def fail(self) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def idle(self) -> None:
+        time.sleep(60)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Any]:
+    private_token()
+    import ray
+
+    connect(LaunchConfig(kind="local", workers=2))
+    yield lambda: [ray.remote(Rank).options(num_cpus=0).remote() for _ in range(2)]
+    ray.shutdown()
+
+
+def test_a_dead_worker_is_seen_behind_the_crash_of_its_peer(ranks: Any) -> None:
+    """The peer's error arrived first and ended the run without a restart."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    peer, victim = ranks()
+    pid = ray.get(victim.pid.remote())
+    calls = [peer.fail.remote(), victim.idle.remote()]
+    ray.wait(calls, num_returns=1)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RayActorError):
+        wait(calls)
+
+
+def test_a_crash_of_every_rank_is_said_and_not_restarted(ranks: Any) -> None:
+    with pytest.raises(TrainingError, match="a rank failed: Connection closed by peer"):
+        wait([rank.fail.remote() for rank in ranks()])
