@@ -78,9 +78,9 @@ def terminated(lab: Lab, rng: random.Random) -> Iterator[Figures]:
         run.process.terminate()
 
     ways: list[tuple[str, Callable[[Run], None], int]] = [
-        ("to the driver", driver, EVERY + 2), ("to one rank", one_rank, EVERY + 2),
-        ("to all ranks", all_ranks, EVERY + 2), ("to the driver, twice, in a save",
-        twice_in_a_save, EVERY + 1), ("to the driver while ranks start", driver, 0),
+        ("to one rank", one_rank, EVERY + 2), ("to all ranks", all_ranks, EVERY + 2),
+        ("to the driver, twice, in a save", twice_in_a_save, EVERY + 1),
+        ("to the driver while ranks start", driver, 0), ("to the driver", driver, EVERY + 2),
     ]  # fmt: skip
     for number, way in enumerate(ways):
         yield _terminated(lab, f"f5-{number}", *way)
