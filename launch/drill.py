@@ -26,7 +26,8 @@ HEADER = """\
 # What a fault costs
 
 Measured by `python -m tuneloom.launch.drill` on {machine}, shared with other
-work: a tiny Llama, LoRA, ZeRO-2, two gloo ranks under `launch=local`, {steps} steps, a checkpoint every {every}.
+work: a tiny Llama, LoRA, ZeRO-2, two gloo ranks under `launch=local`, {steps} steps, a checkpoint
+every {every}.
 Every fault is real: signals to real processes, a real full disk. Lost are steps that were done
 again. Seconds run from the fault to the first new step (F4: from the second start of the command;
 F5: to the exit). Bits are those of all losses as float64 against the uninterrupted run; samples are
@@ -37,7 +38,7 @@ Each fault was struck once, so these are existence proofs, not rates.
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |
 """
 FOOTER = """
-Bars: at most {most} steps lost (F5, F18: none; F6: {every}; F7: {twice}), no differing bit (F18:
+Bars: at most {most} steps lost (F5, F18: none; F2, F6: {every}; F7: {twice}), no differing bit (F18:
 losses within 1e-3), no sample missing or twice, no process left after 10 s, exit codes of the
 contract. What F4 leaves are Ray's own DashboardAgent and RuntimeEnvAgent (2.60.0: they outlive
 their raylet by more than 20 s); the ranks themselves were gone 2 to 4 s after their driver, and the

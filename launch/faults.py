@@ -14,7 +14,7 @@ from tuneloom.errors import DONE, STOPPED, TRAINING
 from tuneloom.launch.drill_lab import EVERY, Figures, Lab, Run
 from tuneloom.train import checkpoint
 
-MOST_LOST = {"F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
+MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
 """Steps that a fault may cost; the others at most what was done since the last save."""
 Fault = Callable[[Lab, random.Random], Iterable[Figures]]
 

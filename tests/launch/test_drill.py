@@ -33,7 +33,7 @@ def test_the_drill_of_a_death_inside_a_save_holds_its_bar_and_writes_the_table(
     line = next(line for line in text.splitlines() if line.startswith("| F2"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[2] == "0" and cells[5:10] == ["0", "0", "0", "held", "3"]
-    assert 0 <= int(cells[3]) < 10 and 0 < float(cells[4]) < 120
+    assert 0 <= int(cells[3]) <= 10 and 0 < float(cells[4]) < 120
 
 
 class Rank:
