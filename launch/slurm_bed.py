@@ -21,18 +21,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
 CONTROLLERS = ("freezer", "memory", "cpuset", "cpu", "cpuacct", "devices")
 SWITCH = "ip link set lo up; ip link add br0 type bridge; ip link set br0 up; exec sleep infinity"
 # Process 1 of a node; arguments: name, address, base, cgroup subtree or "".
 NODE = r"""
-name=$1 address=$2 base=$3 group=$4
+name=$1 address=$2 base=$3 group=$4 checkout=$5
 hostname "$name"
 ip link set lo up
 for i in $(seq 500); do ip link show eth0 >/dev/null 2>&1 && break; sleep 0.02; done
 ip addr add "$address/24" dev eth0; ip link set eth0 up
 mount -t tmpfs -o size=2g tmpfs /dev/shm; chmod 1777 /dev/shm
+mkdir -p "$base/checkout.$name"; mount --bind "$checkout" "$base/checkout.$name"
 mount -t tmpfs -o size=4g tmpfs /tmp; chmod 1777 /tmp
+if [ ! -d "$checkout" ]; then  # a checkout under /tmp stays visible on the nodes
+  mkdir -p "$checkout"; mount --bind "$base/checkout.$name" "$checkout"
+fi
 mount --bind "$base/etc/hosts" /etc/hosts
 if [ -n "$group" ]; then
   for c in freezer memory cpuset cpu cpuacct devices; do
@@ -210,6 +215,7 @@ class SlurmBed:
             "unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork",
             "--kill-child=KILL", "--mount-proc", "--propagation", "private",
             "bash", "-c", NODE, "node", name, self.addresses[name], str(self.base), group,
+            str(ROOT),
         ])  # fmt: skip
         first, ours = Path(f"/proc/{outer.pid}/task/{outer.pid}/children"), "/proc/self/ns/net"
         _until(lambda: bool(first.read_text(encoding="utf-8").split()), f"{name} has a process 1")

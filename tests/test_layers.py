@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ({"launch"}, {"monitor"}, {"serve", "evals", "train"}, {"data"}, {"registry", "kernels"})
 ORDER = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-FOLDERS = {name: ROOT / name if (ROOT / name).is_dir() else ROOT / "tuneloom" / name for name in ORDER}
+FOLDERS = {
+    name: ROOT / name if (ROOT / name).is_dir() else ROOT / "tuneloom" / name for name in ORDER
+}
 ONE_HOME = ("wandb", "flash_attn", "sklearn", "presidio_analyzer", "rensa", "ftfy")
 
 
@@ -28,11 +30,18 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
     for path in FOLDERS[package].rglob("*.py"):
         for name in imports(path):
             parts = name.split(".")
-            if parts[0] == "tuneloom" and len(parts) > 1 and parts[1] in ORDER and parts[1] != package:
+            if (
+                parts[0] == "tuneloom"
+                and len(parts) > 1
+                and parts[1] in ORDER
+                and parts[1] != package
+            ):
                 assert ORDER[parts[1]] < ORDER[package], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize(("package", "banned"), [("train", "ray"), ("data", "torch"), ("registry", "torch")])
+@pytest.mark.parametrize(
+    ("package", "banned"), [("train", "ray"), ("data", "torch"), ("registry", "torch")]
+)
 def test_heavy_parts_stay_where_they_belong(package: str, banned: str) -> None:
     for path in FOLDERS[package].rglob("*.py"):
         assert banned not in {name.split(".")[0] for name in imports(path)}, path

@@ -14,6 +14,7 @@ from tuneloom.config import build
 from tuneloom.kernels import attention
 from tuneloom.launch.anatomy import anatomy, saved_activations
 from tuneloom.launch.memory import BUCKET, BYTES, forecast
+from tuneloom.train.config import ADAPTER_BUCKET
 from tuneloom.train import distributed, method, zero
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.model import DTYPES
@@ -52,9 +53,10 @@ def main(folder: Path, kind: str, dtype: str, stage: int) -> None:
             engine.step()
     parts = forecast(config, anatomy(config), saved_activations(config), ranks=2, cuda=True)
     if world.first:
-        bucket = BYTES[dtype] * BUCKET if stage >= 2 else 0
+        elements = BUCKET if kind == "full" else ADAPTER_BUCKET
+        bucket = BYTES[dtype] * elements if stage >= 2 else 0
         planned = parts.device - parts.context - bucket
-        print(json.dumps({"measured": peak(profiler, ready), "planned": planned}))
+        print(json.dumps({"measured": peak(profiler, ready, elements), "planned": planned}))
     dist.barrier()
 
 
@@ -63,12 +65,12 @@ def loss(engine: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), ids[0], reduction="sum")
 
 
-def peak(profiler: profile, ready: int) -> int:
+def peak(profiler: profile, ready: int, elements: int) -> int:
     """Most bytes at once after `ready`, without DeepSpeed's bucket, whose pages stay untouched."""
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        if abs(event.nbytes()) < BUCKET:
+        if abs(event.nbytes()) not in (2 * elements, 4 * elements):
             now += event.nbytes()
             most = max(most, now) if event.start_ns() >= ready else 0
     return most
