@@ -14,9 +14,8 @@ from tuneloom.config import build
 from tuneloom.kernels import attention
 from tuneloom.launch.anatomy import anatomy, saved_activations
 from tuneloom.launch.memory import BUCKET, BYTES, forecast
-from tuneloom.train.config import ADAPTER_BUCKET
 from tuneloom.train import distributed, method, zero
-from tuneloom.train.config import TrainConfig
+from tuneloom.train.config import ADAPTER_BUCKET, TrainConfig
 from tuneloom.train.model import DTYPES
 
 SHAPE = {
