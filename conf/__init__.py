@@ -1,1 +1,1 @@
-"""Hydra configuration, one primary YAML a verb; a package so that `pkg://tuneloom.conf` finds it."""
+"""Hydra configuration, one primary YAML a verb; a package so that `pkg://tuneloom.conf` works."""
