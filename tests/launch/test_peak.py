@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("measure_peak.py")
 @pytest.mark.parametrize(
     ("kind", "dtype", "stage", "tolerance"),
     [("lora", "bf16", 0, 0.05), ("lora", "bf16", 2, 0.03), ("lora", "fp32", 2, 0.03),
-     ("lora", "bf16", 3, 0.15), ("full", "fp32", 0, 0.05), ("full", "bf16", 2, 0.05),
+     ("lora", "bf16", 3, 0.2), ("full", "fp32", 0, 0.05), ("full", "bf16", 2, 0.05),
      ("full", "fp32", 3, 0.2), ("full", "bf16", 3, 0.15)],
 )  # fmt: skip
 def test_the_peak_of_real_steps_is_as_planned(

@@ -99,9 +99,9 @@ def strangers_that_got_in(bed: SlurmBed, job: str) -> list[str]:
         {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)},
     ):
         for words in (["status", f"--address={address}"], ["start", f"--address={address}"]):
-            tried = subprocess.run(
-                [sys.executable, "-m", "ray.scripts.scripts", *words],
-                env=bed.environment() | identity, capture_output=True, timeout=60, check=False,
+            tried = subprocess.run(  # one that is still knocking after a minute did not get in
+                ["timeout", "-k", "5", "60", sys.executable, "-m", "ray.scripts.scripts", *words],
+                env=bed.environment() | identity, capture_output=True, check=False,
             )  # fmt: skip
             if tried.returncode == 0:
                 got_in.append(f"{identity} {words}")
