@@ -89,7 +89,7 @@ def wait_for_step(lab: Path, run_id: str, step: int, process: subprocess.Popen[b
 def started(lab: Path, run_id: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "tuneloom", "train",
-         *overrides(lab, run_id, "launch=local", "launch.workers=2", "steps=4000",
+         *overrides(lab, run_id, "launch=local", "launch.workers=2", "steps=4000", "epochs=100000",
                     "checkpoint.every=20")],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

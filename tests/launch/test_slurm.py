@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "slurm/finetune.sbatch"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 RUN = [
-    "steps=4", "epochs=1000", "model.path=lab/base", "model.dtype=fp32", "method.rank=8",
+    "steps=4", "epochs=1000000", "model.path=lab/base", "model.dtype=fp32", "method.rank=8",
     "data.path=lab/rows.jsonl", "data.validation=null", "batch.max_length=128", "batch.tokens=512",
     "batch.window=64", "optim.lr=5e-3", "optim.warmup_steps=2", "zero=stage0", "checkpoint.every=0",
     "train.drill=false", "tracker=off",
@@ -85,9 +85,7 @@ def left_behind(bed: SlurmBed, job: str) -> list[str]:
 
 
 def strangers_that_got_in(bed: SlurmBed, job: str) -> list[str]:
-    """From another network namespace: who asks the cluster's state, or joins it, without its token
-    (S1).
-    """
+    """From another network namespace: who asks the cluster's state without its token (S1)."""
     log = (bed.base / f"runs/.slurm/{job}/head.log").read_text(encoding="utf-8")
     address = log.split("ray start --address='")[1].split("'")[0]
     wrong = bed.base / "wrong-token"
@@ -98,13 +96,13 @@ def strangers_that_got_in(bed: SlurmBed, job: str) -> list[str]:
         {"RAY_AUTH_MODE": "disabled"},
         {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)},
     ):
-        for words in (["status", f"--address={address}"], ["start", f"--address={address}"]):
-            tried = subprocess.run(  # one that is still knocking after a minute did not get in
-                ["timeout", "-k", "5", "60", sys.executable, "-m", "ray.scripts.scripts", *words],
-                env=bed.environment() | identity, capture_output=True, check=False,
-            )  # fmt: skip
-            if tried.returncode == 0:
-                got_in.append(f"{identity} {words}")
+        tried = subprocess.run(  # one that is still knocking after 20 s did not get in
+            ["timeout", "-k", "5", "20", sys.executable, "-m", "ray.scripts.scripts", "status",
+             f"--address={address}"],
+            env=bed.environment() | identity, capture_output=True, check=False,
+        )  # fmt: skip
+        if tried.returncode == 0:
+            got_in.append(str(identity))
     return got_in
 
 
