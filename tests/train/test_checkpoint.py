@@ -103,14 +103,14 @@ def test_a_damaged_checkpoint_named_by_the_user_is_refused(lab: Path, one: Gang)
 def test_a_stop_file_saves_the_step_on_all_ranks_and_the_same_command_goes_on(
     lab: Path, two: Gang
 ) -> None:
-    two.fit(config(lab, "unstopped", zero__stage=2))
-    folder = lab / "runs/stopped"
+    two.fit(config(lab, "never-asked", zero__stage=2))
+    folder = lab / "runs/asked-to-stop"
     folder.mkdir(parents=True)
     (folder / "stop").touch()
     with pytest.raises(Stopped, match="after step 1"):
-        two.fit(config(lab, "stopped", zero__stage=2))
-    two.fit(config(lab, "stopped", zero__stage=2))
-    assert metrics(lab, "stopped") == metrics(lab, "unstopped")
+        two.fit(config(lab, "asked-to-stop", zero__stage=2))
+    two.fit(config(lab, "asked-to-stop", zero__stage=2))
+    assert metrics(lab, "asked-to-stop") == metrics(lab, "never-asked")
 
 
 def test_another_config_under_the_same_run_id_is_refused_by_key(lab: Path, one: Gang) -> None:
