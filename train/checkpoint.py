@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tuneloom.errors import ConfigError, TrainingError
-from tuneloom.train import distributed
+from tuneloom.train import distributed, masters
 from tuneloom.train.distributed import World
 
 MANIFEST = "MANIFEST.json"
@@ -139,14 +139,21 @@ def _write(
         engine.save_checkpoint(
             str(torn),
             tag=ENGINE,
-            # Without this ds_to_universal refuses ZeRO 1 and 2 (deepspeed 0.19.8).
-            client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
+            client_state=_for_other_layouts(engine),
             save_latest=False,
             exclude_frozen_parameters=adapters_only,
         )
     save_file(rng_state(world), torn / f"rng-{world.rank:05d}.safetensors")
     if world.first:
         (torn / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
+
+
+def _for_other_layouts(engine: Any) -> dict[str, Any]:
+    """What a resume at another world size or ZeRO stage asks the shards for."""
+    if engine.zero_optimization_stage() == 0:
+        return {"trained_parameters": masters.names(engine)}
+    # Without this ds_to_universal refuses ZeRO 1 and 2 (deepspeed 0.19.8).
+    return {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
 @contextmanager
@@ -356,6 +363,7 @@ def restore(engine: Any, found: Found, world: World, *, universal: Path | None) 
     source = universal or found.folder
     groups = engine.optimizer.param_groups
     mine = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    clip = getattr(engine.optimizer, "clip_grad", None)
     loaded, _ = engine.load_checkpoint(
         str(source), tag=ENGINE, load_module_strict=False, load_lr_scheduler_states=False
     )
@@ -364,4 +372,11 @@ def restore(engine: Any, found: Found, world: World, *, universal: Path | None) 
     # A universal load under ZeRO-3 copies the first group's weight decay over all (0.19.8).
     for group, settings in zip(engine.optimizer.param_groups, mine, strict=True):
         group.update(settings)
+    # Into ZeRO 1 and 2 it loads the clipping of the checkpoint, which ZeRO 0 and 3 do not write.
+    if clip is not None:
+        engine.optimizer.clip_grad = clip
+    # It also gives every group the same step tensor, which each then counts on (0.19.8).
+    for entry in engine.basic_optimizer.state.values():
+        if torch.is_tensor(entry.get("step")):
+            entry["step"] = entry["step"].clone()
     restore_rng(found.folder, world)

@@ -33,7 +33,7 @@ class FirstCheckpoint:
         generator = torch.Generator().manual_seed(session.config.seed)
         ids = torch.randint(0, session.vocabulary, (1, PROBE_TOKENS), generator=generator)
         logits = weights.live_logits(session.network, ids, self.world.device)
-        weights.save(session.network, session.tokenizer, self.folder, self.world)
+        weights.save(session.engine, session.tokenizer, self.folder, self.world)
         if self.world.first:
             facts: dict[str, Any] = {
                 "step": self.step,

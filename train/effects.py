@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
 from tuneloom.kernels import attention, jit
+from tuneloom.train import masters
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
+from tuneloom.train.model import DTYPES
 
 EVEN = 0.5
 """Median over largest singular value of an update: above it Muon acted, AdamW stays below."""
@@ -59,15 +61,15 @@ class Witness:
         matrices = list(_matrices(self.network, muon=self.config.optim.name == "muon"))
         moving = [m for m in matrices if self._gradients[m[0]] > 0]  # LoRA's A is still at step 1
         for matrix in moving[:1]:
-            self._before = (matrix[0], _master(matrix[1], sharded=self._sharded))
+            self._before = (matrix[0], masters.master(self.engine, matrix[1]).float().clone())
 
     def after_step(self) -> None:
         """After the optimizer step of the watched step; collective."""
         if self._before is None:
             return
         name, before = self._before
-        after = _master(dict(self.network.named_parameters())[name], sharded=self._sharded)
-        change = (after - before).float()
+        after = masters.master(self.engine, dict(self.network.named_parameters())[name])
+        change = after.float() - before
         values = torch.linalg.svdvals(change)
         self._update = {
             "parameter": name,
@@ -170,7 +172,13 @@ class Witness:
             dtypes[str(parameter.dtype).removeprefix("torch.")] = dtypes.get(
                 str(parameter.dtype).removeprefix("torch."), 0
             ) + true_numel(parameter)
-        yield Receipt(f"model.dtype={model.dtype}", True, {"parameters": dtypes})
+        wanted = str(DTYPES[model.dtype]).removeprefix("torch.")
+        held = masters.dtypes(self.engine)
+        yield Receipt(
+            f"model.dtype={model.dtype}",
+            wanted in dtypes and held["masters"] == ["float32"],
+            {"parameters": dtypes} | held,
+        )
         if model.kernels:
             ran = dict(jit.CALLS)
             yield Receipt("model.kernels", bool(ran), {"calls": ran})
@@ -207,14 +215,6 @@ def _gradient(parameter: nn.Parameter, *, sharded: bool) -> Tensor | None:
 
     gradient: Tensor | None = safe_get_full_grad(parameter) if sharded else parameter.grad
     return gradient
-
-
-def _master(parameter: nn.Parameter, *, sharded: bool) -> Tensor:
-    """The whole fp32 master of a parameter; collective under ZeRO."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole: Tensor = safe_get_full_fp32_param(parameter) if sharded else parameter
-    return whole.detach().float().clone()
 
 
 def _matrices(network: nn.Module, *, muon: bool) -> Iterator[tuple[str, nn.Parameter]]:

@@ -37,7 +37,7 @@ from tuneloom.train.exposure import Exposure
 from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, Tracker, peak_memory_gib
 from tuneloom.train.signals import StopFlag
-from tuneloom.train.universal import convert
+from tuneloom.train.universal import convert, load_unsharded
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ class Session:
             layout = {"world_size": world.size, "stage": config.zero.stage}
             universal = self._on_first(lambda: convert(found, **layout))
         settings = zero.deepspeed_config(
-            config, world, accumulation=accumulation, universal=universal is not None
-        )
+            config, world, accumulation=accumulation,
+            universal=universal is not None and config.zero.stage > 0,
+        )  # fmt: skip
 
         # model and method; adapters are made after the seed, alike on every rank
         base = self._on_first(lambda: model.locate(config.model))
@@ -122,7 +123,11 @@ class Session:
         if world.first:
             self.exposure = Exposure(self.folder)
         if found:
-            checkpoint.restore(self.engine, found, world, universal=universal)
+            if universal is not None and config.zero.stage == 0:
+                load_unsharded(self.engine, universal)
+                checkpoint.restore_rng(found.folder, world)
+            else:
+                checkpoint.restore(self.engine, found, world, universal=universal)
             self._restore(found)
         self._open_metrics()
         if self.step < config.train.effects_step:
@@ -404,7 +409,7 @@ class Session:
         self.sample()
         self.save()
         with self.clock.phase("checkpoint"):
-            weights.save(self.network, self.tokenizer, self.folder / "weights", self.world)
+            weights.save(self.engine, self.tokenizer, self.folder / "weights", self.world)
         if self.drill is not None:
             with self.clock.phase("checkpoint"):
                 self.drill.verdict()

@@ -2,9 +2,9 @@
 its own.
 
 `ds_to_universal` writes one folder a parameter, whole. Loading that at another ZeRO stage fails for
-want of
-files that only the old stage writes, and with other ranks under ZeRO-3 for want of one a rank; both
-are supplied here. Under ZeRO-0 nothing is sharded and DeepSpeed has no converter: refused by name.
+want of files that only the old stage writes, and with other ranks under ZeRO-3 for want of one a
+rank; both are supplied here. DeepSpeed neither converts from ZeRO-0 nor loads the format into it;
+both are done here, for AdamW's state.
 """
 
 import shutil
@@ -15,29 +15,69 @@ from typing import Any
 
 import torch
 
-from tuneloom.errors import ConfigError, TrainingError
+from tuneloom.errors import TrainingError
+from tuneloom.train import masters
 from tuneloom.train.checkpoint import ENGINE, Found
 
 MOMENTS = ("fp32", "exp_avg", "exp_avg_sq")
+WHOLE = "mp_rank_00_model_states.pt"
+"""What ZeRO-0 saves: module, optimizer and counters in one file."""
 
 
 def convert(found: Found, *, world_size: int, stage: int) -> Path:
-    """A folder beside the checkpoint that loads at `world_size` and `stage` (1 to 3); run on one
-    rank.
+    """A folder beside the checkpoint that loads at `world_size` and `stage`; run on one rank.
 
     The files it reads were verified against the manifest before, so unpickling them is safe.
+    Raises ConfigError where ZeRO-0 is on one side and the optimizer is not AdamW.
     """
-    if 0 in (int(found.manifest["zero_stage"]), stage):
-        raise ConfigError(
-            f"zero.stage: {found.folder} was saved with zero.stage={found.manifest['zero_stage']} "
-            "and cannot "
-            f"be resumed with {stage}; stages 1, 2 and 3 can be exchanged, 0 stays 0"
-        )
     target = found.folder.with_name(f".universal-{found.folder.name}")
     shutil.rmtree(target, ignore_errors=True)
-    _run_converter(found.folder / ENGINE, target / ENGINE)
+    if int(found.manifest["zero_stage"]) == 0:
+        _split(found.folder / ENGINE / WHOLE, target / ENGINE)
+    else:
+        _run_converter(found.folder / ENGINE, target / ENGINE)
     _mend(target / ENGINE, world_size, stage)
     return target
+
+
+def load_unsharded(engine: Any, converted: Path) -> None:
+    """Put a converted checkpoint into an engine without ZeRO: masters, moments, counters."""
+    folder = converted / ENGINE
+    state = torch.load(folder / WHOLE, weights_only=False)
+    with torch.no_grad():
+        for name, (low, high) in zip(masters.names(engine), masters.unsharded(engine), strict=True):
+            held = {
+                file.stem: torch.load(file, weights_only=False)
+                for file in sorted((folder / "zero" / name).iterdir())
+            }
+            whole = {k: v["param"] if isinstance(v, dict) else v for k, v in held.items()}
+            high.copy_(whole.pop("fp32").reshape(high.shape))
+            low.copy_(high)
+            engine.basic_optimizer.state[high] = {
+                key: value if key == "step" else value.reshape(high.shape).to(high.device)
+                for key, value in masters.adam_state(whole, name).items()
+            }
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, counter, state[counter])
+
+
+def _split(whole: Path, target: Path) -> None:
+    """ZeRO-0's one file as one folder a parameter, in the form that `ds_to_universal` writes."""
+    state = torch.load(whole, weights_only=False)
+    saved, names = state.pop("optimizer"), state["trained_parameters"]
+    plain = saved.get("optimizer_state_dict", saved)  # under bf16 and fp16 one level deeper
+    high = [p for group in saved.get("fp32_groups", ()) for p in group]
+    for index, name in enumerate(names):
+        folder = target / "zero" / name
+        folder.mkdir(parents=True)
+        moments = masters.adam_state(plain["state"][index], name)
+        moments["fp32"] = high[index].detach() if high else state["module"][name]
+        torch.save(moments.pop("step"), folder / "step.pt")
+        for key, value in moments.items():
+            torch.save({"param": value.float(), "cat_dim": 0}, folder / f"{key}.pt")
+    groups = {"param_groups": plain["param_groups"]}
+    torch.save(groups, target / "zero" / "optimizer_state.pt")
+    torch.save(state, target / WHOLE)
 
 
 def _run_converter(source: Path, target: Path) -> None:
@@ -81,7 +121,7 @@ def _mend(folder: Path, world_size: int, stage: int) -> None:
     torch.save(optimizer, optimizer_file)
     state["module"] = {}  # weights come from the fp32 masters
     names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)]
-    for name in names if stage == 3 else ["mp_rank_00_model_states.pt"]:
+    for name in names if stage == 3 else [WHOLE]:
         torch.save(state, folder / name)
 
 

@@ -11,10 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuneloom.train import masters
 from tuneloom.train.distributed import World
 
 
-def gather(network: nn.Module, *, trainable_only: bool, world: World) -> dict[str, Tensor]:
+def adapters(engine: Any, world: World) -> dict[str, Tensor]:
+    """fp32 masters of what is trained, by name, on rank 0 (empty elsewhere); collective.
+
+    The copies that a bf16 run computes with have lost 16 of the masters' bits.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            whole = masters.master(engine, parameter)
+            if world.first:
+                state[name] = whole.to("cpu", torch.float32, copy=True)
+    return state
+
+
+def gather(network: nn.Module, world: World) -> dict[str, Tensor]:
     """Whole tensors by name on rank 0 (empty elsewhere), one parameter at a time under ZeRO-3;
     collective.
     """
@@ -22,40 +37,39 @@ def gather(network: nn.Module, *, trainable_only: bool, world: World) -> dict[st
 
     state: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
-        if trainable_only and not parameter.requires_grad:
-            continue
         sharded = hasattr(parameter, "ds_id")
         whole = deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext()
         with whole:
             if world.first:
                 state[name] = parameter.detach().to("cpu", copy=True)
-    if world.first and not trainable_only:
+    if world.first:
         state |= {name: buffer.detach().cpu() for name, buffer in network.named_buffers()}
     return state
 
 
-def save(network: nn.Module, tokenizer: Any, folder: Path, world: World) -> None:
+def save(engine: Any, tokenizer: Any, folder: Path, world: World) -> None:
     """Write `folder` with the weights, tokenizer and chat template; collective, written by rank 0.
 
-    LoRA: adapter_config.json and adapter_model.safetensors. Full: config.json and model
-    safetensors. The folder appears whole or not at all.
+    LoRA: adapter_config.json and adapter_model.safetensors, in fp32. Full: config.json and model
+    safetensors, in `model.dtype`. The folder appears whole or not at all.
     """
     from peft import PeftModel
 
-    adapters = isinstance(network, PeftModel)
-    state = gather(network, trainable_only=adapters, world=world)
+    network: nn.Module = engine.module
+    adapted = isinstance(network, PeftModel)
+    state = adapters(engine, world) if adapted else gather(network, world)
     if not world.first:
         return
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     causal: Any = network
-    if not adapters:
+    if not adapted:
         kept = set(_saved_names(network))
         state = {name: tensor for name, tensor in state.items() if name in kept}
         # The attention function's name is ours; the saved model must load anywhere.
         causal.config._attn_implementation = "sdpa"
     causal.save_pretrained(aside, state_dict=state, safe_serialization=True)
-    if not adapters:
+    if not adapted:
         from tuneloom.kernels.attention import NAME
 
         causal.config._attn_implementation = NAME

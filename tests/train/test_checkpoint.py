@@ -50,16 +50,44 @@ def test_resuming_gives_the_same_bits_as_never_stopping(lab: Path, two: Gang, st
     assert exposures(lab, cut) == exposures(lab, whole)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 1), (1, 2)])
-def test_a_lora_run_resumes_on_one_rank_or_another_stage_with_its_global_batch(
-    lab: Path, one: Gang, two: Gang, before: int, after: int
+MOVES = [(2, 2), (2, 3), (3, 1), (1, 2), (0, 2), (0, 3), (2, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_a_run_resumes_on_one_rank_and_another_stage_with_its_global_batch(
+    lab: Path, one: Gang, two: Gang, kind: str, before: int, after: int
 ) -> None:
-    whole, cut = f"whole-{before}{after}", f"moved-{before}{after}"
-    two.fit(config(lab, whole, zero__stage=before, method__dropout=0.0))
-    interrupted(lab, two, cut, zero__stage=before, method__dropout=0.0)
-    one.fit(config(lab, cut, zero__stage=after, method__dropout=0.0, batch__accumulation=4))
+    whole, cut = f"whole-{kind}{before}", f"moved-{kind}{before}{after}"
+    settings = {"method__kind": kind, "method__dropout": 0.0, "optim__weight_decay": 0.1}
+    two.fit(config(lab, whole, zero__stage=before, **settings))
+    interrupted(lab, two, cut, zero__stage=before, **settings)
+    one.fit(config(lab, cut, zero__stage=after, batch__accumulation=4, **settings))
     assert metrics(lab, cut) == pytest.approx(metrics(lab, whole), rel=1e-5)
     assert exposures(lab, cut) == exposures(lab, whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (0, 3)])
+def test_under_bf16_the_fp32_masters_move_to_the_other_stage(
+    lab: Path, two: Gang, before: int, after: int
+) -> None:
+    whole, cut = f"whole-half{before}", f"moved-half{before}{after}"
+    settings = {"model__dtype": "bf16", "method__dropout": 0.0}
+    two.fit(config(lab, whole, zero__stage=before, **settings))
+    interrupted(lab, two, cut, zero__stage=before, **settings)
+    two.fit(config(lab, cut, zero__stage=after, **settings))
+    # The first step after the move computes with the very weights of the run that never moved.
+    assert metrics(lab, cut)[:5] == metrics(lab, whole)[:5]
+    assert metrics(lab, cut) == pytest.approx(metrics(lab, whole), rel=5e-3)
+
+
+def test_muon_state_does_not_move_from_zero_0_and_the_refusal_says_so(lab: Path, two: Gang) -> None:
+    settings: dict[str, object] = {
+        "optim__name": "muon", "optim__clip": 0.0, "method__kind": "full", "method__dropout": 0.0,
+    }  # fmt: skip
+    interrupted(lab, two, "muon-stays", zero__stage=0, **settings)
+    with pytest.raises(ConfigError, match=r"zero\.stage: .* only AdamW's can; keep zero\.stage"):
+        two.fit(config(lab, "muon-stays", zero__stage=2, **settings))
 
 
 def test_a_lora_checkpoint_holds_adapters_and_their_state_and_nothing_of_the_base(

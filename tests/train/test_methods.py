@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tuneloom.errors import ConfigError, TrainingError
@@ -114,6 +115,19 @@ def test_offloaded_parameters_give_the_same_curve(lab: Path, two: Gang) -> None:
 def test_bf16_follows_fp32_within_its_precision(lab: Path) -> None:
     assert metrics(lab, "bf16-2") == pytest.approx(metrics(lab, "lora-2"), rel=2e-2)
     assert metrics(lab, "bf16-0") == pytest.approx(metrics(lab, "bf16-2"), rel=5e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_under_bf16_masters_optimizer_state_and_the_saved_adapter_are_fp32(
+    lab: Path, stage: int
+) -> None:
+    evidence = receipts(lab, f"bf16-{stage}")["model.dtype=bf16"]
+    assert evidence["masters"] == evidence["optimizer_state"] == ["float32"]
+    assert set(evidence["parameters"]) == {"bfloat16"}
+    saved = load_file(lab / f"runs/bf16-{stage}/weights/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    # More than a bf16 copy holds: the updates since the start were not rounded away.
+    assert all(not torch.equal(t, t.bfloat16().float()) for t in saved.values())
 
 
 def test_zero_3_shards_every_parameter_from_the_start(lab: Path) -> None:

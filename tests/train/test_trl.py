@@ -25,11 +25,10 @@ def completions(tmp_path_factory: pytest.TempPathFactory, lab: Path) -> Path:
 
 
 def by_trl(folder: Path) -> list[float]:
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
-
-    from datasets import Dataset
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     torch.manual_seed(0)
