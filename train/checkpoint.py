@@ -36,6 +36,8 @@ from tuneloom.train.distributed import World
 MANIFEST = "MANIFEST.json"
 ENGINE = "engine"
 SEAL = "manifest_sha256"
+PARAMETERS = "zero"
+"""Holds one folder a parameter, whole, in DeepSpeed's universal format: any layout can load it."""
 ROOM = 1.2
 """Free space to have before a save, in sizes of the last checkpoint."""
 
@@ -56,6 +58,8 @@ class Found:
         """True when DeepSpeed can load the shards as they are."""
         saved = int(self.manifest["world_size"])
         same_stage = int(self.manifest["zero_stage"]) == stage
+        if (self.folder / ENGINE / PARAMETERS).exists():
+            return False
         return same_stage and (saved == world_size or stage == 0)
 
 
@@ -143,9 +147,23 @@ def _write(
             save_latest=False,
             exclude_frozen_parameters=adapters_only,
         )
+    if masters.swapped(engine):
+        _write_whole(engine, torn / ENGINE, world)
     save_file(rng_state(world), torn / f"rng-{world.rank:05d}.safetensors")
     if world.first:
         (torn / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
+
+
+def _write_whole(engine: Any, folder: Path, world: World) -> None:
+    """Masters and moments in place of copies of the swap files, which DeepSpeed 0.19.8 cannot
+    resume from: it restores neither the groups too small to swap nor the weights themselves.
+    """
+    distributed.barrier()
+    if world.first:
+        shutil.rmtree(folder / "offloaded_tensors", ignore_errors=True)
+        for shard in folder.glob("*_optim_states.pt"):
+            shard.unlink()
+    masters.write_whole(engine, folder / PARAMETERS, first=world.first)
 
 
 def _for_other_layouts(engine: Any) -> dict[str, Any]:

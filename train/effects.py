@@ -8,6 +8,7 @@ observation of the running engine, never a copy of the config.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,14 +154,18 @@ class Witness:
             },
         )
         if zero.offload != "none":
+            optimizer = self.engine.optimizer
+            enabled = any(getattr(optimizer, k, None) for k in ("cpu_offload", "offload_optimizer"))
+            moved = local if zero.offload == "cpu" else _bytes_swapped(optimizer)
             kind = type(self.engine.basic_optimizer).__name__
-            enabled = bool(getattr(self.engine.optimizer, "cpu_offload", None)) or bool(
-                getattr(self.engine.optimizer, "offload_optimizer", None)
-            )
+            evidence = {"offloaded_bytes": moved, "optimizer": kind}
+            yield Receipt(f"zero.offload={zero.offload}", enabled and moved > 0, evidence)
+        if zero.offload_parameters != "none":
+            moved = _parameter_bytes(self.network, zero.offload_parameters)
             yield Receipt(
-                f"zero.offload={zero.offload}",
-                enabled and local > 0,
-                {"offloaded_bytes": local, "optimizer": kind},
+                f"zero.offload_parameters={zero.offload_parameters}",
+                moved > 0,
+                {"offloaded_bytes": moved},
             )
 
     def _model(self) -> Iterator[Receipt]:
@@ -238,3 +243,21 @@ def _optimizer_bytes(engine: Any) -> int:
         for value in entry.values()
         if isinstance(value, Tensor)
     )
+
+
+def _bytes_swapped(optimizer: Any) -> int:
+    """Bytes in the swap files of this rank's optimizer: groups under 1 MiB stay in memory."""
+    folder = Path(optimizer.optimizer_swapper.swap_folder)
+    return sum(file.stat().st_size for file in folder.rglob("*.swp"))
+
+
+def _parameter_bytes(network: nn.Module, place: str) -> int:
+    """Bytes of this rank's parameter shards that rest in `place`; those under 1 MiB and those that
+    DeepSpeed keeps gathered never go to a drive.
+    """
+    total = 0
+    for parameter in network.parameters():
+        shard: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+        there = shard.final_location == "nvme" if place == "nvme" else shard.device.type == "cpu"
+        total += int(there) * int(shard.ds_numel) * shard.element_size()
+    return total

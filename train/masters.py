@@ -5,6 +5,7 @@ way to each master under ZeRO 1 to 3 and none without ZeRO, where its optimizer 
 keeps two parallel lists and fp32 needs no second copy.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,50 @@ def master(engine: Any, parameter: nn.Parameter) -> Tensor:
         if low is parameter:
             return high.detach()
     raise AssertionError("not a trained parameter of this engine")
+
+
+def swapped(engine: Any) -> bool:
+    """True when parameters or optimizer state live on an NVMe drive."""
+    parts = (engine.zero_offload_optimizer(), engine.zero_offload_param())
+    return any(part is not None and part.device == "nvme" for part in parts)
+
+
+def write_whole(engine: Any, folder: Path, *, first: bool) -> None:
+    """One folder a trained parameter with fp32, exp_avg, exp_avg_sq and step, written by rank 0;
+    collective, one tensor at a time. Raises what rank 0 could not write when all have taken part.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = engine.basic_optimizer.state
+    step = torch.as_tensor(next(iter(state.values()))["step"], dtype=torch.float32)
+    failures: list[Exception] = []
+
+    def write(path: Path, value: Any) -> None:
+        if first and not failures:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(value, path)
+            except (OSError, RuntimeError) as error:  # the other ranks wait in the next gather
+                failures.append(error)
+
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            write(folder / name / "fp32.pt", _as_universal(master(engine, parameter)))
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = safe_get_full_optimizer_state(parameter, key)
+                write(folder / name / f"{key}.pt", _as_universal(moment))
+            write(folder / name / "step.pt", step)
+    groups = [
+        {k: v for k, v in group.items() if k != "params"}
+        for group in engine.basic_optimizer.param_groups
+    ]
+    write(folder / "optimizer_state.pt", {"param_groups": groups})
+    if failures:
+        raise failures[0]
+
+
+def _as_universal(tensor: Tensor) -> dict[str, Any]:
+    return {"param": tensor.detach().cpu(), "cat_dim": 0}
 
 
 def unsharded(engine: Any) -> list[tuple[nn.Parameter, Tensor]]:

@@ -64,6 +64,12 @@ RULES: tuple[Rule, ...] = (
         "Muon's momentum is gathered on every step and is not swapped; set zero.offload=cpu",
     ),
     Rule(
+        ("optim.name", "zero.offload_parameters"),
+        lambda c: c.optim.name != "adamw" and c.zero.offload_parameters == "nvme",
+        "checkpoints of parameters on a drive hold AdamW's state only; set optim.name=adamw or "
+        "zero.offload_parameters=cpu",
+    ),
+    Rule(
         ("optim.clip", "optim.name"),
         lambda c: c.optim.name == "muon" and c.optim.clip > 0,
         "ZeRO clips Muon's orthogonal update, not its gradient, and learns many times slower; set "

@@ -4,6 +4,7 @@ for.
 
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +38,7 @@ from tuneloom.train.exposure import Exposure
 from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, Tracker, peak_memory_gib
 from tuneloom.train.signals import StopFlag
-from tuneloom.train.universal import convert, load_unsharded
+from tuneloom.train.universal import convert, own_loader
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Session:
             universal = self._on_first(lambda: convert(found, **layout))
         settings = zero.deepspeed_config(
             config, world, accumulation=accumulation,
-            universal=universal is not None and config.zero.stage > 0,
+            universal=universal is not None and own_loader(config.zero) is None,
         )  # fmt: skip
 
         # model and method; adapters are made after the seed, alike on every rank
@@ -123,8 +124,9 @@ class Session:
         if world.first:
             self.exposure = Exposure(self.folder)
         if found:
-            if universal is not None and config.zero.stage == 0:
-                load_unsharded(self.engine, universal)
+            load = own_loader(config.zero)
+            if universal is not None and load is not None:
+                load(self.engine, universal)
                 checkpoint.restore_rng(found.folder, world)
             else:
                 checkpoint.restore(self.engine, found, world, universal=universal)
@@ -426,6 +428,9 @@ class Session:
                 "data_order": data_order,
             })  # fmt: skip
         distributed.barrier()
+        swapped = zero.swap_folder(self.config)
+        if swapped is not None:  # on each node its own drive
+            shutil.rmtree(swapped, ignore_errors=True)
 
     def abandon(self, error: BaseException) -> None:
         """Say in run.json how it ended, where that can still be said."""

@@ -10,6 +10,7 @@ both are done here, for AdamW's state.
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 
 from tuneloom.errors import TrainingError
 from tuneloom.train import masters
-from tuneloom.train.checkpoint import ENGINE, Found
+from tuneloom.train.checkpoint import ENGINE, PARAMETERS, Found
+from tuneloom.train.config import ZeroConfig
 
 MOMENTS = ("fp32", "exp_avg", "exp_avg_sq")
 WHOLE = "mp_rank_00_model_states.pt"
@@ -32,7 +34,9 @@ def convert(found: Found, *, world_size: int, stage: int) -> Path:
     """
     target = found.folder.with_name(f".universal-{found.folder.name}")
     shutil.rmtree(target, ignore_errors=True)
-    if int(found.manifest["zero_stage"]) == 0:
+    if (found.folder / ENGINE / PARAMETERS).exists():
+        shutil.copytree(found.folder / ENGINE, target / ENGINE)
+    elif int(found.manifest["zero_stage"]) == 0:
         _split(found.folder / ENGINE / WHOLE, target / ENGINE)
     else:
         _run_converter(found.folder / ENGINE, target / ENGINE)
@@ -40,23 +44,74 @@ def convert(found: Found, *, world_size: int, stage: int) -> Path:
     return target
 
 
+def own_loader(zero: ZeroConfig) -> Callable[[Any, Path], None] | None:
+    """What loads a converted checkpoint where DeepSpeed cannot; None where it can."""
+    if zero.stage == 0:
+        return load_unsharded
+    return load_swapped if "nvme" in (zero.offload, zero.offload_parameters) else None
+
+
 def load_unsharded(engine: Any, converted: Path) -> None:
     """Put a converted checkpoint into an engine without ZeRO: masters, moments, counters."""
     folder = converted / ENGINE
-    state = torch.load(folder / WHOLE, weights_only=False)
     with torch.no_grad():
         for name, (low, high) in zip(masters.names(engine), masters.unsharded(engine), strict=True):
-            held = {
-                file.stem: torch.load(file, weights_only=False)
-                for file in sorted((folder / "zero" / name).iterdir())
-            }
-            whole = {k: v["param"] if isinstance(v, dict) else v for k, v in held.items()}
-            high.copy_(whole.pop("fp32").reshape(high.shape))
+            held = _whole(folder / PARAMETERS / name)
+            high.copy_(held.pop("fp32").reshape(high.shape))
             low.copy_(high)
             engine.basic_optimizer.state[high] = {
                 key: value if key == "step" else value.reshape(high.shape).to(high.device)
-                for key, value in masters.adam_state(whole, name).items()
+                for key, value in masters.adam_state(held, name).items()
             }
+    _count_on(engine, folder / WHOLE)
+
+
+def load_swapped(engine: Any, converted: Path) -> None:
+    """Put a converted checkpoint into ZeRO-3 with NVMe offload, one swapped group at a time."""
+    folder, optimizer = converted / ENGINE, engine.optimizer
+    named = {id(p): name for name, p in engine.module.named_parameters()}
+    optimizer.checkpoint_event_prologue()
+    for group, parameters in enumerate(optimizer.fp16_groups):
+        swapped = optimizer._swappable_optimizer_subgroup(group)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        entry, offset = optimizer.optimizer.state[flat], 0
+        for key in MOMENTS[1:]:  # made by the first step, which this engine has not taken
+            entry.setdefault(key, torch.zeros_like(flat.data))
+        for parameter in parameters:
+            held = _whole(folder / PARAMETERS / named[id(parameter)])
+            length = int(parameter.partition_numel())
+            for key in MOMENTS:
+                target = flat.data if key == "fp32" else entry[key]
+                target.narrow(0, offset, length).copy_(_share(held[key], length, engine))
+            offset += length
+            # DeepSpeed's CPU Adam counts in an int, torch's in a tensor.
+            entry["step"] = int(held["step"]) if optimizer.offload_optimizer else held["step"]
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(group)
+    optimizer.checkpoint_event_epilogue()
+    states = sorted(folder.glob("*model_states.pt"))
+    _count_on(engine, states[0])
+
+
+def _share(whole: torch.Tensor, length: int, engine: Any) -> torch.Tensor:
+    """This rank's `length` elements of a parameter; the last rank's are padded with zeros."""
+    ranks, rank = engine.dp_world_size, engine.global_rank
+    flat = whole.flatten()
+    padded = torch.nn.functional.pad(flat, (0, length * ranks - flat.numel()))
+    return padded.narrow(0, length * rank, length)
+
+
+def _whole(folder: Path) -> dict[str, Any]:
+    """fp32, exp_avg, exp_avg_sq and step of one parameter, as tensors."""
+    held = {file.stem: torch.load(file, weights_only=False) for file in sorted(folder.iterdir())}
+    return {key: v["param"] if isinstance(v, dict) else v for key, v in held.items()}
+
+
+def _count_on(engine: Any, file: Path) -> None:
+    state = torch.load(file, weights_only=False)
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, state[counter])
 
@@ -68,7 +123,7 @@ def _split(whole: Path, target: Path) -> None:
     plain = saved.get("optimizer_state_dict", saved)  # under bf16 and fp16 one level deeper
     high = [p for group in saved.get("fp32_groups", ()) for p in group]
     for index, name in enumerate(names):
-        folder = target / "zero" / name
+        folder = target / PARAMETERS / name
         folder.mkdir(parents=True)
         moments = masters.adam_state(plain["state"][index], name)
         moments["fp32"] = high[index].detach() if high else state["module"][name]
@@ -76,7 +131,7 @@ def _split(whole: Path, target: Path) -> None:
         for key, value in moments.items():
             torch.save({"param": value.float(), "cat_dim": 0}, folder / f"{key}.pt")
     groups = {"param_groups": plain["param_groups"]}
-    torch.save(groups, target / "zero" / "optimizer_state.pt")
+    torch.save(groups, target / PARAMETERS / "optimizer_state.pt")
     torch.save(state, target / WHOLE)
 
 
@@ -98,8 +153,8 @@ def _mend(folder: Path, world_size: int, stage: int) -> None:
     state = torch.load(states[0], weights_only=False)
     for file in states:
         file.unlink()
-    parameters = [p for p in (folder / "zero").iterdir() if p.is_dir()]
-    optimizer_file = folder / "zero" / "optimizer_state.pt"
+    parameters = [p for p in (folder / PARAMETERS).iterdir() if p.is_dir()]
+    optimizer_file = folder / PARAMETERS / "optimizer_state.pt"
     optimizer = torch.load(optimizer_file, weights_only=False)
     counted = [p / "step.pt" for p in parameters if (p / "step.pt").exists()]
     step = (

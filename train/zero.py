@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,10 +66,21 @@ def _zero(config: TrainConfig) -> dict[str, Any]:
         }
     for part in ("offload_optimizer", "offload_param"):
         if part in zero and zero[part]["device"] == "nvme":
-            zero[part]["nvme_path"] = config.zero.nvme_path
+            zero[part]["nvme_path"] = str(swap_folder(config))
+    if config.zero.offload_parameters == "nvme":
+        zero["offload_param"]["max_in_cpu"] = 0  # by default the first 1e9 elements stay in RAM
     if config.zero.stage == 3 and config.optim.name == "muon":
         zero["reduce_scatter"] = False  # "Muon and reduce scatter cannot be used together"
     return zero
+
+
+def swap_folder(config: TrainConfig) -> Path | None:
+    """Where this run's swap files lie: DeepSpeed names them by rank alone, so two runs under one
+    path would write into each other's. None without NVMe offload.
+    """
+    if config.zero.nvme_path is None:
+        return None
+    return Path(config.zero.nvme_path) / str(config.run.id)
 
 
 def _muon(optim: OptimConfig) -> dict[str, Any]:

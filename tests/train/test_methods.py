@@ -110,6 +110,7 @@ def test_offloaded_parameters_give_the_same_curve(lab: Path, two: Gang) -> None:
     two.fit(small_config(lab, "parked", zero__offload_parameters="cpu", **settings))
     two.fit(small_config(lab, "unparked", **settings))
     assert metrics(lab, "parked") == pytest.approx(metrics(lab, "unparked"), rel=1e-5)
+    assert receipts(lab, "parked")["zero.offload_parameters=cpu"]["offloaded_bytes"] > 0
 
 
 def test_bf16_follows_fp32_within_its_precision(lab: Path) -> None:

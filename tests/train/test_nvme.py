@@ -1,0 +1,72 @@
+"""NVMe offload: the same curve as in memory, bytes on the drive, and a resume that holds."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tuneloom.errors import TrainingError
+from tuneloom.testing import Gang, metrics, small_config, tiny_model
+from tuneloom.train import checkpoint
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory: pytest.TempPathFactory, lab: Path) -> Path:
+    """A lab whose base is 512 wide: what is under 1 MiB a rank is never swapped."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        required = os.environ.get("TUNELOOM_REQUIRE_NVME")
+        (pytest.fail if required else pytest.skip)("libaio is missing: apt-get install libaio-dev")
+    folder = tmp_path_factory.mktemp("drive")
+    tiny_model(folder / "base", hidden=512, layers=1)
+    shutil.copyfile(lab / "rows.jsonl", folder / "rows.jsonl")
+    return folder
+
+
+def config(drive: Path, run_id: str, **dotted: object) -> dict[str, object]:
+    shared: dict[str, object] = {
+        "steps": STEPS, "method__kind": "full", "optim__lr": 1e-3, "zero__stage": 3,
+        "checkpoint__every": 3, "zero__nvme_path": str(drive / "nvme"),
+    }  # fmt: skip
+    return small_config(drive, run_id, **(shared | dotted))
+
+
+PLACES = [("nvme", "none"), ("nvme", "nvme"), ("cpu", "nvme")]
+
+
+@pytest.mark.parametrize(("state", "parameters"), PLACES)
+def test_a_drive_gives_the_bits_of_memory_also_after_a_resume(
+    drive: Path, two: Gang, state: str, parameters: str
+) -> None:
+    if not (drive / "runs/memory").exists():
+        two.fit(config(drive, "memory", zero__offload="cpu"), timeout_seconds=400)
+    run_id = f"{state}-{parameters}"
+    places = {"zero__offload": state, "zero__offload_parameters": parameters}
+    two.fit(config(drive, run_id, **places), timeout_seconds=400)  # the op is compiled once
+    assert metrics(drive, run_id) == metrics(drive, "memory")
+    assert not list((drive / "nvme").rglob("*.swp"))
+    shutil.rmtree(drive / "runs" / run_id / "checkpoints" / checkpoint.name(STEPS))
+    two.fit(config(drive, run_id, **places))
+    assert metrics(drive, run_id) == metrics(drive, "memory")
+
+
+def test_a_run_moves_from_the_drive_to_one_rank_in_memory_without_zero(
+    drive: Path, one: Gang, two: Gang
+) -> None:
+    settings: dict[str, object] = {"zero__offload": "nvme", "zero__offload_parameters": "nvme"}
+    two.fit(config(drive, "moved", **settings))
+    shutil.rmtree(drive / "runs/moved/checkpoints" / checkpoint.name(STEPS))
+    one.fit(config(drive, "moved", zero__stage=0, batch__accumulation=2))
+    assert metrics(drive, "moved") == pytest.approx(metrics(drive, "memory"), rel=1e-5)
+
+
+def test_offload_to_a_drive_that_moved_nothing_ends_the_run_by_name(
+    lab: Path, drive: Path, two: Gang
+) -> None:
+    places = {"zero__offload": "nvme", "zero__nvme_path": str(drive / "empty")}
+    with pytest.raises(TrainingError, match=r"options that did nothing: zero\.offload=nvme"):
+        two.fit(small_config(lab, "too-small", zero__stage=3, **places))
