@@ -1,6 +1,4 @@
-"""metrics.jsonl always, W&B where it can, a progress line, and where each second of the run
-went.
-"""
+"""metrics.jsonl always, a progress line, and where each second of the run went."""
 
 import json
 import os
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tuneloom.train.config import TrackerConfig
+from tuneloom.train.tracker import Tracker
 
 PHASES = ("productive", "data", "checkpoint", "evaluation", "startup", "lost")
 
@@ -71,7 +69,7 @@ def peak_memory_gib(device: torch.device) -> float:
 class Metrics:
     """Rows of one run, on rank 0. `open_at` drops rows of steps that will be done again."""
 
-    def __init__(self, folder: Path, tracker: "Tracker") -> None:
+    def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.path = folder / "metrics.jsonl"
         self.tracker = tracker
 
@@ -98,73 +96,6 @@ class Metrics:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.tracker.log(row)
-
-
-class Tracker:
-    """W&B behind one door; `mode` after construction is what really happens."""
-
-    def __init__(
-        self,
-        tracker: TrackerConfig,
-        folder: Path,
-        run_id: str,
-        config: dict[str, Any],
-        *,
-        offline: bool = False,
-    ) -> None:
-        self.run: Any = None
-        self.mode: Any
-        self.mode, self.reason = self._decide(tracker.mode)
-        print(f"tracker: W&B {self.mode} ({self.reason})", flush=True)
-        if self.mode == "off":
-            return
-        import wandb
-
-        (folder / "wandb").mkdir(exist_ok=True)
-        shared: dict[str, Any] = {
-            "project": tracker.project, "id": run_id, "name": run_id, "dir": str(folder),
-            "config": config, "resume": "allow",
-        }  # fmt: skip
-        try:
-            self.run = wandb.init(mode=self.mode, settings=_settings(wandb), **shared)
-        except wandb.errors.CommError as error:
-            first = str(error).splitlines()[0]
-            print(
-                f"tracker: W&B cannot be reached ({first}); writing offline, `wandb sync` later",
-                flush=True,
-            )
-            self.mode, self.reason = "offline", f"not reachable: {first}"
-            self.run = wandb.init(mode="offline", settings=_settings(wandb), **shared)
-
-    @staticmethod
-    def _decide(wanted: str) -> tuple[str, str]:
-        if wanted != "auto":
-            return wanted, "asked for"
-        if os.environ.get("WANDB_API_KEY") or _netrc_has_wandb():
-            return "online", "a key was found"
-        return "offline", "no key was found; `wandb sync` uploads later"
-
-    def log(self, row: dict[str, Any]) -> None:
-        if self.run is not None:
-            self.run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-
-    def finish(self, exit_code: int = 0) -> None:
-        if self.run is not None:
-            self.run.finish(exit_code=exit_code)
-            self.run = None
-
-
-def _settings(wandb: Any) -> Any:
-    # An unreachable server blocks init for 90 s by default (measured); rank 0 would stall all
-    # ranks.
-    return wandb.Settings(
-        init_timeout=15, console="off", silent=True, disable_git=True, x_disable_stats=True
-    )
-
-
-def _netrc_has_wandb() -> bool:
-    netrc = Path.home() / ".netrc"
-    return netrc.exists() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
 
 
 class Progress:

@@ -36,8 +36,9 @@ from tuneloom.train.distributed import World
 from tuneloom.train.drills import FirstCheckpoint
 from tuneloom.train.exposure import Exposure
 from tuneloom.train.feed import Feed
-from tuneloom.train.metrics import Clock, Metrics, Progress, Tracker, peak_memory_gib
+from tuneloom.train.metrics import Clock, Metrics, Progress, peak_memory_gib
 from tuneloom.train.signals import StopFlag
+from tuneloom.train.tracker import Tracker
 from tuneloom.train.universal import convert, own_loader
 
 
