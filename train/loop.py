@@ -96,7 +96,9 @@ def loop(s: Session) -> Outcome:
         grad_norm, applied = s.optimizer_step()
         s.step += 1
         loss = float(distributed.sum_over_ranks(total)) / tally.target_tokens
-        bad_steps = 0 if applied and math.isfinite(loss) else bad_steps + 1
+        seeking_scale = s.loss_scale > 1.0  # fp16: an overflow halves it, and is no fault of a row
+        good = math.isfinite(loss) and (applied or seeking_scale)
+        bad_steps = 0 if good else bad_steps + 1
         s.record(bins, loss=loss, grad_norm=grad_norm, lr=lr, tally=tally, applied=applied,
                  seconds=time.time() - started)  # fmt: skip
         if bad_steps > config.train.max_bad_steps:

@@ -117,7 +117,10 @@ class Progress:
             f"{row['speed/tokens_per_second']:,.0f} tok/s  {row['memory/peak_gib']:.2f} GiB"
         )
         if self._live is not None:
-            self._live.update(line)
+            from rich.text import Text
+
+            # One row of an 80-column terminal, cut rather than wrapped.
+            self._live.update(Text(" ".join(line.split()), no_wrap=True, overflow="crop"))
         elif time.monotonic() - self._last >= self.every_seconds or row["step"] == 1:
             self._last = time.monotonic()
             print(line, flush=True)

@@ -64,6 +64,12 @@ RULES: tuple[Rule, ...] = (
         "Muon's momentum is gathered on every step and is not swapped; set zero.offload=cpu",
     ),
     Rule(
+        ("model.dtype", "zero.stage"),
+        lambda c: c.model.dtype == "fp16" and c.zero.stage == 0,
+        "without ZeRO, DeepSpeed divides gradients by a loss scale that it never multiplied the "
+        "loss by; set zero.stage=1, or model.dtype=bf16",
+    ),
+    Rule(
         ("optim.name", "zero.offload_parameters"),
         lambda c: c.optim.name != "adamw" and c.zero.offload_parameters == "nvme",
         "checkpoints of parameters on a drive hold AdamW's state only; set optim.name=adamw or "

@@ -300,7 +300,18 @@ class Session:
         skipped = engine.skipped_steps
         engine.step()
         norm = engine.get_global_grad_norm()
-        return float(norm) if norm is not None else math.nan, engine.skipped_steps == skipped
+        applied = engine.skipped_steps == skipped
+        if not applied and self.config.model.dtype == "fp16" and self.loss_scale <= 1.0:
+            raise TrainingError(
+                f"model.dtype: fp16 gradients overflow in step {self.step + 1} even unscaled; set "
+                "model.dtype=bf16, or lower optim.lr"
+            )
+        return float(norm) if norm is not None else math.nan, applied
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's dynamic scale, which an overflow halves; 1 in the other precisions."""
+        return float(self.engine.optimizer.loss_scale) if self.config.model.dtype == "fp16" else 1.0
 
     def _plain_step(self) -> tuple[float, bool]:
         """Without ZeRO in fp32 DeepSpeed neither reports a norm nor refuses a NaN, so both happen
@@ -335,6 +346,8 @@ class Session:
             "speed/padding": tally.padded / (tally.padded + tally.tokens),
             "memory/peak_gib": peak_memory_gib(self.world.device),
         }
+        if self.config.model.dtype == "fp16":
+            row["train/loss_scale"] = self.loss_scale
         peak = flops.peak_flops(self.world.device)
         if peak is not None:
             work = self.shape.step(

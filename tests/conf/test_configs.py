@@ -112,6 +112,7 @@ BROKEN: list[list[str]] = [
     ["zero=stage3", "zero.offload=nvme"],
     ["optim=adamw8bit", "zero.offload=cpu"],
     ["zero=stage3", "optim=muon", "optim.clip=0", "zero.offload=nvme", "zero.nvme_path=/mnt"],
+    ["zero=stage0", "model.dtype=fp16"],
     ["zero=stage3", "optim=adamw8bit", "zero.offload_parameters=nvme", "zero.nvme_path=/mnt"],
     ["optim=muon", "optim.clip=1.0"],
     ["model.attention=flash", "model.dtype=fp32"],

@@ -1,6 +1,11 @@
 """W&B offline is read back from its own file; a resumed run goes on in the same W&B run."""
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 from tuneloom.testing import Gang, metrics, offline_history, small_config
@@ -34,3 +39,36 @@ def test_without_a_key_auto_is_offline_and_the_record_says_so(lab: Path, one: Ga
     tracker = json.loads((lab / "runs/auto/run.json").read_text())["tracker"]
     assert tracker["mode"] == "offline" and "no key was found" in tracker["reason"]
     assert offline_history(lab / "runs/auto")
+
+
+TRAIN = """
+import json, sys
+from tuneloom.config import build
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.loop import fit
+fit(build(TrainConfig, json.loads(sys.argv[1])))
+"""
+
+
+def test_a_terminal_gets_one_live_line_and_a_file_gets_plain_ones(lab: Path) -> None:
+    def command(run_id: str) -> list[str]:
+        return [sys.executable, "-c", TRAIN, json.dumps(small_config(lab, run_id, steps=200))]
+
+    plain = subprocess.run(command("piped"), capture_output=True, text=True, timeout=120).stdout
+    assert "\x1b" not in plain and plain.count("loss") < 40
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command("live"), stdout=slave, stderr=subprocess.DEVNULL)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the terminal's other end closed
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    os.close(master)
+    assert process.wait(60) == 0
+    last = metrics(lab, "live")[-1]
+    # Redrawn in place: back to the row's start, the row cleared; the last step stays.
+    assert b"\r\x1b[2K" in shown
+    rows = shown.decode().replace("\x1b[2K", "\r").replace("\x1b[?25h", "").split("\r")
+    drawn = [row.strip() for row in rows if row.strip().startswith("step")]
+    assert f"step 200 100.0 % loss {last:.4f}" in drawn[-1] and drawn[-1].endswith("GiB")
+    assert max(map(len, drawn)) <= 80
