@@ -26,6 +26,7 @@ from tuneloom.launch.config import LaunchConfig
 from tuneloom.launch.worker import Worker
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
+from tuneloom.train.watchdog import last_report
 
 INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OFFLINE", "HF_HOME",
              "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
@@ -168,7 +169,7 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
     from ray.exceptions import RayActorError
     from ray.util.placement_group import remove_placement_group
 
-    gpus = gpus_per_worker(launch)
+    gpus, started = gpus_per_worker(launch), time.time()
     group = place(launch, gpus)
     actors: list[Any] = [
         ray.remote(Worker).options(
@@ -193,7 +194,8 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
         wait(calls)
         return None
     except RayActorError as error:
-        return f"a worker was lost ({type(error).__name__})"
+        hang = last_report(folder_of(config), since=started)
+        return hang.sentence if hang else f"a worker was lost ({type(error).__name__})"
     finally:
         for actor in actors:
             ray.kill(actor)

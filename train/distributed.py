@@ -30,7 +30,7 @@ class World:
         return self.rank == 0
 
 
-def start(*, timeout_seconds: int = 1800) -> World:
+def start(*, timeout_seconds: int = 3600) -> World:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset.
 
     NCCL on CUDA devices, gloo on CPU. DeepSpeed picks its accelerator at import, so this sets

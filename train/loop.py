@@ -32,7 +32,8 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
     Raises Stopped after a save that a signal asked for, TrainingError when the run failed.
     """
     joined_here = not distributed.is_joined()
-    world = distributed.start()
+    # Collectives give up later than the watchdog, which names who they waited for.
+    world = distributed.start(timeout_seconds=config.train.hang_seconds + 60)
     config = distributed.broadcast_object(runs.with_id(config))
     if config.debug:
         config = debug.shortened(config)

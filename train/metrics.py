@@ -29,10 +29,18 @@ class Clock:
         self.since_row: dict[str, float] = defaultdict(float)
         self._mark = self.started
         self._phase = "startup"
+        self.changes = 0
+        """Switches so far: while it grows, the run makes progress (`train/watchdog.py`)."""
+
+    @property
+    def now_in(self) -> str:
+        """The phase that time is booked on."""
+        return self._phase
 
     def switch(self, phase: str) -> str:
         """Book the time since the last switch on the phase that ends; returns that phase."""
         now = time.time()
+        self.changes += 1
         self.total[self._phase] += now - self._mark
         self.since_row[self._phase] += now - self._mark
         ended, self._phase, self._mark = self._phase, phase, now

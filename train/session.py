@@ -5,6 +5,7 @@ for.
 import math
 import os
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +41,7 @@ from tuneloom.train.metrics import Clock, Metrics, Progress, peak_memory_gib
 from tuneloom.train.signals import StopFlag
 from tuneloom.train.tracker import Tracker
 from tuneloom.train.universal import convert, own_loader
+from tuneloom.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Session:
         self.stop: StopFlag | None = None
         self.witness: effects.Witness | None = None
         self.drill: FirstCheckpoint | None = None
+        self.watchdog: Watchdog | None = None
 
     def prepare(self) -> None:
         """Seed, run folder, tokenizer, model, method, engine, data, resume, metrics."""
@@ -135,7 +138,10 @@ class Session:
         self._open_metrics()
         if self.step < config.train.effects_step:
             self.witness = effects.Witness(config, self.engine, world)
-        distributed.barrier()
+        hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
+        self.watchdog = Watchdog(
+            self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts
+        )
 
     # set-up, in pieces
 
@@ -457,6 +463,8 @@ class Session:
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""
+        if self.watchdog is not None:
+            self.watchdog.close()
         if hasattr(self, "feed"):
             self.feed.close()
         if hasattr(self, "validation"):

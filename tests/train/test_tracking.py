@@ -6,12 +6,18 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tuneloom.testing import Gang, metrics, offline_history, small_config
+from tuneloom.testing import Gang, metrics, small_config
+
+History = Callable[[Path], list[dict[str, Any]]]
 
 
-def test_offline_wandb_holds_the_numbers_of_metrics_jsonl(lab: Path, one: Gang) -> None:
+def test_offline_wandb_holds_the_numbers_of_metrics_jsonl(
+    lab: Path, one: Gang, offline_history: History
+) -> None:
     one.fit(small_config(lab, "tracked", steps=4, tracker__mode="offline"))
     rows = [row for row in offline_history(lab / "runs/tracked") if "train/loss" in row]
     assert [row["train/loss"] for row in rows] == metrics(lab, "tracked")
@@ -19,7 +25,7 @@ def test_offline_wandb_holds_the_numbers_of_metrics_jsonl(lab: Path, one: Gang) 
     assert all(row["speed/tokens_per_second"] > 0 and row["memory/peak_gib"] > 0 for row in rows)
 
 
-def test_a_resumed_run_is_one_wandb_run(lab: Path, one: Gang) -> None:
+def test_a_resumed_run_is_one_wandb_run(lab: Path, one: Gang, offline_history: History) -> None:
     folder = lab / "runs/continued"
     folder.mkdir(parents=True)
     (folder / "stop").touch()
@@ -34,7 +40,9 @@ def test_a_resumed_run_is_one_wandb_run(lab: Path, one: Gang) -> None:
     assert [row["_step"] for row in offline_history(folder) if "train/loss" in row] == [1, 2, 3, 4]
 
 
-def test_without_a_key_auto_is_offline_and_the_record_says_so(lab: Path, one: Gang) -> None:
+def test_without_a_key_auto_is_offline_and_the_record_says_so(
+    lab: Path, one: Gang, offline_history: History
+) -> None:
     one.fit(small_config(lab, "auto", steps=1, tracker__mode="auto"))
     tracker = json.loads((lab / "runs/auto/run.json").read_text())["tracker"]
     assert tracker["mode"] == "offline" and "no key was found" in tracker["reason"]

@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from tuneloom.errors import STOPPED
-from tuneloom.testing import metrics, offline_history, small_config
+from tuneloom.testing import metrics, small_config
+
+History = Callable[[Path], list[dict[str, Any]]]
 
 
 class Server(ThreadingHTTPServer):
@@ -145,7 +147,9 @@ def test_a_key_makes_it_online_and_a_resumed_run_continues_the_same_wandb_run(
     )
 
 
-def test_an_unreachable_server_costs_a_line_and_loses_no_row(lab: Path, server: Server) -> None:
+def test_an_unreachable_server_costs_a_line_and_loses_no_row(
+    lab: Path, server: Server, offline_history: History
+) -> None:
     server.shutdown()
     server.server_close()
     config = small_config(lab, "unreachable", steps=2, tracker__mode="online")
