@@ -22,6 +22,10 @@ class LaunchConfig(Config):
     """auto: 1 where the machine has GPUs, else 0."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts from the newest good checkpoint after a worker is lost."""
+    min_workers: Annotated[int, Field(gt=0)] | None = None
+    """Ray: ranks to go on with when nodes are gone, until they return; None waits for all."""
+    wait_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long all ranks may wait for room before the run shrinks, or is refused."""
     account: str | None = None
     """Slurm: whom the job is charged to."""
     partition: str | None = None
@@ -64,6 +68,13 @@ class LaunchConfig(Config):
         changed = sorted(n for n in given if getattr(self, n) != type(self).model_fields[n].default)
         if changed and self.kind != "slurm":
             raise ValueError(f"launch.{changed[0]}: only launch=slurm reads it; leave it out")
+        if self.min_workers is not None and self.kind != "ray":
+            raise ValueError("launch.min_workers: only launch=ray reads it; leave it out")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"launch.min_workers: {self.min_workers} is more than launch.workers "
+                f"({self.workers}); lower it"
+            )
         if self.workers % self.nodes:
             raise ValueError(
                 f"launch.workers: {self.workers} ranks cannot stand evenly on launch.nodes "

@@ -14,14 +14,15 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tuneloom.errors import RefusedError, TrainingError, TuneloomError
+from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
+from tuneloom.launch import elastic
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.launch.worker import Worker
 from tuneloom.train.config import TrainConfig
@@ -38,6 +39,8 @@ READ_AT_IMPORT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Every line of every rank, as it was written: Ray drops lines that repeat across workers."""
+GROWS = "nodes returned"
+"""How a gang ended that was asked to make room for a larger one."""
 NODES_SECONDS = 120.0
 """How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
 
@@ -59,16 +62,23 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(ray.shutdown)
         connect(launch)
         keeps_its_folder(config)
-        with signals_ask_to_stop(folder):  # once more: ray.init puts its own SIGTERM handler
-            lost: str | None = None
-            for attempt in range(launch.max_restarts + 1):
-                lost = run_gang(config, launch, attempt)
-                if lost is None:
-                    return
-                print(f"launch: {lost}; restart {attempt + 1} of {launch.max_restarts}", flush=True)
+        with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
+            attempts(config, launch, signals)
+
+
+def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> None:
+    """Gang after gang until one is done; those that only grow are no restarts."""
+    restarts = grown = 0
+    while (ending := run_gang(config, launch, restarts + grown, signals)) is not None:
+        if ending == GROWS:
+            grown += 1
+            continue
+        if restarts == launch.max_restarts:
             raise TrainingError(
-                f"launch.max_restarts: all {launch.max_restarts} restarts are used up; last: {lost}"
+                f"launch.max_restarts: all {restarts} restarts are used up; last: {ending}"
             )
+        restarts += 1
+        print(f"launch: {ending}; restart {restarts} of {launch.max_restarts}", flush=True)
 
 
 @cache
@@ -101,10 +111,15 @@ def keeps_its_folder(config: TrainConfig) -> None:
 
 
 @contextmanager
-def signals_ask_to_stop(folder: Path) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGUSR1 leave a `stop` file that rank 0 reads at its next step."""
+def signals_ask_to_stop(folder: Path) -> Iterator[list[int]]:
+    """SIGTERM, SIGINT and SIGUSR1 leave a `stop` file that rank 0 reads at its next step.
+
+    Yields the signals that came, as a list that grows.
+    """
+    came: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "stop").touch()
         print(f"launch: {signal.Signals(number).name}: saving, then stopping", flush=True)
@@ -112,7 +127,7 @@ def signals_ask_to_stop(folder: Path) -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -142,7 +157,8 @@ def connect(launch: LaunchConfig) -> None:
             "launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local"
         )
     ray.init(address=address, **shared)
-    wait_for_nodes(launch.nodes)
+    if launch.min_workers is None:
+        wait_for_nodes(launch.nodes)
 
 
 def wait_for_nodes(count: int) -> None:
@@ -163,21 +179,30 @@ def wait_for_nodes(count: int) -> None:
         time.sleep(0.3)
 
 
-def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | None:
-    """One attempt: place, start, wait. None when done, a sentence when a worker was lost."""
+def run_gang(
+    config: TrainConfig, launch: LaunchConfig, attempt: int, signals: list[int]
+) -> str | None:
+    """One attempt: place, start, wait. None when done, GROWS, or a sentence when a worker was
+    lost.
+    """
     import ray
     from ray.exceptions import RayActorError
     from ray.util.placement_group import remove_placement_group
 
-    gpus, started = gpus_per_worker(launch), time.time()
-    group = place(launch, gpus)
+    gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
+    group = elastic.micro_batches(config, launch)
+    slots, size = elastic.place(launch, gpus, group)
+    growth = None
+    if size.workers < launch.workers:
+        config = elastic.with_group(config, size.workers, group)
+        growth = elastic.Growth(folder / "stop", launch, size, gpus)
     actors: list[Any] = [
         ray.remote(Worker).options(
-            num_cpus=1, num_gpus=gpus, placement_group=group,
-            placement_group_bundle_index=rank // ranks_a_bundle(launch),
+            num_cpus=1, num_gpus=gpus, placement_group=slots,
+            placement_group_bundle_index=rank // elastic.ranks_a_bundle(size),
             runtime_env={"env_vars": environment()}, max_restarts=0,
         ).remote()
-        for rank in range(launch.workers)
+        for rank in range(size.workers)
     ]  # fmt: skip
     try:
         places = ray.get([actor.place.remote() for actor in actors])
@@ -186,20 +211,26 @@ def run_gang(config: TrainConfig, launch: LaunchConfig, attempt: int) -> str | N
             places = ray.get([actor.place.remote() for actor in actors])  # ports not used yet
         calls = [
             actor.run.remote(
-                config.model_dump(mode="json"), launch.model_dump(mode="json"),
+                config.model_dump(mode="json"), size.model_dump(mode="json"),
                 rendezvous(rank, places, attempt, gpus),
             )
             for rank, actor in enumerate(actors)
         ]  # fmt: skip
-        wait(calls)
+        wait(calls, meanwhile=growth.look if growth else None)
         return None
+    except Stopped:
+        if growth is None or not growth.asked or signals:
+            raise
+        return GROWS
     except RayActorError as error:
-        hang = last_report(folder_of(config), since=started)
+        hang = last_report(folder, since=started)
         return hang.sentence if hang else f"a worker was lost ({type(error).__name__})"
     finally:
         for actor in actors:
             ray.kill(actor)
-        remove_placement_group(group)
+        remove_placement_group(slots)
+        if growth:
+            growth.close()
 
 
 def preflight(
@@ -210,37 +241,6 @@ def preflight(
 
     group = [rendezvous(rank, places, 0, gpus) for rank in range(len(actors))]
     conduct(actors, places, config, gpus_per_rank=gpus, group=group)
-
-
-def place(launch: LaunchConfig, gpus: int) -> Any:
-    """Reserve a slot for every rank at once; raises RefusedError.
-
-    With `launch.nodes` above 1 each node takes an equal share, ranks in order; else nodes are
-    filled one by one.
-    """
-    import ray
-    from ray.exceptions import GetTimeoutError
-    from ray.util.placement_group import placement_group
-
-    share = ranks_a_bundle(launch)
-    bundle = {"CPU": float(share)} | ({"GPU": float(gpus * share)} if gpus else {})
-    bundles = [bundle] * (launch.workers // share)
-    group = placement_group(bundles, strategy="STRICT_SPREAD" if launch.nodes > 1 else "PACK")
-    try:
-        ray.get(group.ready(), timeout=300)
-    except GetTimeoutError:
-        have = ray.cluster_resources()
-        raise RefusedError(
-            f"launch.workers: {len(bundles)} x {bundle} cannot be placed; the cluster has "
-            f"{have.get('CPU', 0):.0f} CPU and {have.get('GPU', 0):.0f} GPU on "
-            f"{len(ray.nodes())} nodes"
-        ) from None
-    return group
-
-
-def ranks_a_bundle(launch: LaunchConfig) -> int:
-    """Ranks that must stand on one node together; 1 leaves the choice to Ray."""
-    return launch.workers // launch.nodes if launch.nodes > 1 else 1
 
 
 def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int) -> dict[str, str]:
@@ -258,9 +258,9 @@ def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int)
     }
 
 
-def wait(calls: list[Any]) -> None:
+def wait(calls: list[Any], *, meanwhile: Callable[[], None] | None = None) -> None:
     """Until every rank returned; raises the first error, after the others had 30 s to say the
-    same.
+    same. `meanwhile` is called about once a second.
 
     Raises RayActorError when a worker died: its peers fail in a collective, often before Ray knows.
     """
@@ -270,6 +270,8 @@ def wait(calls: list[Any]) -> None:
     waiting, failure, crash, deadline = calls, None, None, math.inf
     while waiting and time.monotonic() < deadline:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
+        if meanwhile:
+            meanwhile()
         try:
             for error in ray.get(done):
                 failure = failure or (revived(error) if error else None)

@@ -159,6 +159,10 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
     before: dict[str, Any] = {}
     if (folder / "run.json").exists():
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    attempt = {
+        "workers": facts["world_size"], "accumulation": facts["accumulation"],
+        "resumed_from": facts["resumed_from"],
+    }  # fmt: skip
     content = {
         **{key: before[key] for key in KEPT if key in before},
         "run_id": config.run.id,
@@ -169,6 +173,7 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
         "environment": environment(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "state": "running",
+        "attempts": [*before.get("attempts", []), attempt],
         **facts,
     }
     write_json(folder / "run.json", content)

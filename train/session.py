@@ -203,6 +203,7 @@ class Session:
             },
             "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
             "resumed_from": found.folder.name if found else None,
+            "accumulation": self.feed.accumulation,
         }  # fmt: skip
         if found:
             runs.refuse_other_inputs(config, facts)

@@ -58,6 +58,8 @@ class Cluster:
 
     dashboard: str
     environment: dict[str, str]
+    gcs: str
+    """Where `ray start --address` and RAY_ADDRESS find it."""
 
     def submit(self, name: str, *entrypoint: str, code: int = 0) -> str:
         return run(
@@ -113,17 +115,17 @@ def cluster() -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
-    dashboard = free_port()
+    dashboard, gcs = free_port(), free_port()
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-         f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--num-gpus=0",
+         f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--num-gpus=0",
          "--node-ip-address=127.0.0.1", "--object-store-memory=80000000",
          f"--temp-dir={folder}/ray", f"--dashboard-agent-listen-port={free_port()}",
          "--disable-usage-stats"],
         env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
-    cluster = Cluster(f"http://127.0.0.1:{dashboard}", environment)
+    cluster = Cluster(f"http://127.0.0.1:{dashboard}", environment, f"127.0.0.1:{gcs}")
     try:
         deadline = time.monotonic() + 120
         while not cluster.takes_jobs():

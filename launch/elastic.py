@@ -1,0 +1,155 @@
+"""Fewer ranks when nodes are gone, all of them again when nodes return: `launch.min_workers`.
+
+Only sizes that divide the micro-batches of a step are taken, so the global batch, and with it the
+curve, stays what it was; the state goes through the universal checkpoint.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tuneloom.errors import RefusedError
+from tuneloom.launch.config import LaunchConfig
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.runs import folder_of
+
+SMALLER_SECONDS = 10.0
+"""How long a smaller size may take to be placed: what is free is placed in less than one."""
+
+
+def bundles(launch: LaunchConfig, gpus: int) -> list[dict[str, float]]:
+    """What the ranks need, as bundles that each stand on one node."""
+    share = ranks_a_bundle(launch)
+    bundle = {"CPU": float(share)} | ({"GPU": float(gpus * share)} if gpus else {})
+    return [bundle] * (launch.workers // share)
+
+
+def ranks_a_bundle(launch: LaunchConfig) -> int:
+    """Ranks that must stand on one node together; 1 leaves the choice to Ray."""
+    return launch.workers // launch.nodes if launch.nodes > 1 else 1
+
+
+def micro_batches(config: TrainConfig, launch: LaunchConfig) -> int:
+    """Micro-batches a step of the whole run: what its last attempt took, else what was asked."""
+    record = folder_of(config) / "run.json"
+    if record.exists():
+        attempts = json.loads(record.read_text(encoding="utf-8")).get("attempts")
+        if attempts:
+            return int(attempts[-1]["workers"]) * int(attempts[-1]["accumulation"])
+    return launch.workers * config.batch.accumulation
+
+
+def smaller(launch: LaunchConfig, group: int) -> Iterator[LaunchConfig]:
+    """The sizes below the full one, largest first, that share `group` micro-batches evenly.
+
+    Nodes keep their number of ranks: with `launch.nodes` above 1 whole nodes are left out.
+    """
+    share = ranks_a_bundle(launch)
+    for workers in range(
+        launch.workers - share, (launch.min_workers or launch.workers) - 1, -share
+    ):
+        if workers > 0 and group % workers == 0:
+            nodes = workers // share if launch.nodes > 1 else 1
+            yield launch.model_copy(update={"workers": workers, "nodes": nodes})
+
+
+def place(launch: LaunchConfig, gpus: int, group: int) -> tuple[Any, LaunchConfig]:
+    """Reserve a slot for every rank at once; returns the placement group and the size it holds.
+
+    With `launch.nodes` above 1 each node takes an equal share, ranks in order; else nodes are
+    filled one by one. Raises RefusedError when not even the smallest size finds room.
+    """
+    placed = _placed(launch, gpus, launch.wait_seconds)
+    if placed is not None:
+        return placed, launch
+    for size in smaller(launch, group):
+        placed = _placed(size, gpus, SMALLER_SECONDS)
+        if placed is not None:
+            print(
+                f"launch.min_workers: no room for {launch.workers} workers in "
+                f"{launch.wait_seconds:g} s; going on with {size.workers} x "
+                f"{group // size.workers} micro-batches a step, the same global batch",
+                flush=True,
+            )
+            return placed, size
+    raise RefusedError(_no_room(launch, gpus))
+
+
+def _placed(launch: LaunchConfig, gpus: int, seconds: float) -> Any:
+    """A placement group that is ready within `seconds`, or None."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    strategy = "STRICT_SPREAD" if launch.nodes > 1 else "PACK"
+    group = placement_group(bundles(launch, gpus), strategy=strategy)
+    if group.wait(seconds):
+        return group
+    remove_placement_group(group)
+    return None
+
+
+def _no_room(launch: LaunchConfig, gpus: int) -> str:
+    import ray
+
+    have, wanted = ray.cluster_resources(), bundles(launch, gpus)
+    least = "" if launch.min_workers is None else f" (nor {launch.min_workers} workers)"
+    return (
+        f"launch.workers: {len(wanted)} x {wanted[0]} cannot be placed{least}; the cluster has "
+        f"{have.get('CPU', 0):.0f} CPU and {have.get('GPU', 0):.0f} GPU on "
+        f"{sum(node['Alive'] for node in ray.nodes())} nodes; free some, or lower launch.workers"
+    )
+
+
+def with_group(config: TrainConfig, workers: int, group: int) -> TrainConfig:
+    """The config whose accumulation gives `group` micro-batches a step on `workers` ranks."""
+    batch = config.batch.model_copy(update={"accumulation": group // workers})
+    return config.model_copy(update={"batch": batch})
+
+
+class Growth:
+    """Watches for room for the ranks that a shrunken gang lacks, then asks it to save and stop.
+
+    The missing slots are asked of Ray as a placement group, so an autoscaler sees the wish and
+    other people's use counts.
+    """
+
+    def __init__(self, stop: Path, full: LaunchConfig, now: LaunchConfig, gpus: int) -> None:
+        from ray.util.placement_group import placement_group
+
+        self.asked = False
+        self._stop, self._full, self._gpus = stop, full, gpus
+        lacking = (full.workers - now.workers) // ranks_a_bundle(full)
+        self._slots: Any = placement_group(bundles(full, gpus)[:lacking], strategy="PACK")
+
+    def look(self) -> None:
+        """Called now and then while the gang runs."""
+        if (
+            self.asked
+            or not self._slots.wait(0)
+            or fitting_nodes(self._full, self._gpus) < (self._full.nodes)
+        ):
+            return
+        self.asked = True
+        print(
+            f"launch.min_workers: room for {self._full.workers} workers again; saving, then going "
+            "on with all",
+            flush=True,
+        )
+        self._stop.touch()
+
+    def close(self) -> None:
+        """Give the slots back, so that the full gang can take them."""
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(self._slots)
+
+
+def fitting_nodes(launch: LaunchConfig, gpus: int) -> int:
+    """Live nodes that are large enough for a bundle."""
+    import ray
+
+    bundle = bundles(launch, gpus)[0]
+    return sum(
+        node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in bundle.items())
+        for node in ray.nodes()
+    )
