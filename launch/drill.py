@@ -20,6 +20,7 @@ from typing import Any
 from tuneloom.errors import DONE, TRAINING, ConfigError, TuneloomError
 from tuneloom.launch.drill_lab import EVERY, STEPS, Figures, Lab
 from tuneloom.launch.faults import FAULTS
+from tuneloom.launch.reaper import GRACE_SECONDS
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
 HEADER = """\
@@ -40,9 +41,8 @@ Each fault was struck once, so these are existence proofs, not rates.
 FOOTER = """
 Bars: at most {most} steps lost (F5, F18: none; F2, F6: {every}; F7: {twice}), no differing bit
 (F18: losses within 1e-3), no sample missing or twice, no process left after 10 s, exit codes of the
-contract. What F4 leaves are Ray's own DashboardAgent and RuntimeEnvAgent (2.60.0: they outlive
-their raylet by more than 30 s); the ranks themselves were gone 2 to 4 s after their driver, and the
-same command starts beside the agents.
+contract. Under F4 Ray's own DashboardAgent and RuntimeEnvAgent (2.60.0) outlive their raylet by
+more than 30 s; `launch/reaper.py` ends them {grace:.0f} s after the driver.
 """
 
 
@@ -96,7 +96,7 @@ def table(kept: list[dict[str, Any]]) -> str:
     """docs/faults.md."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     head = HEADER.format(machine=machine, steps=STEPS, every=EVERY)
-    foot = FOOTER.format(most=EVERY - 1, every=EVERY, twice=2 * EVERY - 1)
+    foot = FOOTER.format(most=EVERY - 1, every=EVERY, twice=2 * EVERY - 1, grace=GRACE_SECONDS)
     return head + "".join(map(row, kept)) + foot
 
 
