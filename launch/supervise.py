@@ -193,6 +193,8 @@ def run_gang(
     from ray.util.placement_group import remove_placement_group
 
     gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
+    # The first attempt's clock runs since the command was started.
+    clock = {"TUNELOOM_STARTED": str(started)} if attempt else {}
     group = elastic.micro_batches(config, launch)
     slots, size = elastic.place(launch, gpus, group)
     growth = None
@@ -215,7 +217,7 @@ def run_gang(
         calls = [
             actor.run.remote(
                 config.model_dump(mode="json"), size.model_dump(mode="json"),
-                rendezvous(rank, places, attempt, gpus),
+                rendezvous(rank, places, attempt, gpus) | clock,
             )
             for rank, actor in enumerate(actors)
         ]  # fmt: skip

@@ -81,11 +81,17 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.tracker = tracker
 
-    def open_at(self, step: int) -> float:
-        """Keep rows up to `step`; returns the seconds that the dropped rows had taken."""
+    def open_at(self, step: int, *, restarted: float | None = None) -> float:
+        """Keep rows up to `step`; returns the seconds that the dropped rows had taken.
+
+        `restarted` is when the attempt began that takes over from a lost one: what passed between
+        the last row and then is lost as well.
+        """
         if not self.path.exists():
             return 0.0
         kept, lost = [], 0.0
+        if restarted is not None:
+            lost = max(0.0, restarted - self.path.stat().st_mtime)
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)

@@ -231,7 +231,11 @@ class Session:
         )
         runs.update(self.folder, {"tracker": {"mode": tracker.mode, "reason": tracker.reason}})
         self.metrics = Metrics(self.folder, tracker)
-        self.clock.lost(self.metrics.open_at(self.step))
+        restarted = self.clock.started if int(os.environ.get("TUNELOOM_ATTEMPT", "0")) else None
+        lost = self.metrics.open_at(self.step, restarted=restarted)
+        if lost:  # booked at once, so that it outlives an attempt that is lost before a step
+            self.clock.lost(lost)
+            self.metrics.write({"step": self.step} | self.clock.row())
         self.progress_line = Progress()
 
     @property
