@@ -29,6 +29,7 @@ HEADER = """\
 Measured by `python -m tuneloom.launch.drill` on {machine}, shared with other
 work: a tiny Llama, LoRA, ZeRO-2, two gloo ranks under `launch=local`, {steps} steps, a checkpoint
 every {every}.
+Under F3 the ranks stand on two network namespaces as hosts (launch=ray, both share the files).
 Every fault is real: signals to real processes, a real full disk. Lost are steps that were done
 again. Seconds run from the fault to the first new step (F4: from the second start of the command;
 F5: to the exit). Bits are those of all losses as float64 against the uninterrupted run; samples are

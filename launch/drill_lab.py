@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,20 @@ class Figures:
 class Run:
     """One started `tuneloom train`."""
 
-    def __init__(self, lab: "Lab", run_id: str, *more: str, root: Path | None = None) -> None:
+    def __init__(
+        self, lab: "Lab", run_id: str, *more: str, root: Path | None = None,
+        prefix: Sequence[str] = (), environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+
         self.lab, self.folder = lab, (root or lab.folder / "runs") / run_id
         self.started = time.monotonic()
         self.log = lab.folder / f"{run_id}.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tuneloom", "train", *lab.overrides(self.folder), *more],
-                stdout=log, stderr=log, cwd=lab.folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                [*prefix, sys.executable, "-m", "tuneloom", "train",
+                 *lab.overrides(self.folder), *more],
+                stdout=log, stderr=log, cwd=lab.folder,
+                env=environment or os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -100,7 +107,7 @@ class Run:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks at work, which Ray names after the method they run."""
-        return [pid for pid in standing_in(self.lab.folder) if b"Worker.run" in _command(pid)]
+        return [pid for pid in standing_in(self.lab.folder) if is_rank(pid)]
 
     def end(self, seconds: float = PATIENCE) -> int:
         """Its exit code; killed and raised about when it does not end."""
@@ -178,6 +185,11 @@ def standing_in(folder: Path) -> list[int]:
     """
     pids = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
     return sorted(pid for pid in pids if _directory(pid) == str(folder))
+
+
+def is_rank(pid: int) -> bool:
+    """Ray names a process after the method it runs."""
+    return b"Worker.run" in _command(pid)
 
 
 def _directory(pid: int) -> str | None:

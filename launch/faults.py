@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuneloom.errors import DONE, STOPPED, TRAINING
-from tuneloom.launch.drill_lab import EVERY, Figures, Lab, Run
+from tuneloom.launch.drill_lab import EVERY, Figures, Lab, Run, is_rank
+from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
 from tuneloom.train import checkpoint
 
 MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
@@ -40,6 +41,30 @@ def _after_a_lost_worker(lab: Lab, run: Run, rng: random.Random, fault: str, wha
     seconds = time.monotonic() - struck
     lost = last - run.resumed_from()
     return _figures(lab, run, fault, what, [run.end()], [DONE], lost=lost, seconds=seconds)
+
+
+def host_killed(lab: Lab, rng: random.Random) -> list[Figures]:
+    """All of a host dies; another takes its place 3 s later."""
+    with Hosts() as hosts:
+        head = {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
+        run = Run(lab, "f3", "launch.kind=ray", "launch.nodes=2", prefix=hosts.inside("a"),
+                  environment=hosts.environment | head)  # fmt: skip
+        # Early between two saves: the kill itself takes a few steps, and a death inside a save (F2)
+        # may cost one whole interval.
+        run.wait_for_step(rng.choice((EVERY, 2 * EVERY)) + rng.randrange(1, 4))
+        inode = run.inode()
+        hosts.kill("b")
+        struck, last = time.monotonic(), run.step
+        time.sleep(3.0)
+        hosts.start("b")
+        run.wait_for_new_step(inode)
+        seconds = time.monotonic() - struck
+        lost, code = last - run.resumed_from(), run.end()
+        time.sleep(10.0)
+        left = [pid for host in ADDRESSES for pid in hosts.pids(host) if is_rank(pid)]
+        what = "kill -9 of a whole host between saves, replaced 3 s later"
+        return [_figures(lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds,
+                         orphans=len(left))]  # fmt: skip
 
 
 def driver_killed(lab: Lab, rng: random.Random) -> list[Figures]:
@@ -189,6 +214,6 @@ def _figures(
 
 
 FAULTS: dict[str, Fault] = {
-    "F1": worker_killed, "F4": driver_killed, "F6": disk_full, "F2": killed_inside_a_save,
-    "F7": bit_flipped, "F18": other_world, "F5": terminated,
+    "F1": worker_killed, "F3": host_killed, "F4": driver_killed, "F6": disk_full,
+    "F2": killed_inside_a_save, "F7": bit_flipped, "F18": other_world, "F5": terminated,
 }  # fmt: skip
