@@ -40,9 +40,7 @@ Each fault was struck once, so these are existence proofs, not rates.
 FOOTER = """
 Bars: at most {most} steps lost (F5, F18: none; F2, F6: {every}; F7: {twice}), no differing bit
 (F18: losses within 1e-3), no sample missing or twice, no process left after 10 s, exit codes of the
-contract. What F4 leaves are Ray's own DashboardAgent and RuntimeEnvAgent (2.60.0: they outlive
-their raylet by more than 30 s); the ranks themselves were gone 2 to 4 s after their driver, and the
-same command starts beside the agents.
+contract; F12: the right rank is named within its timeout and 5 s.
 """
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from tuneloom.errors import RefusedError, TrainingError, TuneloomError
 from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.reaper import after_us
 from tuneloom.launch.worker import Worker
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
@@ -135,6 +136,7 @@ def connect(launch: LaunchConfig) -> None:
             # Ray starts workers at nice 15, so that anything else on a workstation comes first.
             _system_config={"worker_niceness": 0}, **shared,
         )  # fmt: skip
+        after_us()
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address:

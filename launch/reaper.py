@@ -1,0 +1,56 @@
+"""`python -m tuneloom.launch.reaper PID`: nothing of an embedded Ray outlives the driver PID.
+
+A driver that is killed takes its ranks with it within 4 s, but Ray's dashboard and runtime-env
+agents go on for more than 30 s (2.60.0), under names that say nothing of whose they are. So this
+process notes what descends from the driver while it lives. Its standard input ends when the driver
+does, however that ended; what is still there 5 s later is killed.
+"""
+
+import os
+import select
+import subprocess
+import sys
+
+import psutil
+
+GRACE_SECONDS = 5.0
+"""What Ray may take to end by itself."""
+NOTE_SECONDS = 2.0
+
+
+def after_us() -> None:
+    """Have what this process started reaped once it is gone."""
+    subprocess.Popen(
+        [sys.executable, "-m", "tuneloom.launch.reaper", str(os.getpid())],
+        stdin=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def main(driver: int) -> int:
+    """Note descendants until the driver ends, then end those that are left."""
+    noted: set[psutil.Process] = set()
+    while not select.select([sys.stdin], [], [], NOTE_SECONDS)[0]:
+        noted |= descendants(driver)
+    _, left = psutil.wait_procs(noted, timeout=GRACE_SECONDS)
+    for process in left:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:  # it ended by itself meanwhile
+            continue
+    return 0
+
+
+def descendants(pid: int) -> set[psutil.Process]:
+    """Ray's processes among them, whatever else the driver started; none when it is gone."""
+    try:
+        return {p for p in psutil.Process(pid).children(recursive=True) if _is_ray(p.cmdline())}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _is_ray(command: list[str]) -> bool:
+    return any(part.startswith("ray::") or "/ray/" in part for part in command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
