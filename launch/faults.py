@@ -1,5 +1,6 @@
 """The faults that `tuneloom.launch.drill` strikes real runs with, and what each did to one."""
 
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from tuneloom.train import checkpoint
 
 MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
 """Steps that a fault may cost; the others at most what was done since the last save."""
+HANG_SECONDS = 5
 Fault = Callable[[Lab, random.Random], Iterable[Figures]]
 
 
@@ -196,6 +198,27 @@ def other_world(lab: Lab, rng: random.Random) -> list[Figures]:
     return [figures]
 
 
+def hung(lab: Lab, rng: random.Random) -> list[Figures]:
+    """A rank is stopped, not killed: found by the watchdog, by name, and replaced."""
+    run = Run(lab, "f12", f"train.hang_seconds={HANG_SECONDS}")
+    run.wait_for_step(rng.randrange(EVERY + 2, 3 * EVERY))
+    ranks = run.ranks()
+    inode, victim = run.inode(), rng.choice(ranks)
+    os.kill(victim, signal.SIGSTOP)
+    struck, last = time.monotonic(), run.step
+    report = run.folder / "hang" / "report.json"
+    run.wait_for(report.exists, "a report")
+    found = time.monotonic() - struck
+    run.wait_for_new_step(inode)
+    seconds = time.monotonic() - struck
+    said = json.loads(report.read_text(encoding="utf-8"))
+    named = said["kind"] == "missing rank" and len(said["ranks"]) == 1
+    lost = last - run.resumed_from()
+    what = f"a rank stopped (SIGSTOP), train.hang_seconds={HANG_SECONDS}"
+    return [_figures(lab, run, "F12", what, [run.end()], [DONE], lost=lost, seconds=seconds,
+                     held=named and found <= HANG_SECONDS + 5)]  # fmt: skip
+
+
 def _figures(
     lab: Lab, run: Run, fault: str, what: str, codes: list[int], wanted: list[int], *,
     lost: int, seconds: float | None = None, orphans: int | None = None, held: bool = True,
@@ -216,4 +239,5 @@ def _figures(
 FAULTS: dict[str, Fault] = {
     "F1": worker_killed, "F3": host_killed, "F4": driver_killed, "F6": disk_full,
     "F2": killed_inside_a_save, "F7": bit_flipped, "F18": other_world, "F5": terminated,
+    "F12": hung,
 }  # fmt: skip

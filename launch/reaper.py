@@ -1,63 +1,56 @@
-"""Outlives a killed driver by seconds, to end what its embedded Ray leaves behind.
+"""`python -m tuneloom.launch.reaper PID`: nothing of an embedded Ray outlives the driver PID.
 
-Ray's DashboardAgent and RuntimeEnvAgent (2.60.0) outlive a raylet whose driver got kill -9 by more
-than 30 s. A child of the driver holds the reading end of a pipe: when that ends without a word, the
-driver is dead, and what it had named is killed.
+A driver that is killed takes its ranks with it within 4 s, but Ray's dashboard and runtime-env
+agents go on for more than 30 s (2.60.0), under names that say nothing of whose they are. So this
+process notes what descends from the driver while it lives. Its standard input ends when the driver
+does, however that ended; what is still there 5 s later is killed.
 """
 
-import json
+import os
+import select
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
 import psutil
 
 GRACE_SECONDS = 5.0
-"""Ranks were gone 2 to 4 s after their driver (measured), so most of Ray ends by itself."""
-DONE = "done"
+"""What Ray may take to end by itself."""
+NOTE_SECONDS = 2.0
 
 
-@contextmanager
-def reaping() -> Iterator[None]:
-    """While it lasts, the processes that this one has now started do not outlive it long."""
-    family = [(p.pid, p.create_time()) for p in psutil.Process().children(recursive=True)]
-    reaper = subprocess.Popen(
-        [sys.executable, "-P", __file__], stdin=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert reaper.stdin is not None
-    reaper.stdin.write(json.dumps(family) + "\n")
-    reaper.stdin.flush()
-    try:
-        yield
-    finally:
-        reaper.communicate(DONE)
+def after_us() -> None:
+    """Have what this process started reaped once it is gone."""
+    subprocess.Popen(
+        [sys.executable, "-m", "tuneloom.launch.reaper", str(os.getpid())],
+        stdin=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
 
 
-def alive(family: list[tuple[int, float]]) -> list[psutil.Process]:
-    """Those that still run; a pid that was given to another process since does not count."""
-    found = []
-    for pid, created in family:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def main() -> None:
-    """Read the family, wait for the driver's end, then end what it left."""
-    family = json.loads(sys.stdin.readline() or "[]")
-    if sys.stdin.read() == DONE:
-        return
-    deadline = time.monotonic() + GRACE_SECONDS
-    while alive(family) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for process in alive(family):
-        with suppress(psutil.NoSuchProcess):
+def main(driver: int) -> int:
+    """Note descendants until the driver ends, then end those that are left."""
+    noted: set[psutil.Process] = set()
+    while not select.select([sys.stdin], [], [], NOTE_SECONDS)[0]:
+        noted |= descendants(driver)
+    _, left = psutil.wait_procs(noted, timeout=GRACE_SECONDS)
+    for process in left:
+        try:
             process.kill()
+        except psutil.NoSuchProcess:  # it ended by itself meanwhile
+            continue
+    return 0
+
+
+def descendants(pid: int) -> set[psutil.Process]:
+    """Ray's processes among them, whatever else the driver started; none when it is gone."""
+    try:
+        return {p for p in psutil.Process(pid).children(recursive=True) if _is_ray(p.cmdline())}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _is_ray(command: list[str]) -> bool:
+    return any(part.startswith("ray::") or "/ray/" in part for part in command)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(int(sys.argv[1])))

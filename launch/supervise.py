@@ -24,7 +24,7 @@ from typing import Any
 from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.launch import elastic
 from tuneloom.launch.config import LaunchConfig
-from tuneloom.launch.reaper import reaping
+from tuneloom.launch.reaper import after_us
 from tuneloom.launch.worker import Worker
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
@@ -62,8 +62,6 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.enter_context(signals_ask_to_stop(folder))
         stack.callback(ray.shutdown)
         connect(launch)
-        if launch.kind == "local":
-            stack.enter_context(reaping())
         keeps_its_folder(config)
         with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
             attempts(config, launch, signals)
@@ -153,6 +151,7 @@ def connect(launch: LaunchConfig) -> None:
             # Ray starts workers at nice 15, so that anything else on a workstation comes first.
             _system_config={"worker_niceness": 0}, **shared,
         )  # fmt: skip
+        after_us()
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address:

@@ -87,7 +87,8 @@ def loop(s: Session) -> Outcome:
         lr = s.set_lr(lr_at(s.step, progress, config.optim))
         total = torch.zeros((), dtype=torch.float32, device=world.device)
         for index, micro in enumerate(micros):
-            micro_loss = loss_sum(engine, micro)
+            with s.pace.timed(micro.tokens + micro.padded):
+                micro_loss = loss_sum(engine, micro)
             engine.backward(micro_loss * (world.size / tally.target_tokens), scale_wrt_gas=False)
             total += micro_loss.detach()
             if index + 1 < len(micros):

@@ -38,6 +38,7 @@ from tuneloom.train.drills import FirstCheckpoint
 from tuneloom.train.exposure import Exposure
 from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, peak_memory_gib
+from tuneloom.train.pace import Pace
 from tuneloom.train.signals import StopFlag
 from tuneloom.train.tracker import Tracker
 from tuneloom.train.universal import convert, own_loader
@@ -139,6 +140,7 @@ class Session:
         if self.step < config.train.effects_step:
             self.witness = effects.Witness(config, self.engine, world)
         hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
+        self.pace = Pace(world, hosts, measured=config.zero.stage < 3)
         self.watchdog = Watchdog(
             self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts
         )
@@ -264,10 +266,11 @@ class Session:
         values = [
             sum(m.target_tokens for m in micros), sum(m.tokens for m in micros),
             sum(m.square_tokens for m in micros), sum(m.padded for m in micros),
-            int(self.stop.asked()),
+            int(self.stop.asked()), *self.pace.slots(),
         ]  # fmt: skip
         summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
-        target, tokens, square, padded, stop = (int(v) for v in summed)
+        target, tokens, square, padded, stop = (int(v) for v in summed[:5])
+        self.pace.note(summed[5:])
         assert target > 0, "a step without target tokens: the renderer refuses such rows"
         return Tally(target, tokens, square, padded, stop > 0)
 
@@ -357,6 +360,8 @@ class Session:
             "speed/padding": tally.padded / (tally.padded + tally.tokens),
             "memory/peak_gib": peak_memory_gib(self.world.device),
         }
+        if self.pace.slowest is not None:
+            row["speed/slowest_rank"] = self.pace.slowest
         if self.config.model.dtype == "fp16":
             row["train/loss_scale"] = self.loss_scale
         peak = flops.peak_flops(self.world.device)

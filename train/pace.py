@@ -1,0 +1,87 @@
+"""Stragglers: which rank computes slower than the others, from what each measures about itself.
+
+A step takes as long as its slowest rank, so wall time says only that one is slow. Each rank times
+its own forward passes, which under ZeRO 0 to 2 hold no collective, per token it computed; the times
+travel in the reduction that every step does anyway. Under ZeRO-3 a forward pass waits for the other
+ranks' shards and tells nobody apart: not measured there.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tuneloom.train.distributed import World
+
+WINDOW = 20
+"""Steps that are averaged: one slow step is a page fault, twenty are a slow machine."""
+SLOW = 1.5
+
+
+class Pace:
+    """Forward seconds a token of every rank, over the last steps."""
+
+    def __init__(self, world: World, hosts: list[str], *, measured: bool) -> None:
+        self.world, self.hosts = world, hosts
+        self.measured = measured and world.size > 1
+        self.slowest: float | None = None
+        """Of the slowest rank, in medians of all; None until twenty steps were measured."""
+        self._seconds, self._tokens = 0.0, 0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._steps: deque[list[float]] = deque(maxlen=WINDOW)
+        self._named: set[int] = set()
+
+    @contextmanager
+    def timed(self, tokens: int) -> Iterator[None]:
+        """Around the forward pass of one micro-batch of `tokens`, padding included."""
+        if not self.measured:
+            yield
+            return
+        self._tokens += tokens
+        if self.world.device.type == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            yield
+            after.record()
+            self._events.append((before, after))
+            return
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+
+    def slots(self) -> list[float]:
+        """Last step's seconds a token in this rank's place of one a rank, to be summed over ranks;
+        the loop has read that step's loss, so no event is waited for.
+        """
+        own = [0.0] * self.world.size
+        seconds = self._seconds + sum(b.elapsed_time(a) for b, a in self._events) / 1000
+        if self._tokens:
+            own[self.world.rank] = seconds / self._tokens
+        self._seconds, self._tokens = 0.0, 0
+        self._events.clear()
+        return own
+
+    def note(self, paces: list[float]) -> None:
+        """All ranks' seconds a token of a step; names each slow rank once, on rank 0."""
+        if not self.measured or not all(paces):
+            return
+        self._steps.append(paces)
+        if len(self._steps) < WINDOW:
+            return
+        means = [sum(step[rank] for step in self._steps) / WINDOW for rank in range(len(paces))]
+        median = sorted(means)[(len(means) - 1) // 2]
+        self.slowest = max(means) / median
+        for rank, mean in enumerate(means):
+            if mean >= SLOW * median and rank not in self._named:
+                self._named.add(rank)
+                self._say(rank, mean / median)
+
+    def _say(self, rank: int, ratio: float) -> None:
+        if self.world.first:
+            print(
+                f"straggler: rank {rank} on {self.hosts[rank]} computes {ratio:.1f} x as long as "
+                f"the median rank, over {WINDOW} steps; every step waits for it",
+                flush=True,
+            )
