@@ -93,6 +93,8 @@ class DataConfig(Config):
     """Split of the dataset folder, or a JSONL file, for validation loss; None for none."""
     split: str = "train"
     """Split of the dataset folder that is trained on."""
+    golden: list[str] = ["golden/*/golden.jsonl"]
+    """Golden sets, as files or globs, whose rows are never trained on; checked before step 1."""
 
 
 class BatchConfig(Config):

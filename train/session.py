@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tuneloom.data.guard import refuse_golden
 from tuneloom.data.tokenizer import load_tokenizer
 from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
 from tuneloom.redact import redacted
@@ -120,6 +121,7 @@ class Session:
 
         # data; then the proof that packs are isolated, before a step is taken
         self.feed = Feed(config, self.tokenizer, world, accumulation)
+        self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, config.data.golden))
         self.validation = evaluation.Validation(config, self.tokenizer, world)
         if config.batch.packing and config.train.probe:
             probe.isolation(self.network, self.vocabulary, world.device, seed=config.seed)
@@ -201,7 +203,7 @@ class Session:
             "dataset": {
                 "path": config.data.path, "digest": self.feed.rows.digest,
                 "rows": len(self.feed.rows),
-                "renderer": self.feed.renderer.digest,
+                "renderer": self.feed.renderer.digest, "golden_sets": self.golden,
             },
             "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
             "resumed_from": found.folder.name if found else None,
