@@ -4,6 +4,7 @@ it.
 Only safetensors are read and no remote code is executed; no key of any config turns that on.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,24 @@ def locate(model: ModelConfig) -> Path:
             f"model.path: {folder} has no *.safetensors; pickled weights are not read"
         )
     return folder
+
+
+def largest_parameter(base: Path, model: ModelConfig) -> int | None:
+    """Elements of the largest tensor in the base's safetensors, from their headers; None where the
+    model's parameters are not the files' tensors: random weights, experts that are stacked.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+    stacked = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts"))
+    if model.init == "random" or stacked:
+        return None
+    sizes = []
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            sizes += [math.prod(tensors.get_slice(key).get_shape()) for key in list(tensors.keys())]
+    return max(sizes)
 
 
 def _download(model: ModelConfig) -> Path:

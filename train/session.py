@@ -98,14 +98,15 @@ class Session:
         if found and not found.same_layout(world.size, config.zero.stage):
             layout = {"world_size": world.size, "stage": config.zero.stage}
             universal = self._on_first(lambda: convert(found, **layout))
+        base = self._on_first(lambda: model.locate(config.model))
+        self.base = base
         settings = zero.deepspeed_config(
             config, world, accumulation=accumulation,
             universal=universal is not None and own_loader(config.zero) is None,
+            largest=model.largest_parameter(base, config.model) if self._swaps() else None,
         )  # fmt: skip
 
         # model and method; adapters are made after the seed, alike on every rank
-        base = self._on_first(lambda: model.locate(config.model))
-        self.base = base
         self.tokenizer = load_tokenizer(str(base))
         with zero.partitioned_init(settings):
             network = model.load(base, config.model, config.method, world.device, seed=config.seed)
@@ -148,6 +149,9 @@ class Session:
         )
 
     # set-up, in pieces
+
+    def _swaps(self) -> bool:
+        return self.config.zero.offload_parameters == "nvme"
 
     def _on_first(self, work: Any) -> Any:
         """Rank 0's result on all ranks; its error is every rank's error."""

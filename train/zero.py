@@ -15,15 +15,24 @@ from tuneloom.train.distributed import World
 
 
 def deepspeed_config(
-    config: TrainConfig, world: World, *, accumulation: int, universal: bool = False
+    config: TrainConfig,
+    world: World,
+    *,
+    accumulation: int,
+    universal: bool = False,
+    largest: int | None = None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for this run; `universal` resumes from a converted checkpoint."""
+    """DeepSpeed's configuration for this run; `universal` resumes from a converted checkpoint.
+
+    `largest` counts the elements of the largest parameter, for NVMe's buffers in host memory; None
+    leaves DeepSpeed's: five of 1e8 elements, 1 to 2 GB a rank whatever the model.
+    """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": accumulation * world.size,
         "gradient_clipping": 0.0 if _plain(config) else config.optim.clip,
-        "zero_optimization": _zero(config),
+        "zero_optimization": _zero(config, largest),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "checkpoint": {"load_universal": universal},
@@ -44,7 +53,7 @@ def _plain(config: TrainConfig) -> bool:
     return config.zero.stage == 0 and config.model.dtype == "fp32"
 
 
-def _zero(config: TrainConfig) -> dict[str, Any]:
+def _zero(config: TrainConfig, largest: int | None) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         # Overlap has cost users correct losses (DeepSpeed#5545); off until a GPU run proves it
@@ -69,6 +78,8 @@ def _zero(config: TrainConfig) -> dict[str, Any]:
             zero[part]["nvme_path"] = str(swap_folder(config))
     if config.zero.offload_parameters == "nvme":
         zero["offload_param"]["max_in_cpu"] = 0  # by default the first 1e9 elements stay in RAM
+        if largest is not None:
+            zero["offload_param"]["buffer_size"] = largest
     if config.zero.stage == 3 and config.optim.name == "muon":
         zero["reduce_scatter"] = False  # "Muon and reduce scatter cannot be used together"
     return zero

@@ -27,31 +27,46 @@ def scaled(*arguments, **named):
     return settings
 zero.deepspeed_config = scaled
 try:
-    fit(build(TrainConfig, json.loads(sys.argv[1])))
+    for config in json.loads(sys.argv[1]):
+        fit(build(TrainConfig, config))
 except TuneloomError as error:
     sys.stderr.write(f"said: {error}")
     sys.exit(error.exit_code)
 """
 
 
-def train(config: dict[str, object], *, scale_power: int = 16) -> subprocess.CompletedProcess[str]:
+def train(*configs: dict[str, object], scale_power: int = 16) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-c", TRAIN, json.dumps(config), str(scale_power)],
+        [sys.executable, "-c", TRAIN, json.dumps(configs), str(scale_power)],
         env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_fp16_follows_fp32_within_its_precision(lab: Path, one: Gang, stage: int) -> None:
-    run_id = f"half-{stage}"
-    settings: dict[str, object] = {"steps": 8, "zero__stage": stage, "batch__accumulation": 2}
-    one.fit(small_config(lab, f"single-{stage}", **settings))
-    ran = train(small_config(lab, run_id, model__dtype="fp16", **settings))
+@pytest.fixture(scope="module")
+def halves(lab: Path) -> None:
+    """Runs half-1, half-2 and half-3, one ZeRO stage each, in one process."""
+    ran = train(*(config(lab, f"half-{n}", n) | {"model": half(lab)} for n in (1, 2, 3)))
     assert ran.returncode == 0, ran.stderr
+
+
+def half(lab: Path) -> dict[str, object]:
+    return {"path": str(lab / "base"), "dtype": "fp16"}
+
+
+def config(lab: Path, run_id: str, stage: int) -> dict[str, object]:
+    return small_config(lab, run_id, steps=8, zero__stage=stage, batch__accumulation=2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_follows_fp32_within_its_precision(
+    lab: Path, one: Gang, halves: None, stage: int
+) -> None:
+    run_id = f"half-{stage}"
+    one.fit(config(lab, f"single-{stage}", stage))
     assert metrics(lab, run_id) == pytest.approx(metrics(lab, f"single-{stage}"), rel=1e-4)
     assert metrics(lab, run_id, "train/loss_scale") == [65536.0] * 8
     evidence = json.loads((lab / "runs" / run_id / "effects.json").read_text())["receipts"]
@@ -62,10 +77,10 @@ def test_fp16_follows_fp32_within_its_precision(lab: Path, one: Gang, stage: int
 def test_an_overflow_halves_the_scale_skips_the_step_and_is_counted_but_no_bad_step(
     lab: Path,
 ) -> None:
-    config = small_config(
+    seeking = small_config(
         lab, "seeking", steps=16, zero__stage=2, model__dtype="fp16", train__max_bad_steps=0
     )
-    ran = train(config, scale_power=24)
+    ran = train(seeking, scale_power=24)
     assert ran.returncode == 0, ran.stderr
     skipped = metrics(lab, "seeking", "train/skipped")
     scales = metrics(lab, "seeking", "train/loss_scale")

@@ -13,6 +13,7 @@ import pytest
 
 from tuneloom.errors import TRAINING
 from tuneloom.testing import free_port, metrics, small_config
+from tuneloom.train.watchdog import Standing, judge
 
 SECONDS = 4
 STEP = 3
@@ -88,8 +89,14 @@ def strike(lab: Path, fault: str) -> tuple[dict[str, Any], float, str]:
     [
         ("stopped", "missing rank", [1], "does not answer"),
         ("data", "data stall", [1], "train/loop.py"),
-        ("save", "save stall", [1], "train/checkpoint.py"),
-        ("crossed", "mismatched collective", [0, 1], "broadcast_object_list"),
+        pytest.param("save", "save stall", [1], "train/checkpoint.py", marks=pytest.mark.slow),
+        pytest.param(
+            "crossed",
+            "mismatched collective",
+            [0, 1],
+            "broadcast_object_list",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_hang_names_the_rank_its_kind_and_where_it_stands(
@@ -99,3 +106,18 @@ def test_a_hang_names_the_rank_its_kind_and_where_it_stands(
     assert (report["kind"], report["ranks"]) == (kind, at_fault)
     assert where in report["sentence"] and f"hang: {report['sentence']}" in said
     assert seconds < SECONDS + 5
+
+
+def test_ranks_in_different_collectives_are_a_mismatch_and_a_computing_one_a_stall() -> None:
+    def standing(rank: int, phase: str, collective: str | None) -> Standing:
+        return Standing(rank, f"host{rank}", phase, f"train/x.py:{rank}", collective)
+
+    both = [standing(0, "productive", "all_reduce"), standing(1, "productive", "broadcast")]
+    crossed = judge(both, ["host0", "host1"], 5)
+    assert (crossed.kind, crossed.ranks) == ("mismatched collective", [0, 1])
+    saving = [standing(0, "checkpoint", "all_gather_object"), standing(1, "checkpoint", None)]
+    stalled = judge(saving, ["host0", "host1"], 5)
+    assert (stalled.kind, stalled.ranks) == ("save stall", [1])
+    assert "rank 1 on host1 stands at train/x.py:1" in stalled.sentence
+    gone = judge(both, ["host0", "host1", "host2"], 5)
+    assert (gone.kind, gone.ranks) == ("missing rank", [2]) and "host2" in gone.sentence

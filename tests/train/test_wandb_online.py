@@ -106,6 +106,8 @@ def server() -> Iterator[Server]:
 
 TRAIN = """
 import json, sys
+from tuneloom.train import uploader
+uploader.GRACE_SECONDS = float(sys.argv[2])
 from tuneloom.config import build
 from tuneloom.errors import Stopped
 from tuneloom.train.config import TrainConfig
@@ -117,11 +119,13 @@ except Stopped as stopped:
 """
 
 
-def train(config: dict[str, object], server: Server) -> subprocess.CompletedProcess[str]:
+def train(
+    config: dict[str, object], server: Server, *, grace: float = 15.0
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40}
     return subprocess.run(
-        [sys.executable, "-c", TRAIN, json.dumps(config)],
+        [sys.executable, "-c", TRAIN, json.dumps(config), str(grace)],
         env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
@@ -166,7 +170,7 @@ def test_what_an_attempt_could_not_upload_the_next_one_does(lab: Path, server: S
     folder.mkdir(parents=True)
     (folder / "stop").touch()
     server.failing = True
-    assert train(config, server).returncode == STOPPED
+    assert train(config, server, grace=2.0).returncode == STOPPED
     assert server.history == {}
     server.failing = False
     assert train(config, server).returncode == 0
@@ -178,7 +182,9 @@ def test_a_killed_run_leaves_no_uploader_behind(lab: Path, server: Server) -> No
     config = small_config(lab, "killed-online", steps=100_000, tracker__mode="online")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40}
-    process = subprocess.Popen([sys.executable, "-c", TRAIN, json.dumps(config)], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAIN, json.dumps(config), "1"], env=environment
+    )
     metrics_file = lab / "runs/killed-online/metrics.jsonl"
     wait_until(metrics_file.exists)
     wait_until(lambda: uploaders("killed-online") != [])
