@@ -118,9 +118,11 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: P
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     rows = [json.loads(r) for r in (lab / "runs/bereft/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    # What the restart cost is booked at once, on the step it went on from.
     lost = [row["step"] for row in rows if row["time/lost"] > 0]
-    assert len(lost) == 1 and (lost[0] - 1) % 20 == 0
+    assert len(lost) == 1 and lost[0] % 20 == 0
 
 
 def _raylet_of(driver: int) -> str:
