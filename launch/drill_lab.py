@@ -189,7 +189,7 @@ def standing_in(folder: Path) -> list[int]:
 
 def is_rank(pid: int) -> bool:
     """Ray names a process after the method it runs."""
-    return b"Worker.run" in _command(pid)
+    return b"Worker.run" in command_of(pid)
 
 
 def _directory(pid: int) -> str | None:
@@ -199,7 +199,7 @@ def _directory(pid: int) -> str | None:
         return None
 
 
-def _command(pid: int) -> bytes:
+def command_of(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
