@@ -1,9 +1,9 @@
 """`python -m benchmarks.recovery`: seconds from a killed rank to the next new step (B3).
 
-Ours, bare Ray Train V2 and torchrun elastic, in turn, on one tiny model, loop and checkpoints: two
-gloo ranks, a checkpoint every 10 steps, `kill -9` of one rank between two saves. What differs is
-who notices, and how long it takes to start again. Wall time, as that is what is lost; read the
-ratios, which were taken in one run.
+Ours and bare Ray Train V2, in turn, on one tiny model, loop and checkpoints: two gloo ranks, a
+checkpoint every 10 steps, `kill -9` of one rank between two saves. What differs is who notices, and
+how long it takes to start again. Wall time, as that is what is lost; read the ratio, which was
+taken in one run.
 """
 
 import argparse
@@ -19,13 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.record import write
-from tuneloom.launch.drill_lab import EVERY, Lab, Run, command_of, standing_in
-from tuneloom.testing import free_port, small_config
+from tuneloom.launch.drill_lab import EVERY, Lab, Run, command_of
+from tuneloom.testing import small_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 400
-VICTIMS = {"tuneloom": b"Worker.run", "ray_train": b"TrainWorker", "torchrun": b"tuneloom.train"}
+VICTIMS = {"tuneloom": b"Worker.run", "ray_train": b"TrainWorker"}
 """Words in the command line of a rank."""
 
 
@@ -48,22 +50,23 @@ class Started(Run):
         keys.append(f"steps={STEPS}")
         if self.launcher == "tuneloom":
             return [sys.executable, "-m", "tuneloom", "train", *keys]
-        if self.launcher == "torchrun":
-            keys = [k for k in keys if not k.startswith("launch")]
-            return [
-                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-                "--max-restarts=3", f"--master-port={free_port()}", "-m", "tuneloom.train", *keys,
-            ]  # fmt: skip
         config = small_config(
             self.lab.folder, run_id, steps=STEPS, zero__stage=2, checkpoint__every=EVERY
         )
         return [sys.executable, "-m", "benchmarks.peers.ray_train_run", json.dumps(config)]
 
     def ranks(self) -> list[int]:
-        """The agent of torchrun names tuneloom.train as well, so it is left out."""
+        """What the launcher started and Ray named a rank."""
         word = VICTIMS[self.launcher]
-        found = [pid for pid in standing_in(self.lab.folder) if word in command_of(pid)]
-        return [pid for pid in found if b"torch.distributed.run" not in command_of(pid)]
+        found = [p.pid for p in psutil.Process(self.process.pid).children(recursive=True)]
+        return [pid for pid in found if word in command_of(pid)]
+
+    def sweep(self) -> None:
+        """End the launcher and all that it started."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            process.kill()
+        self.process.kill()
+        self.process.wait()
 
 
 def struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> dict[str, Any]:
@@ -78,9 +81,7 @@ def struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> dict[str
     run.wait_for_new_step(inode)
     seconds = time.monotonic() - started
     lost = last - run.resumed_from()
-    for pid in standing_in(lab.folder):
-        os.kill(pid, signal.SIGKILL)
-    run.process.wait()
+    run.sweep()
     return {"seconds": round(seconds, 2), "steps_lost": lost}
 
 
