@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tuneloom.config import Config
+from tuneloom.data.records import Format
 
 NAME = re.compile(r"[a-z0-9._-]{1,64}")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -87,7 +88,7 @@ class ObjectiveConfig(Config):
 class DataConfig(Config):
     path: str
     """A dataset folder made by `tuneloom ingest`, or a raw JSONL file."""
-    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    format: Format = "auto"
     """Payload of a raw JSONL; `auto` looks at the keys of each row."""
     validation: str | None = "validation"
     """Split of the dataset folder, or a JSONL file, for validation loss; None for none."""

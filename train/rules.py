@@ -112,11 +112,17 @@ RULES: tuple[Rule, ...] = (
         lambda c: (
             (c.data.format, c.objective.kind) == ("text", "sft")
             or (
-                c.data.format in ("messages", "prompt_completion")
+                c.data.format in ("messages", "prompt_completion", "classification", "extraction")
                 and c.objective.kind == "pretrain"
             )
         ),
-        "text rows are for objective=pretrain, chats and completions for objective=sft",
+        "text rows are for objective=pretrain, chats, completions, labels and extractions for "
+        "objective=sft",
+    ),
+    Rule(
+        ("data.format", "objective.kind"),
+        lambda c: c.data.format == "preference",
+        "no objective compares answers; make prompt and completion of the chosen ones",
     ),
     Rule(
         ("train.patience", "train.validate_every"),

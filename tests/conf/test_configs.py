@@ -121,6 +121,7 @@ BROKEN: list[list[str]] = [
     ["method=full", "method.dora=true"],
     ["method=full", "method.extra_modules=[lm_head]"],
     ["data.format=text"],
+    ["data.format=preference"],
     ["train.patience=3"],
 ]
 

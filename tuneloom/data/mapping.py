@@ -1,17 +1,20 @@
 """From a raw row to the content of a record: by a recipe's templates, or by the shape of the row.
 
 Shapes known without a recipe: messages (OpenAI), conversations (ShareGPT), instruction and output
-(Alpaca), prompt and completion, text.
+(Alpaca), prompt and completion, text, prompt with chosen and rejected, input with label and labels
+or with schema and answer.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tuneloom.data.fields import as_text, compile_template, walk
+from tuneloom.data.records import PAYLOADS, Kind
 from tuneloom.errors import ConfigError
 
 Content = dict[str, Any]
 Build = Callable[[Any], Any]
+COMPLEX: tuple[Kind, ...] = ("preference", "classification", "extraction")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
                   "chatgpt": "assistant", "bing": "assistant", "system": "system",
                   "tool": "tool", "function_response": "tool"}  # fmt: skip
@@ -83,6 +86,9 @@ def recognise(row: Mapping[str, Any]) -> Content:
     if "instruction" in row and "output" in row:
         asked = [as_text(row["instruction"]), as_text(row.get("input"))]
         return {"prompt": "\n\n".join(part for part in asked if part), "completion": row["output"]}
+    for kind in COMPLEX:
+        if all(key in row for key in PAYLOADS[kind]):
+            return {key: row[key] for key in PAYLOADS[kind]}
     if "prompt" in row and "completion" in row:
         return {"prompt": row["prompt"], "completion": row["completion"]}
     if "text" in row:

@@ -20,15 +20,16 @@ from tuneloom.data.contamination import Contamination
 from tuneloom.data.dedupe import signature
 from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import UnknownShape, mapper
+from tuneloom.data.payloads import EXTRACTED, Fault, normal, payload_of
 from tuneloom.data.provenance import Provenance
 from tuneloom.data.quality import texts, weakness
-from tuneloom.data.questions import asked_and_answered, hash64
+from tuneloom.data.questions import asked_and_answered, contested, hash64
 from tuneloom.data.readers import Block
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.redact import DropRow, Redactor, excerpt_redactor
 from tuneloom.data.sanitise import CONTROLS, sanitise
 from tuneloom.data.schema import Reject, check, is_plain
-from tuneloom.data.tenant_schema import schema_check
+from tuneloom.data.tenant_schema import refuse_unlike, schema_check
 from tuneloom.errors import DataError
 
 ROW = pa.schema([
@@ -97,13 +98,19 @@ class Preparer:
             self.conforms(fields)
         content, key, label, subject = self.mapped(fields)
         check(content)
-        if not is_plain(content):
+        payload = payload_of(content)
+        if payload:
+            content = _normal(payload, content)
+        elif not is_plain(content):
             content = _parsed(content)
         content, changed, findings = self.clean(content)
+        if payload:  # masking may make two labels one, or an answer that breaks its schema
+            content = _normal(payload, content)
+            label = content.get("label") if label is None else label
         encoded = canonical_bytes(content)
         done.changed.update(changed)
-        question, answer = asked_and_answered(content)
-        asked = hash64(question)
+        asked = hash64(asked_and_answered(content)[0])
+        matter, verdict = contested(content)
         key_number = asked if key is None else hash64(key)
         meta: dict[str, Any] = {"key": f"{key_number:016x}", "line": line}
         if label is not None:
@@ -122,7 +129,7 @@ class Preparer:
         return (
             record_id, encoded, source,
             orjson.dumps(meta, option=SORTED), line,
-            self.provenance.of(source).rank, key_number, asked, hash64(answer), label,
+            self.provenance.of(source).rank, key_number, hash64(matter), hash64(verdict), label,
             weakness(content, self.recipe.quality),
             self.contamination.hit(record_id, asked, content),
             signature("\n".join(texts(content)), near) if near.action != "off" else None,
@@ -202,6 +209,17 @@ def _parsed(content: dict[str, Any]) -> dict[str, Any]:
         return dict(records.parse(content).content)
     except DataError as error:
         raise Reject("invalid_record", str(error)) from None
+
+
+def _normal(kind: str, content: dict[str, Any]) -> dict[str, Any]:
+    """A pair, a labelled or an extracted row, checked; an answer must follow its schema."""
+    try:
+        content = normal(kind, content)
+    except Fault as fault:
+        raise Reject(fault.code, fault.sentence) from None
+    if kind == EXTRACTED:
+        refuse_unlike(content["answer"], content["schema"])
+    return _parsed(content)
 
 
 def numbered(block: Block) -> Iterator[tuple[int, bytes | Reject | dict[str, Any]]]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tuneloom.config import Config
+from tuneloom.data.payloads import CLASSIFIED, EXTRACTED, as_json, payload_of
+from tuneloom.data.questions import asked_and_answered
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Script = Literal["latin", "greek", "cyrillic", "hebrew", "arabic", "devanagari", "thai", "han",
@@ -45,11 +47,15 @@ class QualityConfig(Config):
 
 
 def weakness(content: Mapping[str, Any], config: QualityConfig) -> str | None:
-    """The first thing that is wrong with a record, by name, or None."""
+    """The first thing that is wrong with a record, by name, or None.
+
+    A label or an extracted object is right or wrong, however short: `none` is a label too.
+    """
     answer = answer_of(content)
-    if len(answer.strip()) < config.min_answer_characters:
+    closed = payload_of(content) in (CLASSIFIED, EXTRACTED)
+    if not closed and len(answer.strip()) < config.min_answer_characters:
         return "short"
-    if config.placeholders and len(answer) < 80 and PLACEHOLDER.match(answer):
+    if not closed and config.placeholders and len(answer) < 80 and PLACEHOLDER.match(answer):
         return "placeholder"
     text = "\n".join(texts(content))
     if len(text) > config.max_characters:
@@ -62,20 +68,25 @@ def weakness(content: Mapping[str, Any], config: QualityConfig) -> str | None:
 
 
 def answer_of(content: Mapping[str, Any]) -> str:
-    """The text that is learnt: the last assistant turn, the completion, or the text itself."""
+    """The text that is learnt: the last assistant turn, the completion, the better answer, the
+    label, the extracted JSON, or the text itself."""
     if "messages" in content:
         turns = [turn for turn in content["messages"] if turn["role"] == "assistant"]
         return turns[-1].get("content") or "(tool call)"
+    if payload_of(content):
+        return asked_and_answered(content)[1]
     return str(content.get("completion", content.get("text", "")))
 
 
 def texts(content: Mapping[str, Any]) -> Iterator[str]:
-    """Every text of a record, turn by turn."""
+    """Every text of a record, turn by turn; not the label set and schema, which many rows share."""
     for turn in content.get("messages", []):
         yield turn.get("content") or ""
-    for name in ("prompt", "completion", "text"):
+    for name in ("prompt", "completion", "text", "input", "label", "chosen", "rejected"):
         if name in content:
             yield content[name]
+    if "answer" in content:
+        yield as_json(content["answer"])
 
 
 def repeats(text: str) -> bool:

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from tuneloom.data.payloads import CLASSIFIED, COMPARED, EXTRACTED, as_json, payload_of
+
 
 def hash64(text: str) -> int:
     """64 bits of sha256: what keys, questions and answers are compared by."""
@@ -19,4 +21,27 @@ def asked_and_answered(content: Mapping[str, Any]) -> tuple[str, str]:
         return before, f"{turns[last].get('content')}{turns[last].get('tool_calls') or ''}"
     if "completion" in content:
         return content["prompt"], content["completion"]
+    kind = payload_of(content)
+    if kind == COMPARED:
+        return content["prompt"], content["chosen"]
+    if kind == CLASSIFIED:
+        return content["input"], content["label"]
+    if kind == EXTRACTED:
+        return content["input"], as_json(content["answer"])
     return content["text"], ""
+
+
+def contested(content: Mapping[str, Any]) -> tuple[str, str]:
+    """What two rows must agree on, and what each says of it.
+
+    One input may have a label in two tasks, and one prompt many pairs: only the same label set, the
+    same schema, or the same pair turned round make a conflict.
+    """
+    asked, answer = asked_and_answered(content)
+    kind = payload_of(content)
+    if kind == COMPARED:
+        pair = "\x1f".join(sorted((content["chosen"], content["rejected"])))
+        return f"{asked}\x1e{pair}", answer
+    if kind is not None:
+        return f"{asked}\x1e{as_json(content.get('labels') or content.get('schema'))}", answer
+    return asked, answer

@@ -1,4 +1,4 @@
-"""One record of training data: a chat, a prompt with its completion, or a text, and its id.
+"""One record of training data, in one of six payloads, and its id.
 
 `parse(row)` checks a raw row and gives a `Record`; everything that cannot be trained on as it
 stands is a DataError with the place, never a traceback and never silently ignored.
@@ -10,17 +10,38 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tuneloom.data import payloads
 from tuneloom.errors import DataError
 
-Format = Literal["auto", "messages", "prompt_completion", "text"]
-Kind = Literal["messages", "prompt_completion", "text"]
+Kind = Literal[
+    "messages", "prompt_completion", "text", "preference", "classification", "extraction"
+]
+Format = Literal[
+    "auto", "messages", "prompt_completion", "text", "preference", "classification", "extraction"
+]
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 PAYLOADS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages", "tools"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "classification": ("input", "label", "labels"),
+    "extraction": ("input", "schema", "answer"),
 }
+SIGNS: dict[Kind, tuple[str, ...]] = {
+    "messages": ("messages", "tools"),
+    "prompt_completion": ("completion",),
+    "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "classification": ("labels",),
+    "extraction": ("schema",),
+}
+"""Keys that only one payload has: what a row is told by."""
+EXPECTED = (
+    "messages, prompt and completion, or text; prompt, chosen and rejected; "
+    "input, label and labels; or input, schema and answer"
+)
 ENVELOPE = ("id", "source", "meta")
 """Keys of a raw row that are about the content and not part of it."""
 MESSAGE_KEYS = {
@@ -71,6 +92,12 @@ def parse(obj: Any, format: Format = "auto", *, source: str = "", where: str = "
     if kind == "messages":
         _check_messages(content["messages"], where)
         _check_tools(content.get("tools"), where)
+    elif kind in ("preference", "classification", "extraction"):
+        try:
+            content = payloads.normal(kind, content)
+        except payloads.Fault as fault:
+            raise DataError(f"{where}: {fault.sentence}") from None
+        _refuse_unstorable(content, where)  # what was read from a text of JSON
     else:
         for key in PAYLOADS[kind]:
             _check_text(content[key], key, where)
@@ -103,14 +130,16 @@ def loads(line: str, where: str) -> Any:
 
 def _kind(obj: dict[str, Any], format: Format, where: str) -> Kind:
     """Which payload this row holds; a row that could be two is refused."""
-    found = [kind for kind, keys in PAYLOADS.items() if any(key in obj for key in keys)]
+    found = [kind for kind, keys in SIGNS.items() if any(key in obj for key in keys)]
+    if not found and "prompt" in obj:
+        found = ["prompt_completion"]
     if len(found) > 1:
         raise DataError(
             f"{where}: holds {' and '.join(found)} at once, which is ambiguous; keep one of them"
         )
     wanted = found[0] if format == "auto" and found else format
     if wanted == "auto" or wanted not in found:
-        expected = "messages, prompt and completion, or text" if wanted == "auto" else wanted
+        expected = EXPECTED if wanted == "auto" else wanted
         raise DataError(f"{where}: expected {expected}, found the keys {sorted(map(str, obj))}")
     known = (*PAYLOADS[wanted], *ENVELOPE)
     missing = [key for key in PAYLOADS[wanted] if key not in obj and key != "tools"]

@@ -2,8 +2,8 @@
 evaluation and serving, so that no token differs between them.
 
 Chat: the tokenizer's template, loss on each assistant message with its end-of-turn token.
-Prompt and completion: loss on the completion and the end-of-sequence token. Text: loss on all
-tokens but the first.
+Prompt and completion, and what trains as such (payloads.py): loss on the completion and the
+end-of-sequence token. Text: loss on all tokens but the first.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tuneloom.data.payloads import COMPARED, prompt_and_answer
 from tuneloom.data.records import Record
 from tuneloom.data.template import ChatTemplate, digest_of, template_source
 from tuneloom.data.tokenizer import END, START, Codec, name_of
@@ -103,7 +104,7 @@ class Renderer:
             return self._bare(text).tolist()
         if record.kind == "text":
             raise DataError(f"record {record.id[:12]}: a text record has no prompt")
-        text = self.codec.seal(self.codec.protect(record.content["prompt"]))
+        text = self.codec.seal(self.codec.protect(self._pair(record)[0]))
         return [*self._bos.tolist(), *self._bare(text).tolist()]
 
     def answer(self, record: Record) -> str:
@@ -113,7 +114,18 @@ class Renderer:
             if last["role"] != "assistant":
                 raise DataError(f"record {record.id[:12]}: the chat does not end with an answer")
             return last.get("content") or json.dumps(last["tool_calls"], ensure_ascii=False)
-        return str(record.content["completion" if record.kind == "prompt_completion" else "text"])
+        return str(record.content["text"]) if record.kind == "text" else self._pair(record)[1]
+
+    def _pair(self, record: Record) -> tuple[str, str]:
+        """Prompt and completion of a record that is neither a chat nor a text."""
+        if record.kind == COMPARED:
+            raise DataError(
+                "preference rows need an objective that compares answers, and objective="
+                f"{self.objective} does not; make prompt and completion of the chosen ones"
+            )
+        if record.kind == "prompt_completion":
+            return str(record.content["prompt"]), str(record.content["completion"])
+        return prompt_and_answer(record.content)
 
     def _placed(self, record: Record, name: str) -> str:
         try:
@@ -124,7 +136,7 @@ class Renderer:
     def _text(self, record: Record) -> str:
         """Sealed text with marks: what the codec encodes."""
         trained_by = "pretrain" if record.kind == "text" else "sft"
-        if trained_by != self.objective:
+        if record.kind != COMPARED and trained_by != self.objective:
             raise DataError(
                 f"{record.kind} rows are for objective={trained_by}, not {self.objective}"
             )
@@ -133,9 +145,7 @@ class Renderer:
         end = self._end_of_sequence()
         if record.kind == "text":
             return self.codec.marked(self.codec.protect(record.content["text"]) + end, [])
-        prompt, completion = (
-            self.codec.protect(record.content[key]) for key in ("prompt", "completion")
-        )
+        prompt, completion = map(self.codec.protect, self._pair(record))
         whole = prompt + completion + end
         return self.codec.marked(whole, [(len(prompt), START), (len(whole), END)])
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tuneloom.data.card import balance
+from tuneloom.data.payloads import as_json
 from tuneloom.data.store import read_column
 
 SAMPLES = 8
@@ -253,7 +254,11 @@ def _turns(record: str, limit: int) -> str:
         (t["role"], t.get("content") or json.dumps(t.get("tool_calls")))
         for t in content.get("messages", [])
     ]
-    turns += [(key, content[key]) for key in ("prompt", "completion", "text") if key in content]
+    turns += [
+        (key, value if isinstance(value, str) else as_json(value))
+        for key, value in content.items()
+        if key not in ("messages", "tools")
+    ]
     return "\n".join(
         f'<span class="role">{escape(role)}</span> {escape(text[:limit])}{"…" if len(text) > limit else ""}'
         for role, text in turns

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tuneloom.data.payloads import payload_of
+
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
@@ -15,7 +17,10 @@ class Reject(ValueError):
 
 
 def check(content: Mapping[str, Any]) -> None:
-    """Raise Reject unless content is one of the payloads, with something to learn in it."""
+    """Raise Reject unless content is one of the payloads, with something to learn in it.
+
+    Pairs, labels and schemas are for `payloads.normal` to look into.
+    """
     if "messages" in content:
         _check_messages(content["messages"])
     elif "completion" in content:
@@ -23,7 +28,7 @@ def check(content: Mapping[str, Any]) -> None:
         _check_text(content["completion"], "completion")
     elif "text" in content:
         _check_text(content["text"], "text")
-    else:
+    elif payload_of(content) is None:
         raise Reject("unknown_shape", f"a record with the fields {sorted(content)}")
 
 

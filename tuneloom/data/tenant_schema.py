@@ -1,42 +1,109 @@
-"""The data owner's own JSON Schema, asked about each raw row before it is mapped."""
+"""JSON Schemas: the data owner's, asked about each raw row, and the one an extraction row holds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tuneloom.data.schema import Reject
 from tuneloom.errors import ConfigError
 
+MOST_REFERENCES = 20_000
+"""Followed for one answer; twenty definitions that each name the next twice would be a million."""
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+
+
+class NoSchema(ValueError):
+    """What was given as a schema is none, or refers to something outside itself."""
+
 
 def schema_check(path: str) -> Callable[[dict[str, Any]], None]:
     """A function that raises Reject for a row that breaks the schema; references stay local."""
+    try:
+        conforms = _checker(Path(path).read_text(encoding="utf-8"))
+    except (OSError, NoSchema) as error:
+        raise ConfigError(f"data.json_schema: {path} is no JSON Schema ({error})") from None
+
+    def check(row: dict[str, Any]) -> None:
+        try:
+            conforms(row, "row")
+        except NoSchema as error:
+            raise ConfigError(f"data.json_schema: {path} {error}") from None
+
+    return check
+
+
+def refuse_unlike(answer: Any, schema: dict[str, Any]) -> None:
+    """Raise Reject for an answer that does not follow the row's own schema, or for no schema.
+
+    A row's schema is whoever's wrote the row: its patterns and its references cost bounded time.
+    """
+    try:
+        _checker(json.dumps(schema, sort_keys=True), bounded=True)(answer, "answer")
+    except NoSchema as error:
+        raise Reject("no_schema", f"schema: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _checker(text: str, *, bounded: bool = False) -> Callable[[Any, str], None]:
+    """A function of a value and its name, for one schema; raises NoSchema."""
     try:
         import jsonschema
         import referencing
     except ImportError:
         raise ConfigError(
-            "data.json_schema: jsonschema is not installed; pip install 'tuneloom[data]'"
+            "data: jsonschema is not installed, which JSON Schemas need; "
+            "pip install 'tuneloom[data]'"
         ) from None
     try:
-        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+        schema = json.loads(text)
         cls = jsonschema.validators.validator_for(schema)
         cls.check_schema(schema)
-    except (OSError, ValueError, jsonschema.SchemaError) as error:
-        reason = getattr(error, "message", error)
-        raise ConfigError(f"data.json_schema: {path} is no JSON Schema ({reason})") from None
+    except (ValueError, jsonschema.SchemaError) as error:
+        raise NoSchema(str(getattr(error, "message", error))) from None
+    bounds = Bounds()
+    if bounded:
+        cls = jsonschema.validators.extend(cls, bounds.keywords(cls.VALIDATORS))
     validator = cls(schema, registry=referencing.Registry())  # the default one asks the network
 
-    def conforms(row: dict[str, Any]) -> None:
+    def conforms(value: Any, name: str) -> None:
+        bounds.left = MOST_REFERENCES
         try:
-            fault = next(validator.iter_errors(row), None)
+            fault = next(validator.iter_errors(value), None)
         except referencing.exceptions.Unresolvable as error:
-            raise ConfigError(
-                f"data.json_schema: {path} refers to {error.ref}, not in it"
-            ) from None
+            raise NoSchema(f"refers to {error.ref}, not in it") from None
+        except RecursionError:
+            raise NoSchema("refers to itself without end") from None
         if fault is not None:
-            where = ".".join(map(str, fault.absolute_path)) or "row"
+            where = ".".join(map(str, fault.absolute_path)) or name
             # The library's message would quote the row's own text, which may be personal.
             raise Reject("schema", f"{where}: breaks {fault.validator!r} of the schema")
 
     return conforms
+
+
+class Bounds:
+    """Keywords that a stranger's schema may not use, or not without end."""
+
+    def __init__(self) -> None:
+        self.left = MOST_REFERENCES
+
+    def keywords(self, validators: Mapping[str, Any]) -> dict[str, Any]:
+        """What stands in for the library's own keywords."""
+        names = [name for name in REFERENCES if name in validators]
+        return {"pattern": self._refuse, "patternProperties": self._refuse} | {
+            name: self._counted(validators[name]) for name in names
+        }
+
+    def _refuse(self, *_: Any) -> None:
+        raise NoSchema("pattern and patternProperties are not read in a row's schema")
+
+    def _counted(self, follow: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise NoSchema(f"more than {MOST_REFERENCES:,} references for one answer")
+            return follow(*args)
+
+        return counted

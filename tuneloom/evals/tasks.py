@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tuneloom.data.payloads import CLASSIFIED, EXTRACTED, prompt_and_answer
 from tuneloom.data.records import Record
 
 MAX_LABELS = 100
@@ -33,7 +34,9 @@ def as_row(record: Record) -> Row:
         return Row(record, _joined(before), last["content"])
     if "completion" in content:
         return Row(record, str(content["prompt"]), str(content["completion"]))
-    return Row(record, str(content.get("text", "")), None)
+    if record.kind in (CLASSIFIED, EXTRACTED):
+        return Row(record, *prompt_and_answer(content))
+    return Row(record, str(content.get("text", content.get("prompt", ""))), None)
 
 
 def _joined(messages: Sequence[dict[str, object]]) -> str:
