@@ -20,6 +20,7 @@ from tuneloom.data.render import Renderer
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import DataError
 from tuneloom.evals.tasks import as_row
+from tuneloom.testing import Gang, metrics, small_config
 
 PAIR = {"prompt": "q?", "chosen": "good", "rejected": "bad"}
 LABELLED = {"input": "I love it", "label": "pos", "labels": ["pos", "neg"]}
@@ -224,3 +225,20 @@ def test_preference_rows_are_a_dataset_and_are_refused_by_training_by_name(
     for objective in ("sft", "pretrain"):
         with pytest.raises(DataError, match=f"objective that compares.*objective={objective}"):
             Renderer(make_tokenizer(), objective).render(record)
+
+
+def test_a_real_run_learns_labels_as_it_learns_the_pairs_they_stand_for(
+    lab: Path, tmp_path: Path, one: Gang
+) -> None:
+    labels = ["rain", "sun"]
+    rows = [parse({"input": f"day {i}", "label": labels[i % 2], "labels": labels}).content
+            for i in range(48)]  # fmt: skip
+    pairs = [dict(zip(("prompt", "completion"), prompt_and_answer(r), strict=True)) for r in rows]
+    for name, content in (("labels", rows), ("pairs", pairs)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        one.fit(small_config(lab, f"payload-{name}", data__path=str(path)))
+    assert metrics(lab, "payload-labels") == metrics(lab, "payload-pairs")
+    (tmp_path / "preference.jsonl").write_text(json.dumps(PAIR) + "\n")
+    with pytest.raises(DataError, match=r"preference\.jsonl:1: .*objective=sft"):
+        one.fit(small_config(lab, "pairs", data__path=str(tmp_path / "preference.jsonl")))

@@ -125,9 +125,9 @@ def test_a_csv_row_of_another_width_or_encoding_is_a_reject(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
-    with pytest.raises(DataError, match="unpack archives first"):
-        kept(tmp_path, str(tmp_path / "a.zip"))
+    (tmp_path / "a.rar").write_bytes(b"Rar!")
+    with pytest.raises(DataError, match="is of no kind that is read here"):
+        kept(tmp_path, str(tmp_path / "a.rar"))
     with pytest.raises(DataError, match="no file at"):
         kept(tmp_path, str(tmp_path / "nowhere" / "*.jsonl"))
     with pytest.raises(ConfigError, match="cannot be reached"):

@@ -95,7 +95,8 @@ def _make(
 def _prepare(config: IngestConfig, draft: Path, spill: Path) -> Tally:
     """First pass: every raw row prepared into the spill folder, or rejected."""
     tally = Tally()
-    blocks = read_blocks(find_sources(config.sources), tally.passed)
+    sources = find_sources(config.sources)
+    blocks = read_blocks(sources, tally.passed, max_archive_bytes=config.max_archive_bytes)
     with (draft / "rejected.jsonl").open("wb") as rejected:
         for block, done in prepare_all(blocks, config.data, spill, workers=config.workers):
             tally.rows_of[block.source] += done.rows_in

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from tuneloom.data.archives import parts_of
 from tuneloom.data.schema import Reject
 from tuneloom.data.sources import Source
 from tuneloom.data.streams import Counted
@@ -47,21 +48,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Passed:
-    """A source was read to its end: its digest and size, as it lies on disk."""
+    """A source was read to its end: its digest and size, as it lies on disk or in its archive."""
 
     source: str
     sha256: str
     bytes: int
 
 
-def read_blocks(sources: list[Source], passed: list[Passed]) -> Iterator[Block]:
+def read_blocks(
+    sources: list[Source], passed: list[Passed], *, max_archive_bytes: int
+) -> Iterator[Block]:
     """All rows of all sources, in the order of names; `passed` grows by every source read."""
     number = 0
     for source in sources:
         try:
-            for block in _blocks_of(source, passed):
-                yield replace(block, number=number)
-                number += 1
+            for part in parts_of(source, max_archive_bytes):
+                for block in _blocks_of(part, passed):
+                    yield replace(block, number=number)
+                    number += 1
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{source.name}: cannot be read as {source.kind} ({error})") from None
 
@@ -181,7 +185,7 @@ def _arrow(stream: Counted, source: Source) -> Iterator[Row | Reject]:
 
 def _seekable(stream: Counted, source: Source) -> IO[bytes]:
     """The source as a file that can be sought in: itself, or a copy without its compression."""
-    if source.compression is None and source.path.startswith("file://"):
+    if not source.compression and not source.opener and source.path.startswith("file://"):
         return Path(source.path.removeprefix("file://")).open("rb")
     copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the reader that asked for it
     while piece := stream.read(BLOCK_BYTES):

@@ -99,6 +99,8 @@ class IngestConfig(Config):
     """Folder that holds one folder a dataset version."""
     workers: Positive = 1
     """Processes that prepare rows; the result does not depend on it."""
+    max_archive_bytes: Positive = 16 << 30
+    """What the members of a zip or tar may hold; a compressed tar needs as much disk meanwhile."""
 
     @model_validator(mode="after")
     def has_a_source(self) -> "IngestConfig":

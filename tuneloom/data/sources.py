@@ -1,7 +1,9 @@
 """The raw files that a pattern means: local or remote, each with a name that no machine changes."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import IO
 
 import fsspec
 
@@ -11,6 +13,8 @@ FORMATS = {
     ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "csv",
     ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".md": "text",
 }  # fmt: skip
+ARCHIVES = {".zip": "zip", ".tar": "tar"}
+SHORT = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 PAPERWORK = ("dataset_info.json", "state.json", "dataset_dict.json", "README.md")
 """Files beside the data in a Hugging Face datasets folder."""
@@ -18,12 +22,22 @@ PAPERWORK = ("dataset_info.json", "state.json", "dataset_dict.json", "README.md"
 
 @dataclass(frozen=True)
 class Source:
-    """One raw file: where it is, its name below what all files share, how it is read."""
+    """One raw file: where it is, its name below what all files share, how it is read.
+
+    A file inside an archive has the archive's path and an `opener` of its own.
+    """
 
     path: str
     name: str
     kind: str
     compression: str | None
+    opener: Callable[[], IO[bytes]] | None = field(default=None, compare=False)
+
+    def open(self) -> IO[bytes]:
+        """The bytes as they lie there."""
+        if self.opener:
+            return self.opener()
+        return fsspec.open(self.path, "rb").open()
 
 
 def find_sources(patterns: list[str]) -> list[Source]:
@@ -40,7 +54,11 @@ def _expand(pattern: str) -> list[str]:
     except (ImportError, ValueError) as error:  # fsspec says which package the protocol needs
         raise ConfigError(f"source: {pattern} cannot be reached: {error}") from None
     if filesystem.isdir(path):
-        found = [p for p in filesystem.find(path) if _kind(p) and not _hidden(p, path)]
+        found = [
+            p
+            for p in filesystem.find(path)
+            if kind_of(p) and not is_hidden(os.path.relpath(p, path))
+        ]
     elif filesystem.exists(path):
         found = [path]
     else:
@@ -51,23 +69,37 @@ def _expand(pattern: str) -> list[str]:
     return [filesystem.unstrip_protocol(p) for p in found]
 
 
-def _hidden(path: str, folder: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Below a folder or in a file whose name starts with a dot or is a dataset's own paperwork."""
-    parts = os.path.relpath(path, folder).split(os.sep)
-    return any(part.startswith(".") for part in parts) or parts[-1] in PAPERWORK
+    parts = name.split(os.sep)
+    return any(part.startswith(".") and part != "." for part in parts) or parts[-1] in PAPERWORK
 
 
-def _kind(path: str) -> str | None:
+def kind_of(path: str) -> str | None:
+    """How a file of this name is read; None for one that is not."""
+    stem, suffix = os.path.splitext(_long(path))
+    if suffix not in COMPRESSIONS:
+        return (FORMATS | ARCHIVES).get(suffix)
+    inner = os.path.splitext(stem)[1]
+    return "tar" if inner == ".tar" else FORMATS.get(inner)
+
+
+def compression_of(path: str) -> str | None:
+    """How a file of this name is compressed."""
+    return COMPRESSIONS.get(os.path.splitext(_long(path))[1])
+
+
+def _long(path: str) -> str:
+    """`a.tgz` as `a.tar.gz`."""
     stem, suffix = os.path.splitext(path.lower())
-    return FORMATS.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
+    return stem + SHORT.get(suffix, suffix)
 
 
 def _source(path: str, common: str) -> Source:
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind is None:
         raise DataError(
-            f"source: {path} is of no kind that is read here ({', '.join(FORMATS)}, each also "
-            f"{', '.join(COMPRESSIONS)}); unpack archives first"
+            f"source: {path} is of no kind that is read here ({', '.join(FORMATS)}, .tar, each "
+            f"also {', '.join(COMPRESSIONS)}; and .zip)"
         )
-    compression = COMPRESSIONS.get(os.path.splitext(path.lower())[1])
-    return Source(path, os.path.relpath(path, common), kind, compression)
+    return Source(path, os.path.relpath(path, common), kind, compression_of(path))

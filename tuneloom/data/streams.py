@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import tarfile
+import zipfile
+import zlib
 from typing import Any
 
 import fsspec
@@ -9,6 +12,8 @@ import fsspec
 from tuneloom.data.sources import Source
 from tuneloom.errors import ConfigError, DataError
 
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
+"""What the readers of zip and tar raise; RuntimeError for what they do not implement, too."""
 MAX_EXPANSION = 200
 """Times that a compressed file may grow; text stays below 20, a bomb is near deflate's 1,000."""
 
@@ -18,7 +23,7 @@ class Counted(io.RawIOBase):
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.raw = fsspec.open(source.path, "rb").open()
+        self.raw = source.open()
         self.sha, self.read_raw, self.given = hashlib.sha256(), 0, 0
         opener = fsspec.compression.compr.get(source.compression) if source.compression else None
         if source.compression and opener is None:
@@ -57,7 +62,10 @@ class Counted(io.RawIOBase):
 
     def take(self, size: int) -> bytes:
         """The file's own bytes, counted and hashed."""
-        data = bytes(self.raw.read(size))
+        try:
+            data = bytes(self.raw.read(size))
+        except BROKEN as error:
+            raise DataError(f"{self.source.name}: cannot be read ({error})") from None
         self.sha.update(data)
         self.read_raw += len(data)
         return data
