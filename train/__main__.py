@@ -40,6 +40,6 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # ZeRO-3's parameters keep gloo's threads, and threads that outlive the interpreter can abort it:
+    # ZeRO-3's parameters keep gloo's threads; threads that outlive the interpreter can abort it:
     # SIGABRT in place of the exit code (seen once; https://github.com/pytorch/pytorch/pull/179291).
     os._exit(code)
