@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from tuneloom.data.questions import asked_and_answered
 
 BATCHES = 256
 RANGE_BYTES = 32 << 20
@@ -51,6 +54,17 @@ class Spill:
         path = self.folder / f"unique-{number:07d}.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table.combine_chunks())
+
+    def questions(self, rows: np.ndarray) -> list[str]:
+        """The input side of some unique rows, which are numbered from 0 in their order."""
+        found: list[str] = []
+        start = 0
+        for table in self.unique():
+            here = rows[(rows >= start) & (rows < start + len(table))]
+            records = table["record"].take(pa.array(here - start)).to_pylist()
+            found += [asked_and_answered(orjson.loads(record))[0] for record in records]
+            start += len(table)
+        return found
 
     def unique(self) -> Iterator[pa.Table]:
         """The ranges that were kept, in order."""
