@@ -1,18 +1,21 @@
 """`tuneloom golden action=propose|queue|decide|retire|seal|status`: people decide what is golden.
 
 `queue` writes a static page to read and decide on without a server, and the same rows as JSONL and
-as Label Studio tasks; the decisions that the page or Label Studio saves go back in with `decide`.
+as Label Studio tasks and Argilla records; the decisions that the page, Label Studio or Argilla
+saves go back in with `decide`.
 `seal` writes golden.jsonl: an evaluation set, and what `data.against` keeps out of training.
 """
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from tuneloom.config import Config
+from tuneloom.data import argilla
 from tuneloom.data.curate import Golden, Row, Status
 from tuneloom.data.review_page import page, text_of
 from tuneloom.data.rows import open_rows
@@ -39,11 +42,14 @@ class GoldenConfig(Config):
     decision: Literal["approve", "refuse"] | None = None
     """decide: on that one row."""
     decisions: str | None = None
-    """decide: a file of decisions, from the page (JSONL) or from Label Studio (JSON)."""
+    """decide: a file of decisions, from the page (JSONL), Label Studio or Argilla (JSON)."""
+    people: dict[str, str] | None = None
+    """decide: names of the users that the file knows by another one, as Argilla's UUIDs."""
     note: str = ""
 
 
 CONFIG = GoldenConfig
+Decided = tuple[str, Literal["approve", "refuse"], str, str]
 
 
 def main(config: GoldenConfig) -> int:
@@ -64,7 +70,7 @@ def propose(golden: Golden, folder: Path, config: GoldenConfig) -> None:
 
 
 def queue(golden: Golden, folder: Path, config: GoldenConfig) -> None:
-    """Write what waits for a reviewer: queue.jsonl, review.html, labelstudio.json."""
+    """Write what waits for a reviewer: queue.jsonl, review.html, labelstudio.json, argilla/."""
     waiting = [*golden.of("draft"), *golden.of("reviewed")]
     lines = [json.dumps(_entry(row), ensure_ascii=False) for row in waiting]
     (folder / "queue.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -73,6 +79,7 @@ def queue(golden: Golden, folder: Path, config: GoldenConfig) -> None:
     (folder / "labelstudio.json").write_text(
         json.dumps(tasks, ensure_ascii=False), encoding="utf-8"
     )
+    argilla.write(folder / "argilla", waiting, reviewers=config.reviewers)
     print(f"{len(waiting):,} rows wait; open {folder / 'review.html'}")
 
 
@@ -82,7 +89,9 @@ def decide(golden: Golden, folder: Path, config: GoldenConfig) -> None:
         word = _word(_needed(config.decision, "decision"))
         golden.decide(_needed(config.id, "id"), word, config.by, config.note)
         return
-    for row_id, decision, by, note in read_decisions(Path(config.decisions), config.by):
+    for row_id, decision, by, note in read_decisions(
+        Path(config.decisions), config.by, people=config.people or {}
+    ):
         golden.decide(row_id, decision, by, note)
 
 
@@ -113,11 +122,16 @@ ACTIONS = {"propose": propose, "queue": queue, "decide": decide, "retire": retir
            "status": status}  # fmt: skip
 
 
-def read_decisions(path: Path, by: str) -> list[tuple[str, Literal["approve", "refuse"], str, str]]:
-    """Id, decision, reviewer, note: from our page's JSONL or Label Studio's JSON export."""
+def read_decisions(path: Path, by: str, *, people: Mapping[str, str]) -> list[Decided]:
+    """Id, decision, reviewer, note: from our page's JSONL, Label Studio's or Argilla's JSON."""
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
-        return [entry for task in json.loads(text) for entry in _from_label_studio(task, by)]
+        tasks = json.loads(text)
+        if tasks and "fields" in tasks[0]:
+            answers = argilla.decisions(tasks, people)
+            return [(i, _word(word), name, note) for i, word, name, note in answers]
+        found = [entry for task in tasks for entry in _from_label_studio(task, by)]
+        return [(i, word, people.get(name, name), note) for i, word, name, note in found]
     entries = [json.loads(line) for line in text.splitlines() if line.strip()]
     return [(e["id"], _word(e["decision"]), e.get("by") or by, e.get("note", "")) for e in entries]
 
