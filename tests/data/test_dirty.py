@@ -140,6 +140,9 @@ def test_the_report_shows_every_count_and_runs_no_script(made: Path) -> None:
         "Example Ltd",
         "CC-BY-SA-4.0",
         "No source stands in the way",
+        "crm.jsonl (634 rows): consent ends on 2027-01-01 (as of 2026-06-01).",
+        "6 rows (0.55%) were no records; the recipe allows 1.00%.",
+        "No golden or evaluation set was held against the rows",
         "958",
     ):
         assert text in page

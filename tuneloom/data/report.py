@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from tuneloom.data.card import balance
 from tuneloom.data.payloads import as_json
+from tuneloom.data.signoff import open_points
 from tuneloom.data.store import read_column
 
 SAMPLES = 8
@@ -50,7 +51,8 @@ def report(folder: Path, manifest: dict[str, Any]) -> str:
     """The page, from the files of a finished dataset folder."""
     name = f"{manifest['name']}@{manifest['id']}"
     parts = [
-        _heading(name, manifest), _flow(manifest), _licence(manifest), _privacy(manifest),
+        _heading(name, manifest), _open(manifest), _flow(manifest), _licence(manifest),
+        _privacy(manifest),
         _splits(manifest), _lengths(manifest), _rejects(folder), _aside(folder),
         _samples(folder, manifest), _sources(manifest), _recipe(manifest),
     ]  # fmt: skip
@@ -99,6 +101,12 @@ def _heading(name: str, manifest: Mapping[str, Any]) -> str:
         '<p class="soft">The twelve digits are the digest of all that manifest.json says, the digests of '
         "rows and sources among it. Equal rows and an equal recipe give them again on any machine.</p>"
     )
+
+
+def _open(manifest: Mapping[str, Any]) -> str:
+    """What the owner should know before signing, first of all."""
+    points = "".join(f"<li>{escape(point)}</li>" for point in open_points(manifest))
+    return f"<h2>Before you sign</h2><ul>{points}</ul>" if points else ""
 
 
 def _flow(manifest: Mapping[str, Any]) -> str:
@@ -231,11 +239,10 @@ def _aside(folder: Path) -> str:
     rows = [(row["reason"], f"{row['source']}:{row['line']}", Html(_turns(row["record"], 300)),
              row.get("note") or "")
             for reason in sorted(shown) for row in shown[reason]]  # fmt: skip
-    return (
-        f"<h2>Set aside, the first of each reason</h2>{table(['reason', 'where', 'record', 'note'], rows)}"
-        if rows
-        else ""
-    )
+    noted = any(row[3] for row in rows)
+    cut: list[tuple[object, ...]] = [*rows] if noted else [row[:3] for row in rows]
+    head = ["reason", "where", "record", *(["note"] if noted else [])]
+    return f"<h2>Set aside, the first of each reason</h2>{table(head, cut)}" if rows else ""
 
 
 def _samples(folder: Path, manifest: dict[str, Any]) -> str:
@@ -282,7 +289,8 @@ def _sources(manifest: Mapping[str, Any]) -> str:
         else:
             said = part["provenance"]
             rows.append((part["name"], part["rows"], part["kept"], said["owner"] or "unknown",
-                         f"{said['licence'] or 'unknown'}; consent: {said['consent'] or 'unknown'}",
+                         f"{said['licence'] or 'unknown'}; consent: {said['consent'] or 'unknown'}"
+                         + (f" until {said['consent_until']}" if said["consent_until"] else ""),
                          Html(f"<code>{escape(part['sha256'][:16])}</code>")))  # fmt: skip
     head = ["made from", "rows", "kept", "owner", "terms", "sha256"]
     return f"<h2>Sources</h2>{table(head, rows)}"
