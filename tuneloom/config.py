@@ -161,6 +161,8 @@ def _hydra_sentence(error: Exception, known: list[str]) -> str:
     kept = [line for line in lines if not line.startswith(("To append", "full_key", "object_type"))]
     if kept[0].startswith("Could not override"):
         key = kept[0].split("'")[1]
+        if key in known:  # a mapping with entries: Hydra adds none by a whole new one
+            return f"{key}: has entries; to add one, write +{key}.NAME=VALUE"
         return f"{key}: unknown key{did_you_mean(key, known)}"
     if kept[0].startswith("Missing mandatory value"):
         missing = [line for line in str(error).splitlines() if "full_key" in line]

@@ -146,3 +146,17 @@ def test_the_table_and_the_validator_agree_on_every_method_stage_and_optimizer()
                 settings = method | stage | optimizer
                 told = list(violations(with_keys(settings)))
                 assert (verdict(settings) is None) == (not told)
+
+
+def test_a_mapping_with_entries_says_how_to_add_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = "name: d\nsource: raw\nprivacy: {actions: {card: drop}}\n"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(recipe)
+    asked = ["ingest", "--config-dir", str(tmp_path), "data=mine"]
+    assert cli.main([*asked, "data.privacy.actions={email: keep}"]) == 2
+    assert "to add one, write +data.privacy.actions.NAME=VALUE" in capsys.readouterr().err
+    added = "+data.privacy.actions.email=keep"
+    mapping = compose("ingest", ["data=mine", added], config_dir=str(tmp_path))
+    assert mapping["data"]["privacy"]["actions"] == {"card": "drop", "email": "keep"}

@@ -35,9 +35,11 @@ def _rows(manifest: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[st
     if doubted.get("suspected") and recipe["label_issues"]["action"] == "list":
         yield f"{doubted['suspected']:,} rows whose label looks wrong are kept."
     privacy = recipe["privacy"]
-    for entity, number in manifest["found"].items():
-        if (privacy["actions"] or {}).get(entity, privacy["default"]) == "keep":
-            yield f"{entity} was found {number:,} times and is kept."
+    for entity, action in (privacy["actions"] or {}).items():
+        if action == "keep":
+            yield f"{entity} is not looked for and stays where it stands (data.privacy)."
+    if privacy["default"] == "keep":
+        yield "Personal data without an action of its own stays where it stands (data.privacy)."
     counts = manifest["counts"]
     if rejected := sum(counts["rejected"].values()):
         share, most = rejected / counts["in"], recipe["max_rejected"]
