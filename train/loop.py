@@ -5,6 +5,7 @@ flat loop.
 import math
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
         session.close()
         if joined_here and world.size > 1:  # a process alone may train again: sweeps, notebooks
             distributed.stop()
+
+
+def import_all() -> None:
+    """What a run imports on its way to the first step, in a process that is to begin one soon."""
+    for name in ("deepspeed", "peft", "transformers.models.auto.modeling_auto"):
+        import_module(name)
 
 
 def loop(s: Session) -> Outcome:
