@@ -158,6 +158,10 @@ class CheckpointConfig(Config):
     every: NotNegative = 100
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep: Positive = 2
+    asynchronous: bool = False
+    """A step waits for a copy of the state in host memory (as large as the rank's part of a
+    checkpoint), and the files are written beside the steps that follow.
+    """
 
 
 class TrainLoopConfig(Config):

@@ -111,6 +111,7 @@ def loop(s: Session) -> Outcome:
         s.record(bins, loss=loss, grad_norm=grad_norm, lr=lr, tally=tally, applied=applied,
                  seconds=time.time() - started)  # fmt: skip
         if bad_steps > config.train.max_bad_steps:
+            s.settle()
             raise TrainingError(
                 f"train.max_bad_steps: {bad_steps} steps in a row were not finite, the last was "
                 "step "
@@ -120,6 +121,7 @@ def loop(s: Session) -> Outcome:
         # asked to stop: all ranks know since they agreed, all save this step
         if tally.stop:
             s.save()
+            s.settle()
             raise Stopped(f"stopped after step {s.step} on a signal; the same command resumes it")
     s.finish(loss)
     return Outcome(str(config.run.id), s.step, loss)

@@ -20,6 +20,7 @@ from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
 from tuneloom.redact import redacted
 from tuneloom.registry.digests import weights_digest
 from tuneloom.train import (
+    background,
     checkpoint,
     distributed,
     effects,
@@ -83,6 +84,7 @@ class Session:
         self.witness: effects.Witness | None = None
         self.drill: FirstCheckpoint | None = None
         self.watchdog: Watchdog | None = None
+        self.background: background.Background | None = None
 
     def prepare(self) -> None:
         """Seed, run folder, tokenizer, model, method, engine, data, resume, metrics."""
@@ -90,6 +92,11 @@ class Session:
         distributed.seed_everything(config.seed)
         self._on_first(self._claim)
         self.stop = StopFlag(self.folder, first=world.first)
+
+        if config.checkpoint.asynchronous:
+            self.background = background.Background(
+                self.folder / "checkpoints", world, keep=config.checkpoint.keep
+            )
 
         # what to resume from decides how the engine is built
         found = self._resume_point()
@@ -272,13 +279,19 @@ class Session:
         values = [
             sum(m.target_tokens for m in micros), sum(m.tokens for m in micros),
             sum(m.square_tokens for m in micros), sum(m.padded for m in micros),
-            int(self.stop.asked()), *self.pace.slots(),
+            int(self.stop.asked()), *self._written(), *self.pace.slots(),
         ]  # fmt: skip
         summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
         target, tokens, square, padded, stop = (int(v) for v in summed[:5])
-        self.pace.note(summed[5:])
+        paces = 5 + background.SLOTS
+        if self.background is not None:
+            self.background.note(summed[5:paces])
+        self.pace.note(summed[paces:])
         assert target > 0, "a step without target tokens: the renderer refuses such rows"
         return Tally(target, tokens, square, padded, stop > 0)
+
+    def _written(self) -> list[int]:
+        return self.background.slots() if self.background is not None else [0] * background.SLOTS
 
     def set_lr(self, factor: float) -> float:
         """Scale every group's base learning rate; returns that of the first group."""
@@ -413,16 +426,27 @@ class Session:
             return
         with self.clock.phase("checkpoint"):
             self._on_first(lambda: self.exposure.flush(self.step) if self.exposure else None)
-            checkpoint.save(
-                self.engine, self.folder / "checkpoints", self.world,
-                step=self.step, zero_stage=self.config.zero.stage, trainer=self._state(),
-                adapters_only=self.config.method.kind != "full",
-                digests={"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
-                keep=self.config.checkpoint.keep,
-            )  # fmt: skip
+            content: dict[str, Any] = {
+                "step": self.step, "zero_stage": self.config.zero.stage, "trainer": self._state(),
+                "adapters_only": self.config.method.kind != "full",
+                "digests": {"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
+            }  # fmt: skip
+            if self.background is not None:
+                self.background.save(self.engine, **content)
+            else:
+                checkpoint.save(
+                    self.engine, self.folder / "checkpoints", self.world,
+                    keep=self.config.checkpoint.keep, **content,
+                )  # fmt: skip
             self._saved_step = self.step
             if self.config.train.drill and self.drill is None:
                 self.drill = FirstCheckpoint(self)
+
+    def settle(self) -> None:
+        """Wait for a save that is written beside training; collective."""
+        if self.background is not None:
+            with self.clock.phase("checkpoint"):
+                self.background.settle()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -446,6 +470,7 @@ class Session:
         self.validate()
         self.sample()
         self.save()
+        self.settle()
         with self.clock.phase("checkpoint"):
             weights.save(self.engine, self.tokenizer, self.folder / "weights", self.world)
         if self.drill is not None:
@@ -479,6 +504,8 @@ class Session:
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""
+        if self.background is not None:
+            self.background.close()
         if self.watchdog is not None:
             self.watchdog.close()
         if hasattr(self, "feed"):
