@@ -193,7 +193,7 @@ def run_gang(
 
     gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
     # The first attempt's clock runs since the command was started.
-    clock = {"TUNELOOM_STARTED": str(started)} if attempt else {}
+    clock = {"TUNELOOM_ATTEMPT_STARTED": str(started)} if attempt else {}
     group = elastic.micro_batches(config, launch)
     slots, size = elastic.place(launch, gpus, group)
     growth = None

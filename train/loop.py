@@ -97,7 +97,9 @@ def loop(s: Session) -> Outcome:
         # the optimizer step, refused on all ranks alike when it is not finite
         grad_norm, applied = s.optimizer_step()
         s.step += 1
-        loss = float(distributed.sum_over_ranks(total)) / tally.target_tokens
+        with clock.phase("collective"):  # NCCL only enqueues here, gloo waits
+            distributed.sum_over_ranks(total)
+        loss = float(total) / tally.target_tokens
         seeking_scale = s.loss_scale > 1.0  # fp16: an overflow halves it, and is no fault of a row
         good = math.isfinite(loss) and (applied or seeking_scale)
         bad_steps = 0 if good else bad_steps + 1

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,33 @@ def _records(path: Path) -> Iterator[bytes]:
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """Rows of every W&B file of a run, parsed with W&B's own message types."""
+    """Rows of every W&B file of a run; `finish` returns up to seconds before the last is written
+    (wandb 0.31.0), so a file without its end is read again for a while.
+    """
+    deadline = time.monotonic() + 5.0
+    while True:
+        rows, ended = _history(run)
+        if ended or time.monotonic() > deadline:
+            return rows
+        time.sleep(0.1)
+
+
+def _history(run: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Rows parsed with W&B's own message types, and whether every file has its end."""
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
 
-    rows = []
+    rows, open_files = [], 0
     for path in sorted(run.glob("wandb/**/*.wandb")):
+        open_files += 1
         for data in _records(path):
             record = messages.Record()
             record.ParseFromString(data)
+            open_files -= record.WhichOneof("record_type") == "exit"
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 rows.append(
                     {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
                 )
-    return rows
+    return rows, not open_files
