@@ -73,7 +73,7 @@ def loop(s: Session) -> Outcome:
             break
 
         # all micro-batches of the step, and what every rank agrees on
-        started, progress = time.time(), s.progress()
+        started, progress = time.monotonic(), s.progress()
         with clock.phase("data"):
             bins = s.feed.next_step()
             micros = s.feed.mine(bins)
@@ -104,7 +104,7 @@ def loop(s: Session) -> Outcome:
         good = math.isfinite(loss) and (applied or seeking_scale)
         bad_steps = 0 if good else bad_steps + 1
         s.record(bins, loss=loss, grad_norm=grad_norm, lr=lr, tally=tally, applied=applied,
-                 seconds=time.time() - started)  # fmt: skip
+                 seconds=time.monotonic() - started)  # fmt: skip
         if bad_steps > config.train.max_bad_steps:
             raise TrainingError(
                 f"train.max_bad_steps: {bad_steps} steps in a row were not finite, the last was "

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tuneloom.errors import TrainingError
 from tuneloom.train.tracker import Tracker
 
 PHASES = ("productive", "data", "collective", "checkpoint", "evaluation", "startup", "lost")
@@ -41,7 +42,9 @@ class Clock:
     """
 
     def __init__(self, started: float | None = None, command: float | None = None) -> None:
-        now = time.time()
+        # The time of day is read once: a clock that is set during the run moves no second.
+        self._epoch = time.time() - time.monotonic()
+        now = self._now()
         self.command = command or float(os.environ.get("TUNELOOM_STARTED", now))
         """When the command was started that this attempt belongs to."""
         self.started = started or float(os.environ.get("TUNELOOM_ATTEMPT_STARTED", self.command))
@@ -52,6 +55,9 @@ class Clock:
         self.changes = 0
         """Switches so far: while it grows, the run makes progress (`train/watchdog.py`)."""
 
+    def _now(self) -> float:
+        return self._epoch + time.monotonic()
+
     @property
     def now_in(self) -> str:
         """The phase that time is booked on."""
@@ -59,7 +65,7 @@ class Clock:
 
     def switch(self, phase: str) -> str:
         """Book the time since the last switch on the phase that ends; returns that phase."""
-        now = time.time()
+        now = self._now()
         self.changes += 1
         self.total[self._phase] += now - self._mark
         self.since_row[self._phase] += now - self._mark
@@ -140,8 +146,15 @@ class Metrics:
         return Kept(total, dropped, until)
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a row; raises TrainingError where the disk does not take it."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: the row of step {row['step']} could not be written "
+                f"({error.strerror}); look at the disk that holds run.root"
+            ) from error
         self.tracker.log(row)
 
 

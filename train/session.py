@@ -41,6 +41,7 @@ from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, peak_memory_gib
 from tuneloom.train.pace import Pace
 from tuneloom.train.signals import StopFlag
+from tuneloom.train.spikes import Spikes
 from tuneloom.train.tracker import Tracker
 from tuneloom.train.universal import convert, own_loader
 from tuneloom.train.watchdog import Watchdog
@@ -83,6 +84,7 @@ class Session:
         self.witness: effects.Witness | None = None
         self.drill: FirstCheckpoint | None = None
         self.watchdog: Watchdog | None = None
+        self.spikes = Spikes(config.train.spike_z)
 
     def prepare(self) -> None:
         """Seed, run folder, tokenizer, model, method, engine, data, resume, metrics."""
@@ -366,6 +368,7 @@ class Session:
             "speed/padding": tally.padded / (tally.padded + tally.tokens),
             "memory/peak_gib": peak_memory_gib(self.world.device),
         }
+        row |= self.spikes.note(self.step, loss)
         if self.pace.slowest is not None:
             row["speed/slowest_rank"] = self.pace.slowest
         if self.config.model.dtype == "fp16":
@@ -481,7 +484,7 @@ class Session:
             try:
                 self._book_the_rest()
                 runs.update(self.folder, {"state": state, "error": str(error).splitlines()[0:1]})
-            except OSError as why:  # a full disk must not hide what ended the run
+            except (OSError, TrainingError) as why:  # a full disk must not hide what ended the run
                 print(f"how the run ended is not in its folder: {why}", flush=True)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tuneloom.errors import TrainingError
 from tuneloom.testing import Gang, small_config
 from tuneloom.train.config import TrackerConfig
 from tuneloom.train.metrics import PHASES, Clock, Metrics
@@ -52,3 +53,10 @@ def test_a_finished_runs_ledger_is_its_wall_time_and_is_said(lab: Path, one: Gan
     assert sum(facts["time"].values()) == pytest.approx(1.0)
     # The weights were written after the last step, and belong to the run as well.
     assert "train/loss" not in rows[-1] and rows[-1]["time/checkpoint"] > 0
+
+
+def test_a_row_that_a_full_disk_does_not_take_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    tracker = Tracker(TrackerConfig(mode="off"), tmp_path, "run", {})
+    with pytest.raises(TrainingError, match="step 7 could not be written"):
+        Metrics(tmp_path, tracker).write({"step": 7})
