@@ -24,6 +24,7 @@ from typing import Any
 from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.launch import elastic
 from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.standby import Gang, Standby
 from tuneloom.train.config import TrainConfig
@@ -197,8 +198,9 @@ def run_gang(
     from ray.exceptions import RayActorError
 
     gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
+    killed = killed_for_memory()
     # The first attempt's clock runs since the command was started.
-    clock = {"TUNELOOM_STARTED": str(started)} if attempt else {}
+    clock = {"TUNELOOM_ATTEMPT_STARTED": str(started)} if attempt else {}
     group = elastic.micro_batches(config, launch)
     gang = standby.take() if standby else None
     if gang is None:
@@ -232,7 +234,12 @@ def run_gang(
         return GROWS
     except RayActorError as error:
         hang = last_report(folder, since=started)
-        return hang.sentence if hang else f"a worker was lost ({type(error).__name__})"
+        if hang:
+            return hang.sentence
+        reason = type(error).__name__
+        if killed_for_memory() > killed:
+            reason = "this host ran out of memory, and the kernel killed a process; `tuneloom plan`"
+        return f"a worker was lost ({reason})"
     finally:
         if standby and standby.keeps(gang):
             gang.end()

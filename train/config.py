@@ -171,6 +171,10 @@ class TrainLoopConfig(Config):
     """
     max_bad_steps: NotNegative = 5
     """Non-finite steps refused in a row before the run ends with exit 5."""
+    spike_z: Annotated[float, Field(ge=0)] = 10.0
+    """A step whose loss stands this many robust standard deviations above the last 64 is named; 0
+    names none.
+    """
     validate_every: NotNegative = 0
     """Steps between validation losses; 0 is only at the end."""
     validation_rows: Positive = 512

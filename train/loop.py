@@ -80,7 +80,7 @@ def loop(s: Session) -> Outcome:
             break
 
         # all micro-batches of the step, and what every rank agrees on
-        started, progress = time.time(), s.progress()
+        started, progress = time.monotonic(), s.progress()
         with clock.phase("data"):
             bins = s.feed.next_step()
             micros = s.feed.mine(bins)
@@ -104,12 +104,14 @@ def loop(s: Session) -> Outcome:
         # the optimizer step, refused on all ranks alike when it is not finite
         grad_norm, applied = s.optimizer_step()
         s.step += 1
-        loss = float(distributed.sum_over_ranks(total)) / tally.target_tokens
+        with clock.phase("collective"):  # NCCL only enqueues here, gloo waits
+            distributed.sum_over_ranks(total)
+        loss = float(total) / tally.target_tokens
         seeking_scale = s.loss_scale > 1.0  # fp16: an overflow halves it, and is no fault of a row
         good = math.isfinite(loss) and (applied or seeking_scale)
         bad_steps = 0 if good else bad_steps + 1
         s.record(bins, loss=loss, grad_norm=grad_norm, lr=lr, tally=tally, applied=applied,
-                 seconds=time.time() - started)  # fmt: skip
+                 seconds=time.monotonic() - started)  # fmt: skip
         if bad_steps > config.train.max_bad_steps:
             s.settle()
             raise TrainingError(

@@ -42,6 +42,7 @@ from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, peak_memory_gib
 from tuneloom.train.pace import Pace
 from tuneloom.train.signals import StopFlag
+from tuneloom.train.spikes import Spikes
 from tuneloom.train.tracker import Tracker
 from tuneloom.train.universal import convert, own_loader
 from tuneloom.train.watchdog import Watchdog
@@ -85,6 +86,7 @@ class Session:
         self.drill: FirstCheckpoint | None = None
         self.watchdog: Watchdog | None = None
         self.background: background.Background | None = None
+        self.spikes = Spikes(config.train.spike_z)
 
     def prepare(self) -> None:
         """Seed, run folder, tokenizer, model, method, engine, data, resume, metrics."""
@@ -217,6 +219,7 @@ class Session:
                 "renderer": self.feed.renderer.digest, "golden_sets": self.golden,
             },
             "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
+            "clock": {"command": self.clock.command, "attempt": self.clock.started},
             "resumed_from": found.folder.name if found else None,
             "accumulation": self.feed.accumulation,
         }  # fmt: skip
@@ -246,10 +249,8 @@ class Session:
         )
         runs.update(self.folder, {"tracker": {"mode": tracker.mode, "reason": tracker.reason}})
         self.metrics = Metrics(self.folder, tracker)
-        restarted = self.clock.started if int(os.environ.get("TUNELOOM_ATTEMPT", "0")) else None
-        lost = self.metrics.open_at(self.step, restarted=restarted)
-        if lost:  # booked at once, so that it outlives an attempt that is lost before a step
-            self.clock.lost(lost)
+        if self.clock.carry_on(self.metrics.open_at(self.step)):
+            # Booked at once, so that it outlives an attempt that is lost before a step.
             self.metrics.write({"step": self.step} | self.clock.row())
         self.progress_line = Progress()
 
@@ -281,7 +282,8 @@ class Session:
             sum(m.square_tokens for m in micros), sum(m.padded for m in micros),
             int(self.stop.asked()), *self._written(), *self.pace.slots(),
         ]  # fmt: skip
-        summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+        with self.clock.phase("collective"):
+            summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
         target, tokens, square, padded, stop = (int(v) for v in summed[:5])
         paces = 5 + background.SLOTS
         if self.background is not None:
@@ -379,6 +381,7 @@ class Session:
             "speed/padding": tally.padded / (tally.padded + tally.tokens),
             "memory/peak_gib": peak_memory_gib(self.world.device),
         }
+        row |= self.spikes.note(self.step, loss)
         if self.pace.slowest is not None:
             row["speed/slowest_rank"] = self.pace.slowest
         if self.config.model.dtype == "fp16":
@@ -481,26 +484,33 @@ class Session:
             data_order = self.exposure.finish(self.step)
             self.feed.ledger.check(rows=self.feed.plan.consumed)
             self.feed.ledger.write(self.folder / "ledger.json")
-            self.clock.switch("productive")
-            total = sum(self.clock.total.values())
-            shares = {phase: seconds / total for phase, seconds in self.clock.total.items()}
+            self._book_the_rest()
             runs.update(self.folder, {
-                "state": "done", "steps": self.step, "loss": loss, "seconds": total, "time": shares,
-                "data_order": data_order,
+                "state": "done", "steps": self.step, "loss": loss, "data_order": data_order,
+                "seconds": sum(self.clock.total.values()), "time": self.clock.shares(),
             })  # fmt: skip
         distributed.barrier()
         swapped = zero.swap_folder(self.config)
         if swapped is not None:  # on each node its own drive
             shutil.rmtree(swapped, ignore_errors=True)
 
+    def _book_the_rest(self) -> None:
+        """The time since the last row, as a row of its own, and where all of it went as a line."""
+        if self.metrics is None:
+            return
+        self.metrics.write({"step": self.step} | self.clock.row())
+        shares = ", ".join(f"{phase} {share:.1%}" for phase, share in self.clock.shares().items())
+        print(f"time: {sum(self.clock.total.values()):.1f} s: {shares}", flush=True)
+
     def abandon(self, error: BaseException) -> None:
         """Say in run.json how it ended, where that can still be said."""
         if self.world.first and self._lock is not None and (self.folder / "run.json").exists():
             state = "stopped" if isinstance(error, Stopped) else "failed"
             try:
+                self._book_the_rest()
                 runs.update(self.folder, {"state": state, "error": str(error).splitlines()[0:1]})
-            except OSError as why:  # a full disk must not hide what ended the run
-                print(f"run.json still says running: {why}", flush=True)
+            except (OSError, TrainingError) as why:  # a full disk must not hide what ended the run
+                print(f"how the run ended is not in its folder: {why}", flush=True)
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""

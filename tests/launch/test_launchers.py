@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloom.testing import free_port, metrics
+from tuneloom.train.metrics import PHASES
 
 STEPS = 8
 
@@ -107,6 +108,7 @@ def test_sigterm_to_the_driver_saves_the_step_and_exits_75(lab: Path) -> None:
 
 
 def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: Path) -> None:
+    before_all = time.time()
     process = started(lab, "bereft")
     wait_for_step(lab, "bereft", 25, process)
     os.kill(ranks_of(process)[-1], signal.SIGKILL)
@@ -120,6 +122,19 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: P
     # What the restart cost is booked at once, on the step it went on from.
     lost = [row["step"] for row in rows if row["time/lost"] > 0]
     assert len(lost) == 1 and lost[0] % 20 == 0
+    # Both attempts' seconds are those since the command was started, each once.
+    attempts = json.loads((lab / "runs/bereft/run.json").read_text())["attempts"]
+    assert len(attempts) == 2
+    wall = rows[-1]["at"] - attempts[0]["clock"]["command"]
+    booked = sum(row.get(f"time/{phase}", 0.0) for row in rows for phase in PHASES)
+    assert booked == pytest.approx(wall, abs=1e-6 * len(PHASES) * len(rows))
+    assert before_all <= attempts[0]["clock"]["command"] and rows[-1]["at"] <= time.time()
+    ledger = {phase: rows[-1][f"goodput/{phase}"] for phase in PHASES}
+    assert sum(ledger.values()) == pytest.approx(1.0, abs=1e-5)
+    assert ledger["lost"] * wall == pytest.approx(
+        sum(r.get("time/lost", 0.0) for r in rows), abs=1e-3
+    )
+    assert ledger["collective"] > 0
 
 
 def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> None:
