@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
-from tuneloom.data.gather import Spill, write_block
+from tuneloom.data.gather import Spill, write_run
 from tuneloom.data.prepare import Prepared, Preparer
 from tuneloom.data.readers import Block
 from tuneloom.data.recipe import Recipe
@@ -49,6 +49,6 @@ def _start(recipe: Recipe) -> None:
 def _prepare(block: Block, folder: Path) -> Prepared:
     """One block to disk; what goes back through the pipe is small."""
     done = _preparer(block)
-    write_block(Spill(folder).block(block.number), done.table)
+    write_run(Spill(folder).block(block.number), done.table)
     done.table = done.table.slice(0, 0)
     return done
