@@ -195,7 +195,7 @@ def run_gang(
     # The first attempt's clock runs since the command was started.
     clock = {"TUNELOOM_STARTED": str(started)} if attempt else {}
     group = elastic.micro_batches(config, launch)
-    slots, size = elastic.place(launch, gpus, group)
+    slots, size = elastic.place(launch, gpus, group, config.batch.sequence_parallel)
     growth = None
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)

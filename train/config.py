@@ -108,6 +108,10 @@ class BatchConfig(Config):
     """Not packed: examples of one micro-batch on one rank, padded to the longest."""
     accumulation: Positive = 1
     """Micro-batches a rank sums before one optimizer step."""
+    sequence_parallel: Positive = 1
+    """Neighbouring ranks that share each micro-batch, a part of its tokens each (Ulysses); it
+    divides the ranks and the model's attention heads.
+    """
     shuffle: bool = True
     window: Positive = 4096
     """Examples that are packed together; also how far ahead the tokeniser must be."""

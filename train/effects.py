@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
 from tuneloom.kernels import attention, jit
-from tuneloom.train import masters
+from tuneloom.train import masters, sequence
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
@@ -48,6 +48,7 @@ class Witness:
         self._documents: list[int] = []
         attention.CALLS.clear()
         jit.CALLS.clear()
+        sequence.SEEN.clear()
 
     def saw_micro_batches(self, documents: list[int]) -> None:
         """Documents in each micro-batch of a step that is about to run."""
@@ -201,6 +202,11 @@ class Witness:
         if self.config.batch.packing:
             mean = sum(self._documents) / max(1, len(self._documents))
             yield Receipt("batch.packing", mean > 0, {"documents_per_pack": round(mean, 2)})
+        shared = self.config.batch.sequence_parallel
+        if shared > 1:
+            seen = dict(sequence.SEEN)  # each rank attends to what all that share hold
+            whole = seen.get("tokens_held", 0) * shared == seen.get("tokens_attended")
+            yield Receipt(f"batch.sequence_parallel={shared}", whole, seen)
 
 
 def as_json(receipts: list[Receipt], extra: dict[str, Any]) -> dict[str, Any]:

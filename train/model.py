@@ -150,7 +150,9 @@ def keep_unpacked(network: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def choose_attention(network: nn.Module, model: ModelConfig) -> attention.Choice:
+def choose_attention(
+    network: nn.Module, model: ModelConfig, *, exchange: attention.Exchange | None = None
+) -> attention.Choice:
     """Pick a backend for this model and device and install it."""
     config: Any = network.config
     text = config.get_text_config()
@@ -159,7 +161,7 @@ def choose_attention(network: nn.Module, model: ModelConfig) -> attention.Choice
     choice = attention.choose(
         model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap
     )
-    attention.install(network, choice)
+    attention.install(network, choice, exchange=exchange)
     return choice
 
 
