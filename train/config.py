@@ -57,6 +57,12 @@ class ModelConfig(Config):
     """Recompute activations in backward: of no layer, of every layer, of every n-th layer."""
     checkpoint_every_layers: Positive = 2
     """The n of `checkpointing=selective`."""
+    checkpoint_offload: bool = False
+    """Keep the inputs of recomputed layers in host memory until backward: for long sequences."""
+    tile_tokens: Positive | None = None
+    """Compute MLPs this many tokens at a time, again in backward, and the loss without ever holding
+    all logits: for long sequences. None: all at once.
+    """
     kernels: bool = False
     """Put the fused ops of kernels/ into the model; what was patched stands in effects.json."""
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
-from tuneloom.kernels import attention, jit
-from tuneloom.train import masters, sequence
+from tuneloom.kernels import attention, jit, loss_head
+from tuneloom.train import masters, offload, sequence, tiles
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
@@ -49,6 +49,8 @@ class Witness:
         attention.CALLS.clear()
         jit.CALLS.clear()
         sequence.SEEN.clear()
+        tiles.SEEN.clear()
+        offload.MOVED.clear()
 
     def saw_micro_batches(self, documents: list[int]) -> None:
         """Documents in each micro-batch of a step that is about to run."""
@@ -197,6 +199,14 @@ class Witness:
                 per_micro > layers,
                 {"layers": layers, "layer_forwards_per_micro_batch": per_micro},
             )
+
+        if model.checkpoint_offload:
+            moved = dict(offload.MOVED)
+            yield Receipt("model.checkpoint_offload", moved.get("bytes", 0) > 0, moved)
+        if model.tile_tokens is not None:
+            seen = dict(tiles.SEEN) | {"losses": jit.CALLS[loss_head.OP]}
+            tiled = seen.get("tiles", 0) > seen.get("forwards", 0) and seen["losses"] > 0
+            yield Receipt(f"model.tile_tokens={model.tile_tokens}", tiled, seen)
 
     def _batch(self) -> Iterator[Receipt]:
         if self.config.batch.packing:

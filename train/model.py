@@ -15,6 +15,7 @@ from torch import nn
 from tuneloom.errors import ConfigError
 from tuneloom.kernels import attention
 from tuneloom.train.config import MethodConfig, ModelConfig
+from tuneloom.train.offload import checkpoint_on_host
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOE_BLOCKS = ("MoeBlock", "SparseMoe", "MoE", "MLPExperts", "Experts")
@@ -199,6 +200,8 @@ def checkpoint_activations(network: nn.Module, model: ModelConfig) -> int:
     every = model.checkpoint_every_layers if model.checkpointing == "selective" else 1
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0
+        if model.checkpoint_offload:
+            layer._gradient_checkpointing_func = checkpoint_on_host
     return sum(layer.gradient_checkpointing for layer in layers)
 
 

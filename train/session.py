@@ -30,6 +30,7 @@ from tuneloom.train import (
     probe,
     runs,
     sequence,
+    tiles,
     weights,
     zero,
 )
@@ -114,6 +115,7 @@ class Session:
             network = model.load(base, config.model, config.method, world.device, seed=config.seed)
             self._share_sequences(network)
             self.patched = _patch(network) if config.model.kernels else {}
+            self.tiled = tiles.install(network, config.model, config.batch)
             self.recomputing = model.checkpoint_activations(network, config.model)
             torch.manual_seed(config.seed)
             network = method.apply(network, config.method)
@@ -327,7 +329,7 @@ class Session:
         if self.world.first:
             extra = {
                 "step": self.step + 1, "kernels": self.patched,
-                "layers_recomputing": self.recomputing,
+                "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
             }  # fmt: skip
             runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
         effects.refuse_idle(receipts)

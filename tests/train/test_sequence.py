@@ -60,11 +60,22 @@ def test_ranks_that_share_packs_give_the_curve_of_one_rank(
     same_curve(lab, f"by{by}zero{stage}", alone)
 
 
-def test_padded_rows_and_recomputed_layers_are_shared_too(lab: Path, one: Gang, four: Gang) -> None:
-    padded = {"batch__packing": False, "batch__sequences": 3, "model__checkpointing": "on"}
+def test_padded_rows_recomputed_from_the_host_in_tiles_are_shared_too(
+    lab: Path, one: Gang, four: Gang
+) -> None:
+    padded = {"batch__packing": False, "batch__sequences": 3}
     one.fit(shared(lab, "padded", 1, 1, **padded))
-    four.fit(shared(lab, "padded4", 4, 4, **padded))
+    long = {
+        "model__checkpointing": "on", "model__checkpoint_offload": True, "model__tile_tokens": 40,
+        "zero__stage": 3,
+    }  # fmt: skip
+    four.fit(shared(lab, "padded4", 4, 4, **padded, **long))
     same_curve(lab, "padded4", "padded")
+
+
+def test_the_fused_layers_are_shared_too(lab: Path, four: Gang, alone: str) -> None:
+    four.fit(shared(lab, "fused", 4, 4, model__kernels=True))
+    same_curve(lab, "fused", alone)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "by"), [(4, 1, 4), (6, 3, 2)])
