@@ -125,6 +125,18 @@ class BatchConfig(Config):
     max_lost_answer_tokens: Fraction = 0.005
     """Share of target tokens that over-length rows may lose before the run is refused."""
 
+    @property
+    def rank_tokens(self) -> int:
+        """Positions that one rank holds of the fullest micro-batch."""
+        whole = self.tokens if self.packing else self.sequences * self.max_length
+        return -(-whole // self.sequence_parallel)
+
+    def tiles(self, tokens: int) -> int:
+        """Tiles of at most `tokens` of every micro-batch, full or not: under ZeRO-3 each tile
+        gathers weights, so all ranks must make as many.
+        """
+        return -(-self.rank_tokens // tokens)
+
     @model_validator(mode="after")
     def pack_holds_an_example(self) -> "BatchConfig":
         if self.packing and self.tokens < self.max_length:

@@ -109,12 +109,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("model.tile_tokens", "batch.tokens", "batch.sequence_parallel"),
-        lambda c: (
-            c.model.tile_tokens is not None
-            and c.model.tile_tokens
-            >= (c.batch.tokens if c.batch.packing else c.batch.sequences * c.batch.max_length)
-            / c.batch.sequence_parallel
-        ),
+        lambda c: c.model.tile_tokens is not None and c.model.tile_tokens >= c.batch.rank_tokens,
         "the part of a micro-batch that a rank holds is one tile; lower model.tile_tokens, or set "
         "it to null",
     ),

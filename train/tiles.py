@@ -39,23 +39,10 @@ def install(network: nn.Module, model: ModelConfig, batch: BatchConfig) -> int:
         raise ConfigError(
             f"model.tile_tokens: {what} is not known to work on each token alone; leave it null"
         )
-    tiles = tiles_of(model.tile_tokens, batch)
+    tiles = batch.tiles(model.tile_tokens)
     for block in blocks:
         block.__dict__["forward"] = types.MethodType(_tiled(type(block).forward, tiles), block)
     return len(blocks)
-
-
-def tiles_of(tile_tokens: int, batch: BatchConfig) -> int:
-    """Tiles of every micro-batch, full or not: under ZeRO-3 each tile gathers weights, so all ranks
-    must make as many.
-    """
-    return -(-tokens_on_a_rank(batch) // tile_tokens)
-
-
-def tokens_on_a_rank(batch: BatchConfig) -> int:
-    """Positions of the fullest micro-batch that one rank holds."""
-    whole = batch.tokens if batch.packing else batch.sequences * batch.max_length
-    return -(-whole // batch.sequence_parallel)
 
 
 def _tiled(forward: Any, tiles: int) -> Any:

@@ -13,7 +13,6 @@ from tuneloom.errors import ConfigError
 from tuneloom.testing import Gang, metrics, small_config
 from tuneloom.train import offload
 from tuneloom.train.config import BatchConfig, ModelConfig, TrainConfig
-from tuneloom.train.tiles import tiles_of
 
 LONG = {"model__tile_tokens": 100, "model__checkpointing": "on", "model__checkpoint_offload": True}
 
@@ -120,6 +119,6 @@ def test_a_model_whose_mlp_is_not_known_is_refused_by_name() -> None:
 
 
 def test_every_micro_batch_is_cut_into_as_many_tiles() -> None:
-    assert tiles_of(100, BatchConfig(max_length=64, tokens=512)) == 6
+    assert BatchConfig(max_length=64, tokens=512).tiles(100) == 6
     shared = BatchConfig(max_length=64, tokens=512, sequence_parallel=4)
-    assert tiles_of(100, shared) == 2
+    assert shared.tiles(100) == 2
