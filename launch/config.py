@@ -100,6 +100,17 @@ class JobConfig(TrainConfig):
 
     launch: LaunchConfig
 
+    @model_validator(mode="after")
+    def ranks_share_sequences(self) -> "JobConfig":
+        ranks = 1 if self.launch.kind == "inline" else self.launch.workers
+        shared = self.batch.sequence_parallel
+        if ranks % shared:
+            raise ValueError(
+                f"batch.sequence_parallel: {ranks} ranks cannot form groups of {shared}; set "
+                f"launch.workers to a multiple of {shared}"
+            )
+        return self
+
 
 def training_of(job: TrainConfig) -> TrainConfig:
     """The job without its launch: what every rank gets, the same whoever starts it."""

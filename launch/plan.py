@@ -37,6 +37,8 @@ from tuneloom.launch.memory import (
 from tuneloom.launch.workload import Speed, Workload, speed, workload
 
 Positive = Annotated[float, Field(gt=0)]
+TILE = 4096
+"""Tokens of a tile that a refusal proposes."""
 SHOWN = 3
 """Alternatives that a refusal names."""
 
@@ -235,6 +237,13 @@ def _memory(job: JobConfig, device: Device) -> tuple[Anatomy, Memory]:
 def problems(job: JobConfig, result: Plan) -> list[str]:
     """What does not fit, as sentences; the disk counts where the plan is for this machine."""
     found = memory_problems(job, result.device, result.memory)
+    shared = job.batch.sequence_parallel
+    heads = anatomy(training_of(job)).heads
+    if heads % shared:
+        found.append(
+            f"batch.sequence_parallel: {shared} ranks cannot share {heads} attention heads evenly; "
+            f"use a divisor of {heads}"
+        )
     if job.model.dtype == "fp16" and not result.device.cuda:
         found.append("model.dtype: fp16 needs a GPU; set model.dtype=bf16 or fp32")
     if result.device.here and result.checkpoints > result.free_disk:
@@ -296,7 +305,7 @@ def refusal(job: JobConfig, result: Plan) -> str:
         return why
     ways = [_way(job, change) for change in fitting(job, result.device)]
     if not ways:
-        return f"{why}; no method, ZeRO stage, recomputation or batch fits: use more or larger GPUs"
+        return f"{why}; no method, ZeRO stage, recomputation, batch or sharing fits: use more or larger GPUs"
     return f"{why}; what would fit: " + ", or ".join(ways)
 
 
@@ -347,6 +356,7 @@ def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
     if job.model.checkpointing != "on":
         yield {"model.checkpointing": "on"}
     yield from _smaller(job)
+    yield from _shared(job)
     if job.zero.offload == "none":
         yield {"zero.offload": "cpu"}
     if job.method.kind == "full":
@@ -355,6 +365,19 @@ def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
         yield {"method": "qlora"}
     if job.zero.stage == 3 and job.zero.offload_parameters == "none":
         yield {"zero.offload_parameters": "cpu"}
+
+
+def _shared(job: JobConfig) -> Iterator[dict[str, Any]]:
+    """Tiles, and packs shared by two ranks and more, the tokens of a step held by accumulation."""
+    batch, ranks = job.batch, ranks_of(job)
+    if job.model.tile_tokens is None and not job.model.kernels and batch.rank_tokens > TILE:
+        yield {"model.tile_tokens": TILE}
+    heads = anatomy(training_of(job)).heads
+    for times in (2, 4, 8):
+        shared = batch.sequence_parallel * times
+        if ranks % shared == 0 and heads % shared == 0:
+            accumulation = batch.accumulation * times
+            yield {"batch.sequence_parallel": shared, "batch.accumulation": accumulation}
 
 
 def _smaller(job: JobConfig) -> Iterator[dict[str, Any]]:

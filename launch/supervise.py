@@ -204,7 +204,7 @@ def run_gang(
     group = elastic.micro_batches(config, launch)
     gang = standby.take() if standby else None
     if gang is None:
-        gang = Gang(*elastic.place(launch, gpus, group))
+        gang = Gang(*elastic.place(launch, gpus, group, config.batch.sequence_parallel))
         gang.start([environment()] * gang.size.workers, cpus=1, gpus=gpus)
     size, actors, growth = gang.size, gang.actors, None
     if size.workers < launch.workers:

@@ -5,7 +5,7 @@ import os
 import random
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tuneloom.errors import RefusedError
+from tuneloom.errors import ConfigError, RefusedError
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,37 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    sequence: int = 1
+    """Neighbouring ranks that share each micro-batch (`train/sequence.py`)."""
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_size` shares of a step's micro-batches this rank works on."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of each micro-batch this rank holds."""
+        return self.rank % self.sequence
+
+    def sharing(self, sequence: int) -> "World":
+        """This place when `sequence` neighbours share each micro-batch; ConfigError if they
+        cannot.
+        """
+        if self.size % sequence:
+            raise ConfigError(
+                f"batch.sequence_parallel: {self.size} ranks cannot form groups of {sequence}; set "
+                f"launch.workers to a multiple of {sequence}"
+            )
+        return replace(self, sequence=sequence)
 
 
 def start(*, timeout_seconds: int = 3600) -> World:
@@ -142,6 +169,13 @@ def max_over_ranks(values: Tensor) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
+
+
+def neighbours(count: int, *, timeout_seconds: int) -> Any:
+    """The process group of this rank and the `count` - 1 beside it; collective over all ranks."""
+    timeout = timedelta(seconds=timeout_seconds)
+    group, _ = dist.new_subgroups(count, timeout=timeout)
+    return group
 
 
 def barrier() -> None:

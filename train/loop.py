@@ -95,7 +95,8 @@ def loop(s: Session) -> Outcome:
         total = torch.zeros((), dtype=torch.float32, device=world.device)
         for index, micro in enumerate(micros):
             with s.pace.timed(micro.tokens + micro.padded):
-                micro_loss = loss_sum(engine, micro)
+                part = micro.shard(world.sequence_rank, world.sequence)  # whole where S is 1
+                micro_loss = loss_sum(engine, part)
             engine.backward(micro_loss * (world.size / tally.target_tokens), scale_wrt_gas=False)
             total += micro_loss.detach()
             if index + 1 < len(micros):

@@ -181,7 +181,8 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     attempt = {
         "workers": facts["world_size"], "accumulation": facts["accumulation"],
-        "resumed_from": facts["resumed_from"], "clock": facts["clock"],
+        "sequence_parallel": facts["sequence_parallel"], "resumed_from": facts["resumed_from"],
+        "clock": facts["clock"],
     }  # fmt: skip
     content = {
         **{key: before[key] for key in KEPT if key in before},
