@@ -37,4 +37,9 @@ def main(overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # ZeRO-3's parameters keep gloo's threads; threads that outlive the interpreter can abort it:
+    # SIGABRT in place of the exit code (seen once; https://github.com/pytorch/pytorch/pull/179291).
+    os._exit(code)

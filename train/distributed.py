@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -73,8 +74,13 @@ def quiet_libraries() -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+    """Leave the process group, with DeepSpeed's references to it where it was loaded."""
+    if not dist.is_initialized():
+        return
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
         dist.destroy_process_group()
 
 

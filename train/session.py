@@ -493,6 +493,8 @@ class Session:
             self.stop.clear()
         if self._lock is not None:
             self._lock.close()
+        if hasattr(self, "engine"):
+            self.engine.destroy()  # its hooks on gradients keep it, and all weights, alive
 
 
 def _patch(network: nn.Module) -> dict[str, Any]:

@@ -247,7 +247,8 @@ if os.environ["RANK"] == sys.argv[2]:
 try:
     fit(build(TrainConfig, json.loads(sys.argv[1])))
 except TrainingError as error:
-    sys.exit(str(error))
+    print(error, file=sys.stderr, flush=True)
+    os._exit(1)  # as train/__main__.py leaves
 """
 
 
@@ -269,7 +270,7 @@ def test_a_rank_that_cannot_write_ends_the_save_on_all_ranks_and_leaves_no_torn_
         for r in range(2)
     ]  # fmt: skip
     said = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [1, 1]
+    assert [process.returncode for process in ranks] == [1, 1], said
     assert all("step 4 could not be saved" in text for text in said), said
     assert list((lab / "runs" / run_id / "checkpoints").iterdir()) == []
 
