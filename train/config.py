@@ -119,8 +119,9 @@ class BatchConfig(Config):
     divides the ranks and the model's attention heads.
     """
     shuffle: bool = True
-    window: Positive = 4096
-    """Examples that are packed together; also how far ahead the tokeniser must be."""
+    window: Positive | None = None
+    """Examples that are packed and balanced together, so how far ahead the tokeniser must be; None:
+    two steps' worth first, then doubling up to 64."""
     over_length: Literal["drop", "truncate", "error"] = "drop"
     max_lost_answer_tokens: Fraction = 0.005
     """Share of target tokens that over-length rows may lose before the run is refused."""
