@@ -13,7 +13,7 @@ from tuneloom.data.decide import Decision
 from tuneloom.data.gather import Spill
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.splits import SPLITS
-from tuneloom.data.store import ShardWriter
+from tuneloom.data.store import COLUMNS, ShardWriter
 
 ASIDE = pa.schema([
     ("id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("fate", pa.string()),
@@ -42,8 +42,9 @@ def write_rows(
     for table in spill.unique():
         rows = slice(start, start + len(table))
         start += len(table)
+        columns = table.select(COLUMNS)
         for code, writer in enumerate(writers.values()):
-            writer.add(table.filter(pa.array(decision.split[rows] == code)))
+            writer.add(columns.filter(pa.array(decision.split[rows] == code)))
         kept_rows = table["record"].filter(pa.array(decision.fate[rows] == 0))
         bins = np.searchsorted(LENGTHS[:-1], pc.utf8_length(kept_rows).to_numpy())
         lengths += np.bincount(bins, minlength=len(LENGTHS))
