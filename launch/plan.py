@@ -297,7 +297,10 @@ def refusal(job: JobConfig, result: Plan) -> str:
         return why
     ways = [_way(job, change) for change in fitting(job, result.device)]
     if not ways:
-        return f"{why}; no method, ZeRO stage, recomputation, batch or sharing fits: use more or larger GPUs"
+        return (
+            f"{why}; no method, ZeRO stage, recomputation, batch or sharing fits: use more or "
+            "larger GPUs"
+        )
     return f"{why}; what would fit: " + ", or ".join(ways)
 
 
