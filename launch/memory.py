@@ -41,7 +41,7 @@ class Memory:
     """Peaks beside the steady parts: reduce buckets, ZeRO-3 gathers, casts at the step."""
     context: int
     host: int
-    """Host memory that offload takes, per rank."""
+    """Host memory that offload and asynchronous checkpoints take, per rank."""
     nvme: int
 
     @property
@@ -73,6 +73,8 @@ def forecast(
     elif config.zero.offload_parameters == "nvme":
         host += BYTES[config.model.dtype] * SWAP_ELEMENTS
         nvme, weights = nvme + weights, 0
+    if config.checkpoint.asynchronous:
+        host += checkpoint_bytes(config, anatomy) // shards
     return Memory(
         weights=weights,
         gradients=gradients,

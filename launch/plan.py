@@ -269,9 +269,17 @@ def memory_problems(job: JobConfig, device: Device, memory: Memory) -> list[str]
             needed += memory.device * ranks_per_node(job)
         if needed > USABLE * device.host:
             found.append(
-                f"offload needs {gib(needed)} of host memory, the node has {gib(device.host)}"
+                f"{_on_host(job)} {gib(needed)} of host memory, the node has {gib(device.host)}"
             )
     return found
+
+
+def _on_host(job: JobConfig) -> str:
+    """Subject and verb of what does not fit there."""
+    if not job.checkpoint.asynchronous:
+        return "offload needs"
+    offloads = job.zero.offload != "none" or job.zero.offload_parameters != "none"
+    return f"{'offload and ' * offloads}checkpoint.asynchronous need{'s' * (not offloads)}"
 
 
 def advice(job: JobConfig, device: Device) -> list[str]:
@@ -339,7 +347,11 @@ def alternatives(job: JobConfig) -> Iterator[dict[str, Any]]:
 
 
 def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
-    """Each alone, cheapest first: sharding, recomputation, batch, offload, fewer weights."""
+    """Each alone, cheapest first: no copies, sharding, recomputation, batch, offload, fewer
+    weights.
+    """
+    if job.checkpoint.asynchronous:
+        yield {"checkpoint.asynchronous": "false"}
     if ranks_of(job) > 1:
         for stage in (2, 3):
             if stage > job.zero.stage and not (stage == 2 and job.method.kind == "qlora"):

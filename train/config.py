@@ -119,8 +119,9 @@ class BatchConfig(Config):
     divides the ranks and the model's attention heads.
     """
     shuffle: bool = True
-    window: Positive = 4096
-    """Examples that are packed together; also how far ahead the tokeniser must be."""
+    window: Positive | None = None
+    """Examples that are packed and balanced together, so how far ahead the tokeniser must be; None:
+    two steps' worth first, then doubling up to 64."""
     over_length: Literal["drop", "truncate", "error"] = "drop"
     max_lost_answer_tokens: Fraction = 0.005
     """Share of target tokens that over-length rows may lose before the run is refused."""
@@ -180,6 +181,10 @@ class CheckpointConfig(Config):
     every: NotNegative = 100
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep: Positive = 2
+    asynchronous: bool = False
+    """A step waits for a copy of the state in host memory (as large as the rank's part of a
+    checkpoint), and the files are written beside the steps that follow.
+    """
 
 
 class TrainLoopConfig(Config):
@@ -189,6 +194,10 @@ class TrainLoopConfig(Config):
     """
     max_bad_steps: NotNegative = 5
     """Non-finite steps refused in a row before the run ends with exit 5."""
+    spike_z: Annotated[float, Field(ge=0)] = 10.0
+    """A step whose loss stands this many robust standard deviations above the last 64 is named; 0
+    names none.
+    """
     validate_every: NotNegative = 0
     """Steps between validation losses; 0 is only at the end."""
     validation_rows: Positive = 512

@@ -73,18 +73,24 @@ def start(*, timeout_seconds: int = 3600) -> World:
         assert size == 1, "MASTER_PORT is unset with several ranks"
         os.environ["MASTER_PORT"] = "0"
     quiet_libraries()
-    cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    if not cuda:
-        # Muon's Newton-Schulz is torch.compiled at first use: 53 to 89 s on a CPU, 1 s without
-        # (measured).
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    cuda = choose_accelerator()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     return World(rank, size, local_rank, device)
+
+
+def choose_accelerator() -> bool:
+    """True for CUDA; DeepSpeed is told, which reads it when it is imported."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    if not cuda:
+        # Muon's Newton-Schulz is torch.compiled at first use: 53 to 89 s on a CPU, 1 s without
+        # (measured).
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    return cuda
 
 
 def quiet_libraries() -> None:
@@ -113,7 +119,10 @@ def stop() -> None:
 
 def _join(backend: str, timeout: timedelta) -> None:
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            _rejoin(backend, timeout)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -123,6 +132,15 @@ def _join(backend: str, timeout: timedelta) -> None:
             ) from None
         first = str(error).splitlines()[0]
         raise RefusedError(f"MASTER_ADDR: rank 0 cannot be reached at {where} ({first})") from None
+
+
+def _rejoin(backend: str, timeout: timedelta) -> None:
+    """Meet under a name of this attempt: torchrun's store still holds the addresses of the last,
+    where gloo would wait for ranks that are dead (torch 2.13, in a dozen lines without us too).
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    mine = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=mine, rank=rank, world_size=size, timeout=timeout)
 
 
 def is_joined() -> bool:

@@ -142,6 +142,14 @@ RULES: tuple[Rule, ...] = (
         "no objective compares answers; make prompt and completion of the chosen ones",
     ),
     Rule(
+        ("checkpoint.asynchronous", "zero.offload", "zero.offload_parameters"),
+        lambda c: (
+            c.checkpoint.asynchronous and "nvme" in (c.zero.offload, c.zero.offload_parameters)
+        ),
+        "state on a drive is gathered tensor by tensor, never copied whole to host memory; set "
+        "checkpoint.asynchronous=false",
+    ),
+    Rule(
         ("train.patience", "train.validate_every"),
         lambda c: (
             c.train.patience > 0 and (c.train.validate_every == 0 or c.data.validation is None)

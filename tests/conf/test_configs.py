@@ -131,6 +131,13 @@ BROKEN: list[list[str]] = [
     ["method=full", "method.extra_modules=[lm_head]"],
     ["data.format=text"],
     ["data.format=preference"],
+    [
+        "checkpoint.asynchronous=true",
+        "zero=stage3",
+        "zero.offload=nvme",
+        "zero.offload_parameters=nvme",
+        "zero.nvme_path=/mnt",
+    ],
     ["train.patience=3"],
 ]
 
