@@ -37,7 +37,8 @@ def micro_batches(config: TrainConfig, launch: LaunchConfig) -> int:
         attempts = json.loads(record.read_text(encoding="utf-8")).get("attempts")
         if attempts:
             last = attempts[-1]
-            return int(last["workers"]) * int(last["accumulation"]) // last["sequence_parallel"]
+            shared = int(last.get("sequence_parallel", 1))  # runs older than the key shared none
+            return int(last["workers"]) * int(last["accumulation"]) // shared
     return launch.workers * config.batch.accumulation // config.batch.sequence_parallel
 
 

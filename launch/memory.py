@@ -80,7 +80,7 @@ def forecast(
         gradients=gradients,
         optimizer=optimizer,
         activations=activation_bytes(config, saved),
-        loss_head=loss_head_bytes(config, anatomy, cuda=cuda),
+        loss_head=loss_head_bytes(config, anatomy, saved, cuda=cuda),
         temporary=temporary_bytes(config, anatomy, ranks, cuda=cuda),
         context=GPU_CONTEXT if cuda else PROCESS,
         host=host,
@@ -171,12 +171,13 @@ def _recomputed(config: TrainConfig, saved: Saved) -> list[int]:
     return [size for i, size in enumerate(saved.per_layer) if step and i % step == 0]
 
 
-def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, *, cuda: bool) -> int:
+def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, saved: Saved, *, cuda: bool) -> int:
     """Logits when backward reaches the loss, every token a target: three fp32 (tokens, V).
 
     Saved log-probabilities, the gradient of the picked ones, the gradient of the logits. In tiles:
-    a chunk of logits (on a CPU its fp32 scores and softmax, too), the gradient of the hidden
-    states, and that of a trained head (kernels/linear_cross_entropy.py).
+    the gradient of the hidden states and that of a trained head, and of a chunk of logits (on a CPU
+    its fp32 scores and softmax, too) what is more than backward's own peak, since the chunk is gone
+    by then (kernels/linear_cross_entropy.py).
     """
     tokens, vocabulary = config.batch.rank_tokens, anatomy.vocabulary
     if config.model.tile_tokens is None:
@@ -188,7 +189,8 @@ def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, *, cuda: bool) -> int
     rows = min(tokens, max(128, budget // (vocabulary * width) // 128 * 128))
     chunk = rows * vocabulary * (width if cuda else width + 2 * 4)
     head = width * vocabulary * anatomy.hidden if config.method.kind == "full" else 0
-    return chunk + width * tokens * anatomy.hidden + head
+    later = saved.tile + max(_recomputed(config, saved), default=0)
+    return max(0, chunk - later) + width * tokens * anatomy.hidden + head
 
 
 def temporary_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int, *, cuda: bool) -> int:

@@ -118,6 +118,7 @@ RESUMABLE = (
     "train",
     "checkpoint",
     "batch.accumulation",
+    "batch.sequence_parallel",
 )
 """Keys that a resumed run may change: none of them moves the loss curve."""
 KEPT = ("first_loss",)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,6 +152,59 @@ def test_the_peak_of_a_real_step_is_the_forecast_of_activations_and_head(
                     "batch.tokens=512", "launch.gpus_per_worker=0")  # fmt: skip
     memory = plan(config).memory
     assert memory.activations + memory.loss_head == pytest.approx(peak_bytes(loss), rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("fp32", "off"), ("bf16", "on")])
+def test_the_peak_of_a_step_in_tiles_is_the_forecast(
+    tmp_path: Path, dtype: str, checkpointing: str
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tuneloom.kernels import attention
+    from tuneloom.train import model, tiles
+    from tuneloom.train.batches import collate
+    from tuneloom.train.loss import loss_sum
+
+    shape = {
+        "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "llama"}))
+    config = shaped(str(tmp_path), "method=full", f"model.dtype={dtype}", "batch.max_length=2048",
+                    "batch.tokens=2048", "launch.gpus_per_worker=0", "model.tile_tokens=256",
+                    f"model.checkpointing={checkpointing}")  # fmt: skip
+    network = LlamaForCausalLM(LlamaConfig(**shape)).to(DTYPES[dtype]).train()
+    attention.install(network, attention.Choice("sdpa", "test"))
+    assert tiles.install(network, config.model, config.batch) == 4
+    model.checkpoint_activations(network, config.model)
+    ids = np.arange(2048, dtype=np.int32)
+    micro = collate([0], [(ids, ids >= 0)], packing=True)
+    memory = plan(config).memory
+    forecast = memory.activations + memory.loss_head
+    assert forecast == pytest.approx(peak_bytes(lambda: loss_sum(network, micro)), rel=0.1)
+    whole = plan(changed(config, {"model.tile_tokens": None})).memory
+    assert forecast < 0.5 * (whole.activations + whole.loss_head)
+
+
+def test_ranks_that_share_packs_hold_a_part_and_send_the_rest() -> None:
+    path = "meta-llama/Meta-Llama-3-8B"
+    ways = {
+        by: shaped(path, "batch.tokens=8192", "launch.workers=8", "model.checkpointing=on",
+                   f"batch.sequence_parallel={by}", "model.checkpoint_offload=true")
+        for by in (1, 4)
+    }  # fmt: skip
+    alone, shared = (plan(ways[by], PlanConfig(gpu="h100-80")) for by in (1, 4))
+    for part in ("activations", "loss_head", "host"):
+        mine = getattr(shared.memory, part)
+        assert mine == pytest.approx(getattr(alone.memory, part) / 4, rel=1e-6)
+    assert alone.memory.host == 32 * 8192 * 4096 * 2  # layers, tokens, hidden, bf16
+    # q, k, v, out of 32 + 8 heads of 128 in bf16; 3/4 of it, forward twice and backward
+    assert shared.traffic.this - alone.traffic.this == (
+        32 * 2048 * 2 * (32 + 8) * 128 * 2 * 3 // 4 * 3
+    )
+    assert shared.workload.tokens_per_step == alone.workload.tokens_per_step // 4
+    refused = plan(shaped(path, "launch.workers=24", "batch.sequence_parallel=12"))
+    assert any("12 ranks cannot share 32 attention heads" in told for told in refused.problems)
 
 
 def peak_bytes(loss: Any) -> int:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tuneloom.config import build
 from tuneloom.errors import ConfigError, TrainingError
 from tuneloom.testing import Gang, metrics, small_config
-from tuneloom.train import distributed, probe, sequence
+from tuneloom.train import distributed, probe, runs, sequence
 from tuneloom.train.batches import IGNORED, collate
+from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 
 CLOSE = 1e-6
@@ -121,6 +123,11 @@ def test_a_resume_may_share_packs_otherwise(lab: Path, four: Gang, alone: str) -
     half = lab / "runs/halfway/checkpoints/step-000002"
     four.fit(shared(lab, "resumed", 4, 2, zero__stage=2, resume=str(half)))
     assert len(metrics(lab, "resumed")) == 2
+    digests = {
+        runs.digest(build(TrainConfig, shared(lab, "resumed", 4, by, batch__accumulation=1)))
+        for by in (2, 4)
+    }
+    assert len(digests) == 1  # nor does the same run.id refuse it
     same_curve(lab, "resumed", alone)
 
 
