@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# B1; B2; B3; B5; and what is beside them
+BENCHMARKS := activation_diet kernels packing balance_parity first_step recovery estimator \
+	ingest pii
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
@@ -36,8 +39,7 @@ check: install
 
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
-	for name in activation_diet kernels packing estimator ingest pii; do \
-		$(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 .PHONY: help install demo test check bench
 .DEFAULT_GOAL := help

@@ -1,7 +1,6 @@
 """B2: packing and balance, ours against TRL's best-fit-decreasing on the same lengths in one run.
 
-    python -m venv .peer && .peer/bin/pip install trl==1.16.0 datasets
-    python -m benchmarks.packing --peer .peer/bin/python
+    python -m benchmarks.packing
 
 CPU seconds, because the machine may be shared: blocks of ours and TRL's alternate, the median of
 three counts. TRL packs and moves the tokens in one function, so whole is compared with whole:
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
-from tuneloom.data.balance import cost, straggling
+from tuneloom.data.balance import costs_of, straggling
 from tuneloom.data.packing import pack
 from tuneloom.data.plan import Plan, PlanConfig
 
@@ -30,8 +29,9 @@ SEED = 0
 CASES = {"alpaca": 100_000, "chat": 100_000, "mix": 100_000, "long": 50_000, "alpaca-1m": 1_000_000}
 WHOLE_TOKENS = 200_000_000
 """Larger cases are planned but not materialised: two copies of the tokens may not fit."""
-WORLDS = ((8, 32_768), (64, 8_192), (64, 32_768), (64, 131_072))
-WINDOWS = (4_096, 16_384, 65_536)
+WORLDS = ((8, 32_768, 300_000), (64, 8_192, 300_000), (64, 32_768, 100_000),
+          (64, 32_768, 300_000), (64, 131_072, 300_000), (512, 131_072, 3_000_000))  # fmt: skip
+"""Ranks, tokens of a pack, rows of the dataset; windows as they are by default."""
 
 PEER = """
 import sys, time
@@ -67,9 +67,9 @@ def lengths_of(case: str, count: int) -> np.ndarray:
 def materialise(bins: list[np.ndarray], lengths: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Tokens in packed order: (total,) int32."""
     order = np.concatenate(bins)
-    sizes, starts = lengths[order], (np.cumsum(lengths) - lengths)[order]
-    shifts = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
-    return values[shifts + np.arange(len(shifts))]
+    stops = np.cumsum(lengths)
+    places = zip((stops - lengths)[order].tolist(), stops[order].tolist(), strict=True)
+    return np.concatenate([values[start:stop] for start, stop in places])
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -78,7 +78,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def compare(case: str, count: int, peer: str | None, scratch: str) -> dict[str, Any]:
+def compare(case: str, count: int, peer: str, scratch: str) -> dict[str, Any]:
     """One length distribution: CPU seconds and fill of both."""
     lengths = lengths_of(case, count)
     bins = pack(lengths, BUDGET)
@@ -94,41 +94,53 @@ def compare(case: str, count: int, peer: str | None, scratch: str) -> dict[str, 
     np.save(scratch, lengths)
     for _ in range(BLOCKS):
         ours.append(seconds(lambda: materialise(pack(lengths, BUDGET), lengths, values)))
-        if peer:
-            command = [peer, "-c", PEER, scratch, str(BUDGET)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            spent, packs = float(done.stdout.split()[-2]), int(done.stdout.split()[-1])
-            theirs.append(spent)
+        command = [peer, "-c", PEER, scratch, str(BUDGET)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        spent, packs = float(done.stdout.split()[-2]), int(done.stdout.split()[-1])
+        theirs.append(spent)
     result["ours"]["whole_seconds"] = _median(ours)
-    if peer:
-        result["trl"] = {"fill": _fill(lengths, packs), "whole_seconds": _median(theirs)}
-        result["cpu_ratio_whole"] = _median(theirs) / _median(ours)
+    result["trl"] = {"fill": _fill(lengths, packs), "whole_seconds": _median(theirs)}
+    result["cpu_ratio_whole"] = _median(theirs) / _median(ours)
+    result["whole_ranges"] = {"ours": [min(ours), max(ours)], "trl": [min(theirs), max(theirs)]}
     return result
 
 
-def balance(world: int, budget: int, window: int) -> dict[str, Any]:
+def balance(world: int, budget: int, count: int) -> dict[str, Any]:
     """Straggling and fill of the plan's steps on a chat-like mix with long documents."""
     generator = np.random.default_rng(SEED)
-    count = 300_000
     short = generator.random(count) < 0.85
     draws = np.where(
         short, generator.lognormal(6.3, 0.9, count), generator.lognormal(9, 0.8, count)
     )
     lengths = np.clip(draws, 16, budget).astype(np.int64)
+    asked = np.zeros(count, bool)
+
+    def lengths_of_rows(rows: np.ndarray) -> np.ndarray:
+        asked[rows] = True
+        return lengths[rows]
+
     config = PlanConfig(
         seed=SEED, epochs=1.0, shuffle=True, packing=True, tokens=budget, sequences=1,
-        window=window, group=world,
+        window=None, balance=True, group=world,
     )  # fmt: skip
-    plan = Plan(count, lambda rows: lengths[rows], config)
-    bins = [members for step in iter(plan.next_step, []) for members in step if len(members)]
-    costs = np.array([cost(lengths[members]) for members in bins])
+    start = time.process_time()
+    plan = Plan(count, lengths_of_rows, config)
+    bins = plan.next_step()
+    before_first, first = int(asked.sum()), len(np.concatenate(bins))
+    bins += [members for step in iter(plan.next_step, []) for members in step if len(members)]
+    spent = time.process_time() - start
+    costs = costs_of(bins, lengths)
     return {
         "world": world,
         "tokens": budget,
-        "window": window,
+        "rows": count,
+        "steps": -(-len(bins) // world),
         "straggling": straggling(costs, world),
         "straggling_random": straggling(generator.permutation(costs), world),
         "fill": _fill(lengths, len(bins), budget),
+        "rows_of_first_step": first,
+        "rows_tokenised_before_it": before_first,
+        "plan_seconds": spent,
     }
 
 
@@ -142,7 +154,7 @@ def _median(values: list[float]) -> float:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", help="a Python that has trl")
+    parser.add_argument("--peer", default=sys.executable, help="a Python that has trl")
     parser.add_argument("--scratch", default="/tmp/tuneloom-lengths.npy")
     options = parser.parse_args(arguments)
     packing = {}
@@ -150,11 +162,10 @@ def main(arguments: list[str]) -> int:
         packing[case] = compare(case, count, options.peer, options.scratch)
         print(case, packing[case], flush=True)
     balanced = []
-    for world, budget in WORLDS:
-        for window in WINDOWS:
-            balanced.append(balance(world, budget, window))
-            print(balanced[-1], flush=True)
-    result = {"peer": "trl 1.16.0" if options.peer else None, "tokens": BUDGET}
+    for world, budget, count in WORLDS:
+        balanced.append(balance(world, budget, count))
+        print(balanced[-1], flush=True)
+    result = {"peer": "trl 1.16.0", "tokens": BUDGET}
     path = record.write("packing", {**result, "packing": packing, "balance": balanced}, seed=SEED)
     print(path)
     return 0

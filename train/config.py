@@ -122,6 +122,9 @@ class BatchConfig(Config):
     window: Positive | None = None
     """Examples that are packed and balanced together, so how far ahead the tokeniser must be; None:
     two steps' worth first, then doubling up to 64."""
+    balance: bool = True
+    """Packed and shuffled: packs of like cost share a step where ranks would else wait for the
+    slowest by more than 2 %; false keeps steps random, and the wait."""
     over_length: Literal["drop", "truncate", "error"] = "drop"
     max_lost_answer_tokens: Fraction = 0.005
     """Share of target tokens that over-length rows may lose before the run is refused."""

@@ -33,7 +33,7 @@ class Feed:
         self.plan = Plan(len(self.rows), self.store.lengths, PlanConfig(
             seed=config.seed, epochs=config.epochs, shuffle=batch.shuffle, packing=batch.packing,
             tokens=batch.tokens, sequences=batch.sequences, window=batch.window,
-            group=world.data_size * accumulation,
+            balance=batch.balance, group=world.data_size * accumulation,
         ))  # fmt: skip
         self.ledger = Ledger()
 

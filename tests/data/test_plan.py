@@ -17,7 +17,7 @@ Steps = list[list[list[int]]]
 def config(**changes: object) -> PlanConfig:
     values: dict[str, object] = {
         "seed": 0, "epochs": 1.0, "shuffle": True, "packing": True, "tokens": 64, "sequences": 4,
-        "window": 16, "group": 3,
+        "window": 16, "balance": True, "group": 3,
     }  # fmt: skip
     return PlanConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -221,6 +221,8 @@ def test_a_state_of_other_data_is_refused() -> None:
         make(31, config()).restore(state)
     with pytest.raises(DataError, match="made with seed=0, this run has 1"):
         make(30, config(seed=1)).restore(state)
+    with pytest.raises(DataError, match="made with balance=True, this run has False"):
+        make(30, config(balance=False)).restore(state)
     with pytest.raises(DataError, match="made with window=16, this run has None"):
         make(30, config(window=None)).restore(state)
 
@@ -253,6 +255,13 @@ def test_with_the_default_window_the_slowest_of_64_ranks_waits_2_percent() -> No
     plan = Plan(150_000, lambda rows: lengths[rows], config(tokens=32_768, window=None, group=64))
     planned, random = straggling_of(plan, lengths, 64)
     assert planned < 1.02 and random > 1.3
+
+
+def test_without_balance_steps_stay_random_and_no_pack_waits_for_its_cost() -> None:
+    lengths = long_and_short(60_000)
+    chosen = config(tokens=32_768, window=None, balance=False, group=64)
+    planned, random = straggling_of(Plan(60_000, lambda rows: lengths[rows], chosen), lengths, 64)
+    assert planned == pytest.approx(random, rel=0.03) and planned > 1.3
 
 
 def test_a_given_window_balances_too() -> None:

@@ -314,6 +314,7 @@ def test_the_ledger_agrees_with_the_plan_after_every_step(
     ledger, renderer = Ledger(), Renderer(make_tokenizer(), max_length=LIMIT)
     config = PlanConfig(
         seed=1, epochs=1.3, shuffle=True, packing=packing, tokens=256, sequences=4, window=300,
+        balance=True,
         group=4,
     )  # fmt: skip
     with TokenStore(tmp_path / "c", rows, renderer, epoch_order(COUNT, 1, 0)) as store:

@@ -26,7 +26,7 @@ CARRIED = 8
 Lengths = Callable[[np.ndarray], np.ndarray]
 """Row indices -> tokens of each (0: dropped); blocks until they are tokenised."""
 EMPTY = np.empty(0, np.int64)
-FIXED = ("rows", "seed", "shuffle", "packing", "tokens", "window")
+FIXED = ("rows", "seed", "shuffle", "packing", "tokens", "window", "balance")
 """Keys of a state that must be those of the run it is restored in."""
 VERSION = 2
 """Of the order that a state continues; raise it whenever the same config would give another."""
@@ -44,6 +44,8 @@ class PlanConfig:
     sequences: int
     window: int | None
     """Rows packed together; None: chosen and growing, see `windows`."""
+    balance: bool
+    """Whether packs of like cost may share a step; false: always in random order."""
     group: int
 
 
@@ -121,7 +123,7 @@ class Plan:
             "seed": config.seed,
             "shuffle": config.shuffle,
             "packing": config.packing,
-            **({"tokens": config.tokens, "window": config.window} if config.packing else {}),
+            **(self._of_packs() if config.packing else {}),
             "index": self._window,
             "start": self._start,
             "stop": self._stop,
@@ -133,6 +135,10 @@ class Plan:
             "last": self._last,
             "next": self._next,
         }
+
+    def _of_packs(self) -> dict[str, Any]:
+        config = self.config
+        return {"tokens": config.tokens, "window": config.window, "balance": config.balance}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`; a DataError names what differs from the run that saved it.
@@ -245,7 +251,7 @@ class Plan:
         self, bins: list[np.ndarray], lengths: np.ndarray, free: np.ndarray, sent: np.ndarray
     ) -> np.ndarray:
         """`sent` without those that the next window can put beside more of their like."""
-        if not self.config.shuffle or not len(sent):
+        if not (self.config.shuffle and self.config.balance and len(sent)):
             return sent
         costs = costs_of([bins[i] for i in sent], lengths)
         generator = _generator(self.config.seed, self._window, 2)
@@ -255,9 +261,9 @@ class Plan:
         """Order of a window's bins: random but for cost, or by their first row in the stream."""
         if not self.config.shuffle:
             return np.argsort([members[0] for members in sent], kind="stable")
-        if not sent:
-            return EMPTY
         generator = _generator(self.config.seed, self._window, 1)
+        if not (self.config.balance and sent):
+            return generator.permutation(len(sent))
         return arrange(costs_of(sent, lengths), self._group, self._phase, generator)
 
     def _rows_wanted(self) -> int:
