@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from tuneloom.errors import CONFIGURATION, DONE, REFUSED, TRAINING
+from tuneloom.errors import CONFIGURATION, DONE, REFUSED, STOPPED, TRAINING
 from tuneloom.launch.drill_lab import (
     EVERY,
     Figures,
@@ -45,16 +45,13 @@ def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
     struck = time.monotonic()
     code = run.end()
     seconds, last, orphans = time.monotonic() - struck, run.step, lab.orphans()
-    said = run.log.read_text(errors="replace")
-    if code == DONE:
-        return [figures(lab, run, "F16", "kill -9 of Ray's head process; the run went on", [code],
-                        [DONE], lost=0, seconds=seconds, orphans=orphans)]  # fmt: skip
+    said = "Ray's head process died" in run.log.read_text(errors="replace")
     again = Run(lab, "f16")
     end = again.end()
     lost = last - again.resumed_from()
     return [figures(lab, again, "F16", "kill -9 of Ray's head process; seconds to the exit",
-                    [code, end], [TRAINING, DONE], lost=lost, seconds=seconds, orphans=orphans,
-                    held="tuneloom train: " in said)]  # fmt: skip
+                    [code, end], [STOPPED, DONE], lost=lost, seconds=seconds, orphans=orphans,
+                    held=said)]  # fmt: skip
 
 
 def partitioned(lab: Lab, rng: random.Random) -> list[Figures]:
