@@ -439,6 +439,33 @@ def test_no_planted_secret_is_in_any_byte_that_a_run_writes(lab: Path, tmp_path:
     assert [secret for secret in shapes if essence(secret).encode() in written] == []
 
 
+def test_no_planted_secret_is_in_any_byte_that_ray_writes(lab: Path, tmp_path: Path) -> None:
+    """25 shapes in the environment and the rows, one in the config, of a run under Ray (S10)."""
+    shapes = secret_shapes()
+    rows = [
+        {"messages": [{"role": "user", "content": secret}, {"role": "assistant", "content": "no"}]}
+        for secret in shapes
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        sys.executable, "-m", "tuneloom", "train", f"run.root={tmp_path}/runs", "run.id=ray",
+        f"run.parent={shapes[0]}", f"model.path={lab}/base", "model.dtype=fp32", "steps=2",
+        f"data.path={tmp_path}/rows.jsonl", "data.validation=null", "batch.max_length=512",
+        "batch.tokens=512", "tracker=off", "launch=local", "launch.workers=1", "train.drill=false",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {f"PLANTED_{n}_TOKEN": secret for n, secret in enumerate(shapes)},
+    )  # fmt: skip
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, said.decode()
+    (session,) = Path("/tmp/ray").glob(f"session_*_{process.pid}")
+    files = [p for f in (session, tmp_path / "runs") for p in f.rglob("*") if p.is_file()]
+    assert any(path.name.startswith("raylet") for path in files)
+    written = b"".join(path.read_bytes() for path in files) + said
+    assert [secret for secret in shapes if essence(secret).encode() in written] == []
+
+
 def test_an_error_that_quotes_a_secret_does_not_show_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
