@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from tuneloom.errors import CONFIGURATION, DONE, REFUSED, STOPPED, TRAINING
+from tuneloom.errors import CONFIGURATION, DONE, REFUSED, TRAINING
 from tuneloom.launch.drill_lab import (
     EVERY,
     Figures,
@@ -45,12 +45,12 @@ def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
     struck = time.monotonic()
     code = run.end()
     seconds, last, orphans = time.monotonic() - struck, run.step, lab.orphans()
-    said = "Ray's head process died" in run.log.read_text(errors="replace")
+    said = "tuneloom train: " in run.log.read_text(errors="replace")
     again = Run(lab, "f16")
     end = again.end()
     lost = last - again.resumed_from()
     return [figures(lab, again, "F16", "kill -9 of Ray's head process; seconds to the exit",
-                    [code, end], [STOPPED, DONE], lost=lost, seconds=seconds, orphans=orphans,
+                    [code, end], [TRAINING, DONE], lost=lost, seconds=seconds, orphans=orphans,
                     held=said)]  # fmt: skip
 
 

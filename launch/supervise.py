@@ -14,7 +14,7 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any
 from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.launch import elastic
 from tuneloom.launch.config import LaunchConfig
-from tuneloom.launch.head import Head
 from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.worker import Worker
@@ -223,8 +222,7 @@ def run_gang(
             )
             for rank, actor in enumerate(actors)
         ]  # fmt: skip
-        looks = [growth.look] if growth else []
-        wait(calls, meanwhile=[*looks, Head(folder).look] if launch.kind == "local" else looks)
+        wait(calls, meanwhile=growth.look if growth else None)
         return None
     except Stopped:
         if growth is None or not growth.asked or signals:
@@ -271,9 +269,9 @@ def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int)
     }
 
 
-def wait(calls: list[Any], *, meanwhile: Sequence[Callable[[], None]] = ()) -> None:
+def wait(calls: list[Any], *, meanwhile: Callable[[], None] | None = None) -> None:
     """Until every rank returned; raises the first error, after the others had 30 s to say the
-    same. `meanwhile` are called about once a second.
+    same. `meanwhile` is called about once a second.
 
     Raises RayActorError when a worker died: its peers fail in a collective, often before Ray knows.
     """
@@ -283,8 +281,8 @@ def wait(calls: list[Any], *, meanwhile: Sequence[Callable[[], None]] = ()) -> N
     waiting, failure, crash, deadline = calls, None, None, math.inf
     while waiting and time.monotonic() < deadline:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
-        for look in meanwhile:
-            look()
+        if meanwhile:
+            meanwhile()
         try:
             for error in ray.get(done):
                 failure = failure or (revived(error) if error else None)
