@@ -20,7 +20,7 @@ VERBS = {
         "tuneloom.launch.doctor",
         "Is this machine fit to train? One line each, with the fix.",
     ),
-    "ingest": ("tuneloom.data.ingest", "Raw records into a versioned dataset."),
+    "ingest": ("tuneloom.launch.ingest", "Raw records into a versioned dataset."),
     "inspect": ("tuneloom.data.inspect", "Rows as the trainer sees them, mask in colour."),
     "plan": ("tuneloom.launch.plan", "Memory, steps, disk and time, before anything starts."),
     "train": ("tuneloom.launch.run", "Fine-tune or pretrain."),

@@ -1,21 +1,25 @@
 """Prepared blocks merged on disk into unique rows in the order of their ids, in little memory.
 
-Each block is one Arrow file of 256 batches, by the first byte of the id. The same few batches of
-all blocks are read together and sorted, and of equal ids the most trusted source's first line is
-kept.
+Each block is one Arrow file, a run of rows sorted by id. The rows of one range of ids are taken
+from all runs and sorted, and of equal ids the most trusted source's first line is kept. Ranges are
+cut so that each holds about RANGE_BYTES, and runs that are too many to open for every range are
+first joined into longer ones, so neither memory nor open files grow with the input.
 """
 
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-BATCHES = 256
-RANGE_BYTES = 32 << 20
+from tuneloom.data.questions import asked_and_answered
+
+RANGE_BYTES = 48 << 20
+FAN_IN = 512
+"""Runs beyond which they are joined first; opening one takes as long as sorting 500 rows."""
 IN_ORDER = [
     ("id", "ascending"),
     ("rank", "ascending"),
@@ -32,25 +36,40 @@ class Spill:
 
     def block(self, number: int) -> Path:
         """Where a block's file lies."""
-        return self.folder / f"block-{number:07d}.arrow"
+        return self.folder / f"block-{number:09d}.arrow"
 
     def ranges(self) -> Iterator[pa.Table]:
         """All rows, one range of ids after the other, each in order."""
-        files = [pa.OSFile(str(path)) for path in sorted(self.folder.glob("block-*.arrow"))]
-        readers = [pa.ipc.open_file(file) for file in files]
-        size = sum(file.size() for file in files)
-        count = min(BATCHES, max(1, math.ceil(size / RANGE_BYTES)))
-        edges = [i * BATCHES // count for i in range(count + 1)]
-        for first, last in itertools.pairwise(edges):
-            batches = [reader.get_batch(i) for reader in readers for i in range(first, last)]
-            table = pa.Table.from_batches(batches).combine_chunks()
-            yield table.take(pc.sort_indices(table, sort_keys=IN_ORDER))
+        runs = sorted(self.folder.glob("block-*.arrow"))
+        if len(runs) > FAN_IN:
+            runs = [self._join(runs, group) for group in _groups(runs)]
+        count = -(-sum(run.stat().st_size for run in runs) // RANGE_BYTES)
+        edges = [f"{(i << 64) // count:016x}".encode() for i in range(count)]
+        for first, last in itertools.pairwise([*edges, b"g"]):  # no id begins with g
+            yield _sorted([_rows_between(run, first, last) for run in runs])
+
+    def _join(self, runs: list[Path], group: slice) -> Path:
+        """Several runs as one file, in place of the first."""
+        chosen = runs[group]
+        write_run(chosen[0], _sorted([_rows_between(run, b"", b"g") for run in chosen]))
+        for run in chosen[1:]:
+            run.unlink()
+        return chosen[0]
 
     def keep(self, number: int, table: pa.Table) -> None:
         """Write a range of unique rows for the second pass."""
-        path = self.folder / f"unique-{number:07d}.arrow"
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
+        write_run(self.folder / f"unique-{number:07d}.arrow", table)
+
+    def questions(self, rows: np.ndarray) -> list[str]:
+        """The input side of some unique rows, which are numbered from 0 in their order."""
+        found: list[str] = []
+        start = 0
+        for table in self.unique():
+            here = rows[(rows >= start) & (rows < start + len(table))]
+            records = table["record"].take(pa.array(here - start)).to_pylist()
+            found += [asked_and_answered(orjson.loads(record))[0] for record in records]
+            start += len(table)
+        return found
 
     def unique(self) -> Iterator[pa.Table]:
         """The ranges that were kept, in order."""
@@ -59,16 +78,39 @@ class Spill:
                 yield pa.ipc.open_file(file).read_all()
 
 
-def write_block(path: Path, table: pa.Table) -> None:
-    """A table that is sorted by id, as 256 batches."""
-    digits = pc.utf8_slice_codeunits(table["id"], 0, 2).to_pylist()
-    prefixes = np.array([int(pair, 16) for pair in digits], dtype=np.int64)
-    cuts = np.searchsorted(prefixes, np.arange(BATCHES + 1))
-    whole = table.combine_chunks().to_batches()
-    batch = whole[0] if whole else pa.RecordBatch.from_pylist([], schema=table.schema)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for start, end in itertools.pairwise(cuts.tolist()):
-            writer.write_batch(batch.slice(start, end - start))
+def write_run(path: Path, table: pa.Table) -> None:
+    """A table that is sorted by id, as one batch."""
+    fresh = path.with_suffix(".new")  # the run that stood there may be mapped, and part of `table`
+    with pa.OSFile(str(fresh), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    fresh.rename(path)
+
+
+def _groups(runs: Sequence[Path]) -> Iterator[slice]:
+    """Neighbours that together fill a range."""
+    start, size = 0, 0
+    for number, run in enumerate(runs):
+        size += run.stat().st_size
+        if size >= RANGE_BYTES or number == len(runs) - 1:
+            yield slice(start, number + 1)
+            start, size = number + 1, 0
+
+
+def _rows_between(run: Path, first: bytes, last: bytes) -> pa.Table:
+    """The rows of a run with first <= id < last; only their pages of the file are read."""
+    with pa.memory_map(str(run)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    if not len(table):
+        return table
+    ids = np.frombuffer(table["id"].chunk(0).buffers()[2], "S64")  # 64 hex digits each
+    start, end = np.searchsorted(ids, np.array([first, last], "S64"))
+    return table.slice(start, end - start)
+
+
+def _sorted(parts: list[pa.Table]) -> pa.Table:
+    """All rows of several tables in one chunk, in order."""
+    table = pa.concat_tables(parts).combine_chunks()
+    return table.take(pc.sort_indices(table, sort_keys=IN_ORDER))
 
 
 def first_of_each(table: pa.Table) -> np.ndarray:

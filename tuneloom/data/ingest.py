@@ -26,20 +26,18 @@ from tuneloom.data.manifest import (
     refuse_over_budget,
 )
 from tuneloom.data.paperwork import write_paperwork
-from tuneloom.data.pool import prepare_all
-from tuneloom.data.readers import read_blocks
+from tuneloom.data.pool import Prepare, prepare_here
 from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.sources import find_sources
 from tuneloom.data.store import publish, read_manifest, write_json
 
-CONFIG = IngestConfig
 STAGES = ("prepare", "merge", "decide", "write")
 
 
-def main(config: IngestConfig) -> int:
+def main(config: IngestConfig, prepare: Prepare) -> int:
     """Ingest, print what became of the rows and the next command."""
-    folder = ingest(config)
+    folder = ingest(config, prepare)
     manifest = read_manifest(folder)
     for what, rows in balance(manifest["counts"]):
         print(f"  {what:<32}{rows:>12,}")
@@ -52,14 +50,14 @@ def main(config: IngestConfig) -> int:
     return 0
 
 
-def ingest(config: IngestConfig) -> Path:
+def ingest(config: IngestConfig, prepare: Prepare = prepare_here) -> Path:
     """Make the dataset; returns its folder NAME@ID."""
     root = Path(config.root)
     root.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
     try:
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=root) as spill:
-            manifest, seconds = _make(config, draft, Path(spill))
+            manifest, seconds = _make(config, prepare, draft, Path(spill))
         write_paperwork(draft, manifest)
         folder = publish(draft, root, manifest)
         write_json(folder / "timing.json", seconds)
@@ -69,19 +67,19 @@ def ingest(config: IngestConfig) -> Path:
 
 
 def _make(
-    config: IngestConfig, draft: Path, spill: Path
+    config: IngestConfig, prepare: Prepare, draft: Path, spill: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Prepare, merge, decide, write; returns the manifest and the seconds each stage took."""
     recipe = config.data
     clock = [time.perf_counter()]
-    tally = _prepare(config, draft, spill)
+    tally = _prepare(config, prepare, draft, spill)
     refuse_over_budget(recipe, tally)
     clock.append(time.perf_counter())
     with pq.ParquetWriter(draft / "set_aside.parquet", ASIDE, compression="zstd") as aside:
         columns, exact = _merge(Spill(spill), aside, recipe)
         clock.append(time.perf_counter())
         near = open_signatures(spill / "signatures") if recipe.near.action != "off" else None
-        decision = decide(columns, near, recipe)
+        decision = decide(columns, near, recipe, Spill(spill).questions)
         clock.append(time.perf_counter())
         written = write_rows(Spill(spill), draft, decision, aside, recipe)
     clock.append(time.perf_counter())
@@ -92,13 +90,12 @@ def _make(
     return manifest, seconds
 
 
-def _prepare(config: IngestConfig, draft: Path, spill: Path) -> Tally:
+def _prepare(config: IngestConfig, prepare: Prepare, draft: Path, spill: Path) -> Tally:
     """First pass: every raw row prepared into the spill folder, or rejected."""
     tally = Tally()
     sources = find_sources(config.sources)
-    blocks = read_blocks(sources, tally.passed, max_archive_bytes=config.max_archive_bytes)
     with (draft / "rejected.jsonl").open("wb") as rejected:
-        for block, done in prepare_all(blocks, config.data, spill, workers=config.workers):
+        for block, done in prepare(config, sources, spill, tally.passed):
             tally.rows_of[block.source] += done.rows_in
             for reject in done.rejects:
                 line = (canonical(reject) + "\n").encode("utf-8")

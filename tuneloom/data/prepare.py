@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -41,6 +42,7 @@ ROW = pa.schema([
 EXCERPT = 200
 ORIGIN = ("teacher", "teacher_licence", "prompt_digest", "seed", "score")
 SORTED = orjson.OPT_SORT_KEYS
+NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -74,65 +76,68 @@ class Preparer:
     def __call__(self, block: Block) -> Prepared:
         """Prepare every row of a block; a bad one becomes a reject, never an exception."""
         done = Prepared(table=ROW.empty_table())
-        rows = []
+        rows: list[tuple[Any, ...]] = []
+        rank = self.provenance.of(block.source).rank
         for line, raw in numbered(block):
             done.rows_in += 1
             try:
-                rows.append(self.row(raw, block.source, line, done))
+                row_id, record, meta, *numbers = self.row(raw, line, done)
             except Reject as reject:
                 done.rejects.append(excerpt(raw, block.source, line, reject))
             except DropRow as drop:
                 done.dropped[f"privacy_{drop.entity}"] += 1
-        rows.sort(key=lambda row: (row[0], row[4]))
+            else:
+                rows.append((row_id, record, block.source, meta, line, rank, *numbers))
+        rows.sort(key=itemgetter(0, 4))
         columns = zip(*rows, strict=True) if rows else [[] for _ in ROW]
         arrays = [pa.array(c, type=f.type) for c, f in zip(columns, ROW, strict=True)]
         done.table = pa.Table.from_arrays(arrays, schema=ROW)
         return done
 
     def row(
-        self, raw: bytes | Reject | dict[str, Any], source: str, line: int, done: Prepared
+        self, raw: bytes | Reject | dict[str, Any], line: int, done: Prepared
     ) -> tuple[Any, ...]:
-        """One raw row as a prepared row in the order of ROW; raises Reject or DropRow."""
+        """One raw row in the order of ROW, without its place; raises Reject or DropRow."""
         fields = self.parse(raw)
         if self.conforms:
             self.conforms(fields)
         content, key, label, subject = self.mapped(fields)
         check(content)
-        payload = payload_of(content)
+        payload, plain = payload_of(content), False
         if payload:
             content = _normal(payload, content)
-        elif not is_plain(content):
+        elif not (plain := is_plain(content)):
             content = _parsed(content)
         content, changed, findings = self.clean(content)
         if payload:  # masking may make two labels one, or an answer that breaks its schema
             content = _normal(payload, content)
             label = content.get("label") if label is None else label
-        encoded = canonical_bytes(content)
-        done.changed.update(changed)
-        asked = hash64(asked_and_answered(content)[0])
-        matter, verdict = contested(content)
+        encoded = canonical_bytes(content, plain=plain)
+        question, answer = asked_and_answered(content)
+        asked = hash64(question)
+        matter, verdict = contested(content) if payload else (question, answer)
         key_number = asked if key is None else hash64(key)
         meta: dict[str, Any] = {"key": f"{key_number:016x}", "line": line}
         if label is not None:
             meta["label"] = label
         if subject is not None:
             meta["subject"] = f"{hash64(subject):016x}"
-        if synthetic := origin_of(fields):
+        if "meta" in fields and (synthetic := origin_of(fields)):
             meta["synthetic"] = synthetic
         if changed:
             meta["sanitised"] = sorted(changed)
+            done.changed.update(changed)
         if findings:
             meta["pii"] = findings
             done.found.update(finding["entity"] for finding in findings)
-        near = self.recipe.near
+        near, text = self.recipe.near, "\n".join(texts(content))
         record_id = hashlib.sha256(encoded).hexdigest()
         return (
-            record_id, encoded, source,
-            orjson.dumps(meta, option=SORTED), line,
-            self.provenance.of(source).rank, key_number, hash64(matter), hash64(verdict), label,
-            weakness(content, self.recipe.quality),
+            record_id, encoded, orjson.dumps(meta, option=SORTED), key_number,
+            asked if matter is question else hash64(matter), hash64(verdict), label,
+            weakness(content, text, self.recipe.quality),
             self.contamination.hit(record_id, asked, content),
-            signature("\n".join(texts(content)), near) if near.action != "off" else None,
+            signature(text, near) if near.action != "off" else None,
         )  # fmt: skip
 
     def parse(self, raw: bytes | Reject | dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +174,12 @@ class Preparer:
         findings: list[dict[str, Any]] = []
 
         def text(value: str, field: str) -> str:
-            clean, steps = sanitise(value, self.recipe.sanitise, frozenset())
-            changed.update(steps)
+            clean, steps = sanitise(value, self.recipe.sanitise, NOTHING)
+            if steps:
+                changed.update(steps)
             redacted, notes = self.redactor.redact(clean, field)
-            findings.extend(notes)
+            if notes:
+                findings.extend(notes)
             if not redacted or redacted.isspace():
                 raise Reject("empty", f"{field}: nothing left after sanitising")
             return redacted
@@ -191,15 +198,19 @@ def origin_of(fields: dict[str, Any]) -> dict[str, str | int | None]:
 
 def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:
     """`value` with every text in it replaced; roles, which are no text, stay."""
-    if isinstance(value, str):
+    if type(value) is str:
         return text(value, field) if value else value
-    if isinstance(value, dict):
-        return {
-            k: v if k == "role" else rewrite(v, text, f"{field}.{k}" if field else k)
-            for k, v in value.items()
-        }
-    if isinstance(value, list):
-        return [rewrite(v, text, f"{field}.{i}") for i, v in enumerate(value)]
+    if type(value) is dict:
+        made = {}
+        for name, inner in value.items():
+            if name == "role" or not inner:
+                made[name] = inner
+                continue
+            place = f"{field}.{name}" if field else name
+            made[name] = text(inner, place) if type(inner) is str else rewrite(inner, text, place)
+        return made
+    if type(value) is list:
+        return [rewrite(inner, text, f"{field}.{i}") for i, inner in enumerate(value)]
     return value
 
 
@@ -235,10 +246,10 @@ def numbered(block: Block) -> Iterator[tuple[int, bytes | Reject | dict[str, Any
             yield block.first + offset, stripped
 
 
-def canonical_bytes(content: dict[str, Any]) -> bytes:
+def canonical_bytes(content: dict[str, Any], *, plain: bool) -> bytes:
     """records.canonical as UTF-8; orjson writes the same bytes 8 us sooner, save for floats."""
     try:
-        if is_plain(content):
+        if plain:
             return orjson.dumps(content, option=SORTED)
         return records.canonical(content).encode("utf-8")
     except (UnicodeEncodeError, orjson.JSONEncodeError):
@@ -262,11 +273,15 @@ def parse_line(raw: bytes) -> dict[str, Any]:
 
 def _keys(value: Any) -> int:
     """Keys at any depth; below nothing if there is a number that orjson may have rounded."""
+    keys = 0
     if type(value) is dict:
-        return len(value) + sum(_keys(v) for v in value.values() if type(v) is not str)
-    if type(value) is list:
-        return sum(_keys(v) for v in value if type(v) is not str)
-    return -(1 << 60) if type(value) is float else 0
+        keys, value = len(value), value.values()
+    elif type(value) is not list:
+        return -(1 << 60) if type(value) is float else 0
+    for item in value:
+        if type(item) is not str:
+            keys += _keys(item)
+    return keys
 
 
 def parse_slowly(raw: bytes) -> dict[str, Any]:

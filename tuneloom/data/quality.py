@@ -46,8 +46,8 @@ class QualityConfig(Config):
     than a fifth of its letters outside them is set aside as `script`."""
 
 
-def weakness(content: Mapping[str, Any], config: QualityConfig) -> str | None:
-    """The first thing that is wrong with a record, by name, or None.
+def weakness(content: Mapping[str, Any], text: str, config: QualityConfig) -> str | None:
+    """The first thing that is wrong with a record, whose texts are `text`, by name, or None.
 
     A label or an extracted object is right or wrong, however short: `none` is a label too.
     """
@@ -57,7 +57,6 @@ def weakness(content: Mapping[str, Any], config: QualityConfig) -> str | None:
         return "short"
     if not closed and config.placeholders and len(answer) < 80 and PLACEHOLDER.match(answer):
         return "placeholder"
-    text = "\n".join(texts(content))
     if len(text) > config.max_characters:
         return "long"
     if len(text) >= 400 and repeats(text) and repetition(text) > config.max_repetition:
@@ -71,8 +70,8 @@ def answer_of(content: Mapping[str, Any]) -> str:
     """The text that is learnt: the last assistant turn, the completion, the better answer, the
     label, the extracted JSON, or the text itself."""
     if "messages" in content:
-        turns = [turn for turn in content["messages"] if turn["role"] == "assistant"]
-        return turns[-1].get("content") or "(tool call)"
+        last = next(turn for turn in reversed(content["messages"]) if turn["role"] == "assistant")
+        return last.get("content") or "(tool call)"
     if payload_of(content):
         return asked_and_answered(content)[1]
     return str(content.get("completion", content.get("text", "")))

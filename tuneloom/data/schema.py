@@ -5,6 +5,7 @@ from typing import Any
 
 from tuneloom.data.payloads import payload_of
 
+PLAIN = {"role", "content"}
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
@@ -35,7 +36,7 @@ def check(content: Mapping[str, Any]) -> None:
 def is_plain(content: Mapping[str, Any]) -> bool:
     """True for a record of nothing but roles and texts, about which `check` has said all."""
     if content.keys() == {"messages"}:
-        return all(message.keys() == {"role", "content"} for message in content["messages"])
+        return all(message.keys() == PLAIN for message in content["messages"])
     return content.keys() in ({"prompt", "completion"}, {"text"})
 
 
@@ -51,8 +52,9 @@ def _check_messages(messages: Any) -> None:
             raise Reject(
                 "unknown_role", f"messages.{index}.role: {str(message.get('role'))[:40]!r}"
             )
-        if not message.get("tool_calls"):
-            _check_text(message.get("content"), f"messages.{index}.content")
+        content = message.get("content")
+        if (type(content) is not str or not content.strip()) and not message.get("tool_calls"):
+            _check_text(content, f"messages.{index}.content")
         answers += message["role"] == "assistant"
     if not answers:
         raise Reject("no_answer", "messages: no turn of the assistant, nothing to learn")
