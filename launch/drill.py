@@ -107,13 +107,16 @@ def table(kept: list[dict[str, Any]]) -> str:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     head = HEADER.format(machine=machine, steps=STEPS, every=EVERY)
     foot = FOOTER.format(most=EVERY - 1, every=EVERY, twice=2 * EVERY - 1)
-    return head + "".join(map(row, kept)) + foot
+    struck = {k["fault"] for k in kept}
+    absent = ", ".join(name for name in FAULTS if name.split("x")[0] not in struck)
+    return head + "".join(map(row, kept)) + foot + (f"\nNo row yet: {absent}.\n" if absent else "")
 
 
 def row(k: dict[str, Any]) -> str:
     """One line of the table."""
+    lost = "" if k["steps_lost"] is None else k["steps_lost"]
     seconds = "" if k["seconds"] is None else f"{k['seconds']:.1f}"
-    cells = [k["fault"], k["what"], k["exit_codes"], k["steps_lost"], seconds, k["differing_bits"],
+    cells = [k["fault"], k["what"], k["exit_codes"], lost, seconds, k["differing_bits"],
              k["samples_off"], k["orphans"], "held" if k["held"] else "**missed**", k["seed"],
              k["date"]]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |\n"

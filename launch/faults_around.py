@@ -107,8 +107,13 @@ def second_writer(lab: Lab, rng: random.Random) -> list[Figures]:
     """F20: the same run is started once more while it is at work."""
     run = Run(lab, "f20-two")
     run.wait_for_step(EVERY)
+    ranks = run.ranks()
+    for rank in ranks:  # so that it is still at work when the second has started
+        os.kill(rank, signal.SIGSTOP)
     second = Run(lab, "f20-two")
     refused = second.end()
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
     said = "is being written by" in second.log.read_text(errors="replace")
     return [figures(lab, run, "F20", "a second command of the same run, while it runs",
                     [refused, run.end()], [REFUSED, DONE], lost=0, held=said)]  # fmt: skip
