@@ -21,7 +21,7 @@ from tuneloom.errors import TrainingError
 
 STEPS, EVERY = 120, 10
 """Ranks outlive their driver by 2 s, in which this model takes 17 to 40 steps (measured)."""
-PATIENCE = 180.0
+PATIENCE = 400.0
 TAIL_BYTES = 16_384
 MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
 """Steps that a fault may cost; the others at most what was done since the last save."""
@@ -90,7 +90,7 @@ class Run:
         return path.stat().st_ino if path.exists() else 0
 
     def wait_for(self, ready: Any, what: str) -> None:
-        """Poll every 10 ms; raises TrainingError when the run ends first, or after 180 s."""
+        """Poll every 10 ms; raises TrainingError when the run ends first, or after 400 s."""
         deadline = time.monotonic() + PATIENCE
         while not ready():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -45,16 +45,13 @@ def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
     struck = time.monotonic()
     code = run.end()
     seconds, last, orphans = time.monotonic() - struck, run.step, lab.orphans()
-    said = run.log.read_text(errors="replace")
-    if code == DONE:
-        return [figures(lab, run, "F16", "kill -9 of Ray's head process; the run went on", [code],
-                        [DONE], lost=0, seconds=seconds, orphans=orphans)]  # fmt: skip
+    said = "tuneloom train: " in run.log.read_text(errors="replace")
     again = Run(lab, "f16")
     end = again.end()
     lost = last - again.resumed_from()
     return [figures(lab, again, "F16", "kill -9 of Ray's head process; seconds to the exit",
                     [code, end], [TRAINING, DONE], lost=lost, seconds=seconds, orphans=orphans,
-                    held="tuneloom train: " in said)]  # fmt: skip
+                    held=said)]  # fmt: skip
 
 
 def partitioned(lab: Lab, rng: random.Random) -> list[Figures]:
@@ -110,8 +107,13 @@ def second_writer(lab: Lab, rng: random.Random) -> list[Figures]:
     """F20: the same run is started once more while it is at work."""
     run = Run(lab, "f20-two")
     run.wait_for_step(EVERY)
+    ranks = run.ranks()
+    for rank in ranks:  # so that it is still at work when the second has started
+        os.kill(rank, signal.SIGSTOP)
     second = Run(lab, "f20-two")
     refused = second.end()
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
     said = "is being written by" in second.log.read_text(errors="replace")
     return [figures(lab, run, "F20", "a second command of the same run, while it runs",
                     [refused, run.end()], [REFUSED, DONE], lost=0, held=said)]  # fmt: skip

@@ -197,8 +197,8 @@ class TrainLoopConfig(Config):
     """
     max_bad_steps: NotNegative = 5
     """Non-finite steps refused in a row before the run ends with exit 5."""
-    spike_z: Annotated[float, Field(ge=0)] = 10.0
-    """A step whose loss stands this many robust standard deviations above the last 64 is named; 0
+    spike_z: Annotated[float, Field(ge=0)] = 6.0
+    """A step whose loss stands this many robust standard deviations above the last 32 is named; 0
     names none.
     """
     validate_every: NotNegative = 0

@@ -1,6 +1,6 @@
 """Loss spikes: a step whose loss stands far out of the last steps is named.
 
-Robust z-score, in logarithms: (log x - median) / (1.4826 x MAD) over the last 64 steps, so that one
+Robust z-score, in logarithms: (log x - median) / (1.4826 x MAD) over the last 32 steps, so that one
 spike does not hide the next, as it would in a mean, and a new level is one after half of them.
 Logarithms make it relative: a loss that has fallen to 0.01 spikes at 0.1. Upwards only. The norm of
 the gradient is not judged: healthy runs of small batches reach 10 deviations (measured).
@@ -10,7 +10,7 @@ import math
 from collections import deque
 from statistics import median
 
-WINDOW = 64
+WINDOW = 32
 """Steps that a step is compared with; nothing is judged before so many were seen."""
 LEAST = 0.01
 """Smallest spread in logarithms: where a loss hardly moves, 1 % either way is nothing."""

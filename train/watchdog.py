@@ -155,6 +155,12 @@ def judge(found: list[Standing], hosts: list[str], seconds: float) -> Report:
         at = "; ".join(f"rank {s.rank} on {s.host} stands at {s.line}" for s in working)
         return Report(kind, [s.rank for s in working], f"{head}{kind}: {at}")
     at = "; ".join(f"rank {s.rank} on {s.host} is in {s.collective} at {s.line}" for s in found)
+    if len({(s.collective, s.line) for s in found}) == 1:
+        return Report(
+            "no connection", [s.rank for s in found],
+            f"{head}no connection: all ranks wait in the same call and nothing passes; look at the "
+            f"network between the hosts; {at}",
+        )  # fmt: skip
     return Report(
         "mismatched collective", [s.rank for s in found], f"{head}mismatched collective: {at}"
     )

@@ -69,12 +69,14 @@ class Cluster:
             env=self.environment,
         )  # fmt: skip
 
-    def ask(self, path: str, token: str | None) -> int:
-        """The status of a GET of the jobs API."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+    def ask(self, path: str, token: str | None, body: bytes | None = None) -> int:
+        """The status of a GET of the jobs API, of a POST when there is a body."""
+        headers = {"Content-Type": "application/json"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(self.dashboard + path, headers=headers), timeout=30
+                urllib.request.Request(self.dashboard + path, body, headers), timeout=30
             ) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
@@ -198,3 +200,37 @@ def test_the_jobs_api_answers_no_one_without_the_token(cluster: Cluster) -> None
     assert cluster.ask("/api/jobs/", None) == 401
     assert cluster.ask("/api/jobs/", secrets.token_hex(32)) == 403
     assert cluster.ask("/api/jobs/", cluster.token) == 200
+
+
+def test_no_form_of_a_wrong_token_reads_posts_joins_or_drives(cluster: Cluster) -> None:
+    """S1: 6 tokens x GET and POST; one node and one driver with another cluster's token."""
+    wrong = [None, "", secrets.token_hex(32), cluster.token[:-1], cluster.token + "0",
+             cluster.token.upper()]  # fmt: skip
+    for token in wrong:
+        assert cluster.ask("/api/jobs/", token) in (401, 403), token
+        assert cluster.ask("/api/jobs/", token, b'{"entrypoint": "touch canary"}') in (401, 403)
+    assert cluster.ask("/api/jobs/", cluster.token) == 200
+    other = Path(cluster.environment["HOME"]) / "other"
+    other.touch(0o600)
+    other.write_text(secrets.token_hex(32), encoding="utf-8")
+    stranger = cluster.environment | {"RAY_AUTH_TOKEN_PATH": str(other)}
+    drive = "import ray, sys; ray.init(address=sys.argv[1], logging_level=50); print('driving')"
+    intruders = [
+        subprocess.Popen(
+            [sys.executable, *words], env=stranger, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for words in (
+            ["-m", "ray.scripts.scripts", "start", "--block", f"--address={cluster.gcs}",
+             "--num-cpus=1", f"--temp-dir={cluster.environment['HOME']}/stranger"],
+            ["-c", drive, cluster.gcs],
+        )
+    ]  # fmt: skip
+    try:
+        for intruder in intruders:
+            said = intruder.communicate(timeout=120)[0]
+            assert intruder.returncode != 0 and "driving" not in said, said
+    finally:
+        for intruder in intruders:
+            if intruder.poll() is None:
+                os.killpg(intruder.pid, signal.SIGKILL)

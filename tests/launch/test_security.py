@@ -17,11 +17,14 @@ import pytest
 
 from tuneloom import cli
 from tuneloom.config import FORBIDDEN_KEYS, build
+from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, TuneloomError
 from tuneloom.launch.config import JobConfig, LaunchConfig
 from tuneloom.launch.slurm import header, render
 from tuneloom.redact import redact, redacted
-from tuneloom.testing import small_config
+from tuneloom.registry.digests import weights_digest
+from tuneloom.testing import Gang, small_config
+from tuneloom.train import checkpoint
 from tuneloom.train.config import ModelConfig, RunConfig
 from tuneloom.train.model import locate
 from tuneloom.yaml_guard import check_file
@@ -135,6 +138,40 @@ def test_200_fuzzed_overrides_end_in_one_sentence(
         assert "Traceback" not in said.err + said.out, override
 
 
+def fuzzed_value(rng: random.Random, depth: int = 0) -> Any:
+    """A scalar, or a list or mapping of such, that a YAML file may hold."""
+    if depth < 3 and rng.random() < 0.3:
+        keys = [*FORBIDDEN_KEYS, "path", "kind", "name", "lr", "", "a.b", "__class__", "x"]
+        if rng.random() < 0.5:
+            return {rng.choice(keys): fuzzed_value(rng, depth + 1) for _ in range(3)}
+        return [fuzzed_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    scalars = [None, True, -1, 0, 2**70, -0.0, 1e308, float("nan"), float("inf"), b"x".hex()]
+    return rng.choice([*TARGETS, *HOSTILE, *scalars])
+
+
+def test_20000_fuzzed_configs_are_built_or_refused_in_one_sentence(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of any shape in any place: no other exception, nothing run (S4)."""
+    monkeypatch.chdir(tmp_path)
+    rng, refused = random.Random(3), 0
+    for _ in range(20_000):
+        content: dict[str, Any] = small_config(lab, "x")
+        for _ in range(rng.randrange(1, 4)):
+            at = content
+            if rng.random() < 0.8:
+                at = content[rng.choice([k for k, v in content.items() if isinstance(v, dict)])]
+            key = rng.choice([*at, *FORBIDDEN_KEYS, "launch", "seed"])
+            at[key] = fuzzed_value(rng)
+        try:
+            build(JobConfig, content)
+        except ConfigError as error:
+            refused += 1
+            assert str(error)
+    assert refused > 10_000
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("target", ["sweeper", "launcher", "callbacks.x", "job_logging"])
 def test_hydras_own_classes_cannot_be_replaced(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -233,6 +270,65 @@ def test_pickled_weights_under_any_name_run_nothing(lab: Path, tmp_path: Path) -
             with pytest.raises(Exception):  # noqa: B017 - ours or safetensors' own, but no load
                 model.load(locate(config), config, None, torch.device("cpu"), seed=0)  # type: ignore[arg-type]
             assert not canary.exists(), (name, zipped)
+
+
+def payloads(folder: Path, canary: Path) -> list[Path]:
+    """10 files that run code when they are unpickled, each in a form of its own (S2)."""
+    import io
+    import tarfile
+    import zipfile
+
+    import numpy as np
+    import torch
+
+    evil = Payload(canary)
+    plain = pickle.dumps(evil)
+    folder.mkdir()
+    for number, protocol in enumerate((0, 2, 4, 5)):
+        (folder / f"protocol{number}.pkl").write_bytes(pickle.dumps(evil, protocol))
+    np.save(folder / "object.npy", np.array([evil], dtype=object), allow_pickle=True)
+    np.savez(folder / "object.npz", rows=np.array([evil], dtype=object))
+    torch.save({"model": [evil]}, folder / "nested.pt")
+    torch.save(evil, folder / "legacy.bin", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(folder / "program.pt2", "w") as archive:
+        archive.writestr("archive/data/data.pkl", plain)
+        archive.writestr("serialized_state_dict.pt", plain)
+    with tarfile.open(folder / "rows.tar", "w") as tar:
+        entry = tarfile.TarInfo("pickle")
+        entry.size = len(plain)
+        tar.addfile(entry, io.BytesIO(plain))
+    return sorted(folder.iterdir())
+
+
+def test_pickles_of_ten_forms_run_nothing_as_rows_adapter_or_checkpoint(
+    lab: Path, tmp_path: Path, one: Gang
+) -> None:
+    """With the 20 above, 30 payloads; each also beside a good checkpoint's own shards (S2)."""
+    import shutil
+
+    canary = tmp_path / "canary"
+    forms = payloads(tmp_path / "forms", canary)
+    assert len(forms) == 10
+    one.fit(small_config(lab, "sound", steps=2, checkpoint__every=1))
+    good = lab / "runs/sound/checkpoints/step-000002"
+    for number, form in enumerate(forms):
+        with pytest.raises(TuneloomError):
+            open_rows(form)[0]
+        for name in ("adapter_model.bin", "adapter_model.safetensors"):
+            adapter = tmp_path / f"{number}{name}"
+            adapter.mkdir()
+            (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+            shutil.copy(form, adapter / name)
+            with pytest.raises(TuneloomError):
+                weights_digest(adapter)
+        for place in ("engine/mp_rank_00_model_states.pt", "engine/mp_rank_01_model_states.pt"):
+            folder = tmp_path / f"checkpoint{number}"
+            shutil.copytree(good, folder)
+            shutil.copy(form, folder / place)
+            with pytest.raises(ConfigError, match=r"differs|bytes|not in the manifest"):
+                checkpoint.opened(folder)
+            shutil.rmtree(folder)
+        assert not canary.exists(), form
 
 
 def test_models_that_bring_code_are_refused_and_not_imported(lab: Path, tmp_path: Path) -> None:
@@ -340,6 +436,33 @@ def test_no_planted_secret_is_in_any_byte_that_a_run_writes(lab: Path, tmp_path:
     assert {"run.json", "config.yaml", "metrics.jsonl"} <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files)
     written = b"".join(path.read_bytes() for path in files) + done.stdout + done.stderr
+    assert [secret for secret in shapes if essence(secret).encode() in written] == []
+
+
+def test_no_planted_secret_is_in_any_byte_that_ray_writes(lab: Path, tmp_path: Path) -> None:
+    """25 shapes in the environment and the rows, one in the config, of a run under Ray (S10)."""
+    shapes = secret_shapes()
+    rows = [
+        {"messages": [{"role": "user", "content": secret}, {"role": "assistant", "content": "no"}]}
+        for secret in shapes
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        sys.executable, "-m", "tuneloom", "train", f"run.root={tmp_path}/runs", "run.id=ray",
+        f"run.parent={shapes[0]}", f"model.path={lab}/base", "model.dtype=fp32", "steps=2",
+        f"data.path={tmp_path}/rows.jsonl", "data.validation=null", "batch.max_length=512",
+        "batch.tokens=512", "tracker=off", "launch=local", "launch.workers=1", "train.drill=false",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {f"PLANTED_{n}_TOKEN": secret for n, secret in enumerate(shapes)},
+    )  # fmt: skip
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, said.decode()
+    (session,) = Path("/tmp/ray").glob(f"session_*_{process.pid}")
+    files = [p for f in (session, tmp_path / "runs") for p in f.rglob("*") if p.is_file()]
+    assert any(path.name.startswith("raylet") for path in files)
+    written = b"".join(path.read_bytes() for path in files) + said
     assert [secret for secret in shapes if essence(secret).encode() in written] == []
 
 

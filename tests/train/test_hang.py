@@ -115,6 +115,12 @@ def test_ranks_in_different_collectives_are_a_mismatch_and_a_computing_one_a_sta
     both = [standing(0, "productive", "all_reduce"), standing(1, "productive", "broadcast")]
     crossed = judge(both, ["host0", "host1"], 5)
     assert (crossed.kind, crossed.ranks) == ("mismatched collective", [0, 1])
+    alike = [
+        Standing(rank, f"host{rank}", "collective", "train/loop.py:92", "all_reduce")
+        for rank in (0, 1)
+    ]
+    cut = judge(alike, ["host0", "host1"], 5)
+    assert (cut.kind, cut.ranks) == ("no connection", [0, 1])
     saving = [standing(0, "checkpoint", "all_gather_object"), standing(1, "checkpoint", None)]
     stalled = judge(saving, ["host0", "host1"], 5)
     assert (stalled.kind, stalled.ranks) == ("save stall", [1])

@@ -15,7 +15,7 @@ def quiet(steps: int) -> list[float]:
 
 
 def named(losses: list[float]) -> list[int]:
-    spikes = Spikes(10.0)
+    spikes = Spikes(6.0)
     return [step for step, loss in enumerate(losses) if spikes.note(step, loss)]
 
 
