@@ -52,7 +52,8 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 class Peak:
-    """The largest resident size of this process and its children while it is open, in MiB."""
+    """The most that this process and its children held together while it was open, in MiB (PSS: a
+    page that several share is counted once)."""
 
     def __enter__(self) -> "Peak":
         self.mib, self.open = 0.0, True
@@ -63,10 +64,10 @@ class Peak:
     def _watch(self) -> None:
         me = psutil.Process()
         while self.open:
-            total = me.memory_info().rss
+            total = me.memory_full_info().pss
             for child in me.children(recursive=True):
                 try:
-                    total += child.memory_info().rss
+                    total += child.memory_full_info().pss
                 except psutil.NoSuchProcess:
                     continue  # ended between the list and the look
             self.mib = max(self.mib, total / 2**20)
