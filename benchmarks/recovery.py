@@ -1,9 +1,9 @@
 """`python -m benchmarks.recovery`: seconds from a killed rank to the next new step (B3).
 
-Ours and bare Ray Train V2, in turn, on one tiny model, loop and checkpoints: two gloo ranks, a
-checkpoint every 10 steps, `kill -9` of one rank between two saves. What differs is who notices, and
-how long it takes to start again. Wall time, as that is what is lost; read the ratio, which was
-taken in one run.
+Ours, with and without `launch.standby`, bare Ray Train V2 and torchrun, in turn, on one tiny model,
+loop and checkpoints: two gloo ranks, a checkpoint every 10 steps, `kill -9` of one rank between two
+saves, with standby once it says that it waits. What differs is who notices, and how long it takes
+to start again. Wall time, as that is what is lost; read the ratio, which was taken in one run.
 """
 
 import argparse
@@ -26,8 +26,11 @@ from tuneloom.launch.drill_lab import EVERY, Lab, Run, command_of
 from tuneloom.testing import small_config
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 400
-VICTIMS = {"tuneloom": b"Worker.run", "ray_train": b"TrainWorker"}
+STEPS = 10_000
+VICTIMS = {
+    "tuneloom": b"Worker.run", "tuneloom_standby": b"Worker.run", "ray_train": b"TrainWorker",
+    "torchrun": b"-m\0tuneloom.train\0run.root",
+}  # fmt: skip
 """Words in the command line of a rank."""
 
 
@@ -46,12 +49,27 @@ class Started(Run):
             )
 
     def command(self, run_id: str) -> list[str]:
-        keys = [k for k in self.lab.overrides(self.folder) if not k.startswith("steps=")]
-        keys.append(f"steps={STEPS}")
-        if self.launcher == "tuneloom":
-            return [sys.executable, "-m", "tuneloom", "train", *keys]
+        endless = (f"steps={STEPS}", f"epochs={STEPS}")
+        keys = [
+            k for k in self.lab.overrides(self.folder) if not k.startswith(("steps=", "epochs="))
+        ]
+        keys.extend(endless)
+        if self.launcher.startswith("tuneloom"):
+            standby = f"launch.standby={str(self.launcher == 'tuneloom_standby').lower()}"
+            return [sys.executable, "-m", "tuneloom", "train", *keys, standby]
+        if self.launcher == "torchrun":
+            keys = [k for k in keys if not k.startswith("launch")]
+            return [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                "--max-restarts=3", "-m", "tuneloom.train", *keys,
+            ]  # fmt: skip
         config = small_config(
-            self.lab.folder, run_id, steps=STEPS, zero__stage=2, checkpoint__every=EVERY
+            self.lab.folder,
+            run_id,
+            steps=STEPS,
+            epochs=STEPS,
+            zero__stage=2,
+            checkpoint__every=EVERY,
         )
         return [sys.executable, "-m", "benchmarks.peers.ray_train_run", json.dumps(config)]
 
@@ -72,7 +90,10 @@ class Started(Run):
 def struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> dict[str, Any]:
     """Kill one rank; seconds to the next new step, and how many steps were done again."""
     run = Started(lab, launcher, run_id)
-    run.wait_for_step(2 * EVERY + rng.randrange(3, EVERY - 2))
+    run.wait_for_step(2 * EVERY)
+    if launcher == "tuneloom_standby":
+        run.wait_for(lambda: b"wait beside the run" in run.log.read_bytes(), "a standby gang")
+    run.wait_for_step(run.step // EVERY * EVERY + EVERY + rng.randrange(3, EVERY - 2))
     ranks = run.ranks()
     assert len(ranks) == 2, f"{launcher}: {len(ranks)} ranks found"
     inode = run.inode()
@@ -100,8 +121,12 @@ def main() -> None:
                 trials[launcher].append(struck(lab, launcher, f"{launcher}-{trial}", rng))
                 print(launcher, trials[launcher][-1], flush=True)
     median = {k: statistics.median(t["seconds"] for t in v) for k, v in trials.items()}
-    ratios = {k: round(median["tuneloom"] / median[k], 3) for k in median if k != "tuneloom"}
-    result = {"trials": trials, "median_seconds": median, "tuneloom_over": ratios}
+    ratios = {
+        f"{ours}_over_{peer}": round(median[ours] / median[peer], 3)
+        for ours in median if ours.startswith("tuneloom")
+        for peer in median if not peer.startswith("tuneloom")
+    }  # fmt: skip
+    result = {"trials": trials, "median_seconds": median, "ratios": ratios}
     print(json.dumps(ratios), write("recovery", result, seed=given.seed))
 
 

@@ -10,6 +10,7 @@ Shapes: T packed tokens, N documents, L longest document, H heads, K key/value h
 
 import importlib.util
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,11 @@ from torch import Tensor
 from tuneloom.errors import ConfigError
 
 NAME = "tuneloom"
+SHARDED = "sequence_sharded"
+"""Keyword of a forward pass whose tokens are one rank's part of longer sequences."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Exchange = Callable[[Attend, Tensor, Tensor, Tensor], Tensor]
+"""Runs an attention on whole sequences from parts of them (train/sequence.py)."""
 CALLS: Counter[str] = Counter()
 """Calls per backend since import, or since `CALLS.clear()`; effects.json is written from it."""
 
@@ -70,8 +76,10 @@ def choose(requested: str, *, dtype: torch.dtype, head_dim: int, softcap: float 
     raise AssertionError("eager has no blocker")
 
 
-def install(model: torch.nn.Module, choice: Choice) -> None:
-    """Make a transformers model call `choice.backend` through its attention interface."""
+def install(model: torch.nn.Module, choice: Choice, *, exchange: Exchange | None = None) -> None:
+    """Make a transformers model call `choice.backend` through its attention interface, and on
+    parts of sequences through `exchange`.
+    """
     from transformers import AttentionInterface
 
     def forward(
@@ -79,7 +87,15 @@ def install(model: torch.nn.Module, choice: Choice) -> None:
         attention_mask: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         assert attention_mask is None, "masks are built here, from cu_seqlens"
-        return attend(query, key, value, backend=choice.backend, **_arguments(module, kwargs)), None
+        arguments = _arguments(module, kwargs)
+
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(query, key, value, backend=choice.backend, **arguments)
+
+        if not kwargs.get(SHARDED):
+            return run(query, key, value), None
+        assert exchange is not None, "a part of a sequence, and no ranks to exchange it with"
+        return exchange(run, query, key, value), None
 
     AttentionInterface.register(NAME, forward)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]

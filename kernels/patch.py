@@ -87,6 +87,17 @@ def patch(model: nn.Module) -> Patched:
     return patched
 
 
+def patch_head(model: nn.Module) -> bool:
+    """Patch the head alone, so that the loss never holds all logits; False where it is not known
+    or caps its logits.
+    """
+    patched = Patched()
+    for module in model.modules():
+        if type(module).__name__ in HEADS:
+            _head(module, patched)
+    return any(loss_head.OP in ops for ops in patched.report.values())
+
+
 def unpatch(model: nn.Module) -> int:
     """Give every module its own code back; returns how many had ours."""
     return sum(unpatch_module(module) for module in model.modules())

@@ -42,6 +42,9 @@ class Anatomy:
     """Elements of the largest decoder layer: what ZeRO-3 gathers at a time."""
     layers: int
     hidden: int
+    heads: int
+    kv_heads: int
+    head_width: int
     vocabulary: int
 
     @property
@@ -58,6 +61,8 @@ class Saved:
     """Embedding, final norm and rotary tables; the loss head is left out."""
     layer_input: int
     """Bytes of one layer's input: all that a recomputed layer keeps."""
+    tile: int = 0
+    """What one tile's backward computes again and holds; 0 where MLPs are whole."""
 
 
 def anatomy(config: TrainConfig) -> Anatomy:
@@ -66,7 +71,31 @@ def anatomy(config: TrainConfig) -> Anatomy:
 
 
 def saved_activations(config: TrainConfig) -> Saved:
-    """Bytes saved for backward by one micro-batch on one rank, with nothing recomputed."""
+    """Bytes saved for backward by one rank's part of a micro-batch, with no layer recomputed.
+
+    A part of S has 1/S of everything: of the tokens outside attention, of the heads inside it.
+    (Key/value heads repeated for an S that does not divide them are not counted.)
+    """
+    whole = _whole(config)
+    tiled = config.model.tile_tokens
+    if tiled is not None:
+        whole = _in_tiles(config, whole, config.batch.tiles(tiled))
+    shared = config.batch.sequence_parallel
+    return Saved(
+        tuple(size // shared for size in whole.per_layer), whole.outside // shared,
+        whole.layer_input // shared, whole.tile // shared,
+    )  # fmt: skip
+
+
+def _in_tiles(config: TrainConfig, whole: Saved, tiles: int) -> Saved:
+    """MLPs that keep their input, and of their products one tile at a time."""
+    kept = [size + whole.layer_input for size in _whole(config, mlps=False).per_layer]
+    products = max(size - rest for size, rest in zip(whole.per_layer, kept, strict=True))
+    return Saved(tuple(kept), whole.outside, whole.layer_input, -(-products // tiles))
+
+
+def _whole(config: TrainConfig, *, mlps: bool = True) -> Saved:
+    """Of a whole micro-batch; without `mlps` what their insides save is left out."""
     rows, length = micro_batch(config.batch)
     backend = "eager" if config.model.attention == "eager" else "sdpa"
     if (
@@ -74,7 +103,8 @@ def saved_activations(config: TrainConfig) -> Saved:
     ):  # fused kernels keep the same bytes for one long row, in the packed layout
         rows, length = 1, rows * length
     shape, method = _key(config.model), _frozen(config.method)
-    return _saved(shape, method, config.model.kernels, config.model.dtype, backend, rows, length)
+    kernels, dtype = config.model.kernels, config.model.dtype
+    return _saved(shape, method, kernels, dtype, backend, rows, length, mlps)
 
 
 def micro_batch(batch: BatchConfig) -> tuple[int, int]:
@@ -178,6 +208,9 @@ def _anatomy(shape: str, method: str) -> Anatomy:
         largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in _layers(network)),
         layers=len(_layers(network)),
         hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocabulary=text.vocab_size,
     )  # fmt: skip
 
@@ -193,8 +226,9 @@ def _layers(network: Any) -> list[Any]:
 
 @functools.lru_cache(maxsize=32)
 def _saved(
-    shape: str, method: str, kernels: bool, dtype: str, backend: str, rows: int, length: int
-) -> Saved:
+    shape: str, method: str, kernels: bool, dtype: str, backend: str, rows: int, length: int,
+    mlps: bool,
+) -> Saved:  # fmt: skip
     import torch
 
     from tuneloom.kernels import attention
@@ -203,7 +237,9 @@ def _saved(
     network = _network(shape, method, kernels).train()
     attention.install(network, attention.Choice(backend, "planned"))
     ledger = _Ledger()
-    with torch._subclasses.FakeTensorMode(), ledger.watch(_layers(network)):
+    layers = _layers(network)
+    left_out = [] if mlps else [layer.mlp for layer in layers]
+    with torch._subclasses.FakeTensorMode(), ledger.watch(layers, left_out):
         state = _state(network, DTYPES[dtype])
         ledger.own(state.values())
         ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -234,6 +270,7 @@ class _Ledger:
     """Storages that autograd saved, each once."""
 
     def __init__(self) -> None:
+        self.paused = False
         self.kept: dict[int, tuple[Any, int]] = {}
         self.parameters: set[int] = set()
         self.spans: list[tuple[int, int]] = []
@@ -247,14 +284,19 @@ class _Ledger:
 
     def pack(self, tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.parameters:
+        if not self.paused and storage._cdata not in self.parameters:
             # The storage is held, so that its address is not given to another one.
             self.kept.setdefault(storage._cdata, (storage, storage.nbytes()))
         return tensor
 
+    def _pause(self, paused: bool) -> None:
+        self.paused = paused
+
     @contextmanager
-    def watch(self, layers: list[Any]) -> Iterator[None]:
-        """Count while the context is open; `spans` gets total before and after each layer."""
+    def watch(self, layers: list[Any], left_out: list[Any]) -> Iterator[None]:
+        """Count while the context is open, but not inside the modules `left_out`; `spans` gets
+        total before and after each layer.
+        """
         import torch
 
         starts: list[int] = []
@@ -266,6 +308,9 @@ class _Ledger:
                     lambda *_: self.spans.append((starts.pop(), self.total))
                 )
             )
+        for module in left_out:
+            hooks.append(module.register_forward_pre_hook(lambda *_: self._pause(True)))
+            hooks.append(module.register_forward_hook(lambda *_: self._pause(False)))
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t):
                 yield

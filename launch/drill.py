@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from tuneloom.errors import DONE, TRAINING, ConfigError, TuneloomError
+from tuneloom.launch import faults, faults_around, faults_inside, faults_signals
 from tuneloom.launch.drill_lab import EVERY, STEPS, Figures, Lab
-from tuneloom.launch.faults import FAULTS
 
+FAULTS = faults.FAULTS | faults_signals.FAULTS | faults_inside.FAULTS | faults_around.FAULTS
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
 HEADER = """\
 # What a fault costs
@@ -28,20 +29,27 @@ HEADER = """\
 Measured by `python -m tuneloom.launch.drill` on {machine}, shared with other
 work: a tiny Llama, LoRA, ZeRO-2, two gloo ranks under `launch=local`, {steps} steps, a checkpoint
 every {every}.
-Under F3 the ranks stand on two network namespaces as hosts (launch=ray, both share the files).
-Every fault is real: signals to real processes, a real full disk. Lost are steps that were done
-again. Seconds run from the fault to the first new step (F4: from the second start of the command;
-F5: to the exit). Bits are those of all losses as float64 against the uninterrupted run; samples are
-those that were missing or came twice.
-Each fault was struck once, so these are existence proofs, not rates.
+Under F3 and F17 the ranks stand on two network namespaces as hosts (launch=ray, both share the
+files). Signals, a full disk, a cut cable, a killed store, a control group without memory are real;
+F10, F11, F13, F14 and the clock of F20 are put into a rank by `tuneloom.launch.injected`.
+Lost are steps that were done again. Seconds run from the fault to the first new step, where the row
+says nothing else (F4: from the second start of the command). Bits are those of all losses as float64
+against the uninterrupted run; samples are those that were missing or came twice.
+Each fault was struck once where no count is given, so these are existence proofs, not rates.
 
 | fault | what | exit codes | lost | seconds | bits off | samples off | orphans | bar | seed | UTC |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |
 """
 FOOTER = """
 Bars: at most {most} steps lost (F5, F18: none; F2, F6: {every}; F7: {twice}), no differing bit
-(F18: losses within 1e-3), no sample missing or twice, no process left after 10 s, exit codes of the
-contract; F12: the right rank is named within its timeout and 5 s.
+(F18: losses within 1e-3; F10: a run that skipped a step goes on otherwise), no sample missing or
+twice, no process left after 10 s, exit codes of the contract. F11: all named, no false alarm. F12,
+F13: the right ranks are named within the timeout and 5 s. F14: the slow rank is named, no other. F15:
+at most 2 s, no row missing. F17: one holder of the run folder. F22: to the last step, bit-equal; its
+lost steps and seconds are of the whole soak (`python -m tuneloom.launch.soak`).
+
+Not struck here: a disk full of W&B's own files (F15); a Ray whose store is kept in Redis (F16); a
+slow NFS (F20: no kernel of this machine delays writes to a mount); NCCL, GPUs out of memory, ECC.
 """
 
 

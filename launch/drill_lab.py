@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from tuneloom.errors import TrainingError
 STEPS, EVERY = 120, 10
 """Ranks outlive their driver by 2 s, in which this model takes 17 to 40 steps (measured)."""
 PATIENCE = 180.0
+TAIL_BYTES = 16_384
+MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
+"""Steps that a fault may cost; the others at most what was done since the last save."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,15 @@ class Run:
 
     @property
     def step(self) -> int:
-        rows = self.rows()
-        return int(rows[-1]["step"]) if rows else 0
+        """The last one of metrics.jsonl, read from its end."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().splitlines(True)
+        except FileNotFoundError:
+            return 0
+        whole = [line for line in lines if line.startswith(b'{"step"') and line.endswith(b"\n")]
+        return int(json.loads(whole[-1])["step"]) if whole else 0
 
     def inode(self) -> int:
         """Of metrics.jsonl: a resumed run replaces the file."""
@@ -123,23 +134,31 @@ class Run:
 class Lab:
     """The temporary folder with model and rows, and the uninterrupted run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, steps: int = STEPS, every: int = EVERY) -> None:
         from tuneloom.testing import chat_rows, tiny_model
 
-        self.folder = folder.resolve()
+        self.folder, self.steps, self.every = folder.resolve(), steps, every
         tiny_model(folder / "base")
         chat_rows(folder / "rows.jsonl", 48)
-        self.reference = Run(self, "reference")
-        if self.reference.end() != 0:
-            raise TrainingError(f"drill: the uninterrupted run failed: {self.reference.log}")
+
+    @cached_property
+    def reference(self) -> Run:
+        """The uninterrupted run, made when it is first compared with."""
+        run = Run(self, "reference")
+        if run.end(PATIENCE + self.steps) != 0:
+            tail = run.log.read_text(errors="replace")[-1500:]
+            raise TrainingError(f"drill: the uninterrupted run failed: {tail}")
+        return run
 
     def overrides(self, run: Path) -> list[str]:
         return [
             f"run.root={run.parent}", f"run.id={run.name}", f"model.path={self.folder}/base",
             "model.dtype=fp32", f"data.path={self.folder}/rows.jsonl", "data.validation=null",
             "batch.max_length=128", "batch.tokens=512", "batch.window=64", "optim.lr=5e-3",
-            "optim.warmup_steps=2", "tracker=off", "zero=stage2", "epochs=100", f"steps={STEPS}",
-            "train.drill=false", f"checkpoint.every={EVERY}", "launch=local", "launch.workers=2",
+            "optim.warmup_steps=2", "tracker=off", "zero=stage2", "epochs=100000",
+            f"steps={self.steps}",
+            "train.drill=false", f"checkpoint.every={self.every}", "launch=local",
+            "launch.workers=2",
         ]  # fmt: skip
 
     def orphans(self, after: float = 10.0) -> int:
@@ -204,3 +223,20 @@ def command_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def figures(
+    lab: Lab, run: Run, fault: str, what: str, codes: list[int], wanted: list[int], *,
+    lost: int, seconds: float | None = None, orphans: int | None = None, held: bool = True,
+    exact: bool = True,
+) -> Figures:  # fmt: skip
+    """Figures of a run that has ended, and whether they meet the bar."""
+    bits, samples = lab.bits_off(run), lab.samples_off(run)
+    left = max(lab.orphans(), orphans or 0)
+    most = MOST_LOST.get(fault, EVERY - 1)
+    good = codes == wanted and 0 <= lost <= most and not samples and not left
+    return Figures(
+        fault=fault, what=what, exit_codes=", ".join(map(str, codes)), steps_lost=lost,
+        seconds=seconds, differing_bits=bits, samples_off=samples, orphans=left,
+        held=held and good and (not bits or not exact),
+    )  # fmt: skip

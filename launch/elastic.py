@@ -36,12 +36,14 @@ def micro_batches(config: TrainConfig, launch: LaunchConfig) -> int:
     if record.exists():
         attempts = json.loads(record.read_text(encoding="utf-8")).get("attempts")
         if attempts:
-            return int(attempts[-1]["workers"]) * int(attempts[-1]["accumulation"])
-    return launch.workers * config.batch.accumulation
+            last = attempts[-1]
+            return int(last["workers"]) * int(last["accumulation"]) // last["sequence_parallel"]
+    return launch.workers * config.batch.accumulation // config.batch.sequence_parallel
 
 
-def smaller(launch: LaunchConfig, group: int) -> Iterator[LaunchConfig]:
-    """The sizes below the full one, largest first, that share `group` micro-batches evenly.
+def smaller(launch: LaunchConfig, group: int, sequence: int = 1) -> Iterator[LaunchConfig]:
+    """The sizes below the full one, largest first, that share `group` micro-batches evenly, each
+    micro-batch on `sequence` ranks.
 
     Nodes keep their number of ranks: with `launch.nodes` above 1 whole nodes are left out.
     """
@@ -49,12 +51,14 @@ def smaller(launch: LaunchConfig, group: int) -> Iterator[LaunchConfig]:
     for workers in range(
         launch.workers - share, (launch.min_workers or launch.workers) - 1, -share
     ):
-        if workers > 0 and group % workers == 0:
+        if workers > 0 and workers % sequence == 0 and group * sequence % workers == 0:
             nodes = workers // share if launch.nodes > 1 else 1
             yield launch.model_copy(update={"workers": workers, "nodes": nodes})
 
 
-def place(launch: LaunchConfig, gpus: int, group: int) -> tuple[Any, LaunchConfig]:
+def place(
+    launch: LaunchConfig, gpus: int, group: int, sequence: int = 1
+) -> tuple[Any, LaunchConfig]:
     """Reserve a slot for every rank at once; returns the placement group and the size it holds.
 
     With `launch.nodes` above 1 each node takes an equal share, ranks in order; else nodes are
@@ -63,13 +67,13 @@ def place(launch: LaunchConfig, gpus: int, group: int) -> tuple[Any, LaunchConfi
     placed = _placed(launch, gpus, launch.wait_seconds)
     if placed is not None:
         return placed, launch
-    for size in smaller(launch, group):
+    for size in smaller(launch, group, sequence):
         placed = _placed(size, gpus, SMALLER_SECONDS)
         if placed is not None:
             print(
                 f"launch.min_workers: no room for {launch.workers} workers in "
                 f"{launch.wait_seconds:g} s; going on with {size.workers} x "
-                f"{group // size.workers} micro-batches a step, the same global batch",
+                f"{group * sequence // size.workers} micro-batches a step, the same global batch",
                 flush=True,
             )
             return placed, size
@@ -102,7 +106,8 @@ def _no_room(launch: LaunchConfig, gpus: int) -> str:
 
 def with_group(config: TrainConfig, workers: int, group: int) -> TrainConfig:
     """The config whose accumulation gives `group` micro-batches a step on `workers` ranks."""
-    batch = config.batch.model_copy(update={"accumulation": group // workers})
+    shares = workers // config.batch.sequence_parallel
+    batch = config.batch.model_copy(update={"accumulation": group // shares})
     return config.model_copy(update={"batch": batch})
 
 

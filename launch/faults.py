@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuneloom.errors import DONE, STOPPED, TRAINING
-from tuneloom.launch.drill_lab import EVERY, Figures, Lab, Run, is_rank
+from tuneloom.launch.drill_lab import EVERY, Figures, Lab, Run, figures, is_rank
 from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
 from tuneloom.train import checkpoint
 
-MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
-"""Steps that a fault may cost; the others at most what was done since the last save."""
 HANG_SECONDS = 5
 Fault = Callable[[Lab, random.Random], Iterable[Figures]]
 
@@ -42,7 +40,7 @@ def _after_a_lost_worker(lab: Lab, run: Run, rng: random.Random, fault: str, wha
     run.wait_for_new_step(inode)
     seconds = time.monotonic() - struck
     lost = last - run.resumed_from()
-    return _figures(lab, run, fault, what, [run.end()], [DONE], lost=lost, seconds=seconds)
+    return figures(lab, run, fault, what, [run.end()], [DONE], lost=lost, seconds=seconds)
 
 
 def host_killed(lab: Lab, rng: random.Random) -> list[Figures]:
@@ -65,7 +63,7 @@ def host_killed(lab: Lab, rng: random.Random) -> list[Figures]:
         time.sleep(10.0)
         left = [pid for host in ADDRESSES for pid in hosts.pids(host) if is_rank(pid)]
         what = "kill -9 of a whole host between saves, replaced 3 s later"
-        return [_figures(lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds,
+        return [figures(lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds,
                          orphans=len(left))]  # fmt: skip
 
 
@@ -79,7 +77,7 @@ def driver_killed(lab: Lab, rng: random.Random) -> list[Figures]:
     again.wait_for_new_step(inode)
     seconds = time.monotonic() - again.started
     lost = last - again.resumed_from()
-    return [_figures(lab, again, "F4", "kill -9 of the driver, same command again",
+    return [figures(lab, again, "F4", "kill -9 of the driver, same command again",
                      [code, again.end()], [-signal.SIGKILL, DONE], lost=lost, seconds=seconds,
                      orphans=orphans)]  # fmt: skip
 
@@ -128,7 +126,7 @@ def _terminated(
     again = Run(lab, run_id)
     end = again.end()
     lost = last - again.resumed_from()
-    return _figures(lab, again, "F5", f"SIGTERM {way}; seconds to exit", [code, end],
+    return figures(lab, again, "F5", f"SIGTERM {way}; seconds to exit", [code, end],
                     [STOPPED, DONE], lost=lost, seconds=seconds)  # fmt: skip
 
 
@@ -148,7 +146,7 @@ def disk_full(lab: Lab, rng: random.Random) -> list[Figures]:
         end = again.end()
         lost = last - again.resumed_from()
         clear = "disk full" in said and "bytes free" in said and intact is not None and no_torn
-        return [_figures(lab, again, "F6", "disk full in a save, then room again", [code, end],
+        return [figures(lab, again, "F6", "disk full in a save, then room again", [code, end],
                          [TRAINING, DONE], lost=lost, held=clear)]  # fmt: skip
 
 
@@ -178,7 +176,7 @@ def bit_flipped(lab: Lab, rng: random.Random) -> list[Figures]:
     end = again.end()
     lost = last - again.resumed_from()
     shutil.rmtree(run.folder / "checkpoints" / f"damaged-{newest.name}")
-    return [_figures(lab, again, "F7", "one bit of a shard flipped", [code, end],
+    return [figures(lab, again, "F7", "one bit of a shard flipped", [code, end],
                      [STOPPED, DONE], lost=lost)]  # fmt: skip
 
 
@@ -193,9 +191,9 @@ def other_world(lab: Lab, rng: random.Random) -> list[Figures]:
     lost = last - again.resumed_from()
     ours, wanted = ({r["step"]: r["train/loss"] for r in x.rows()} for x in (again, lab.reference))
     near = all(abs(ours[s] - loss) <= 1e-3 * abs(loss) for s, loss in wanted.items())
-    figures = _figures(lab, again, "F18", "two ranks, then one; losses within 1e-3", [code, end],
+    found = figures(lab, again, "F18", "two ranks, then one; losses within 1e-3", [code, end],
                        [STOPPED, DONE], lost=lost, exact=False, held=near)  # fmt: skip
-    return [figures]
+    return [found]
 
 
 def hung(lab: Lab, rng: random.Random) -> list[Figures]:
@@ -215,25 +213,8 @@ def hung(lab: Lab, rng: random.Random) -> list[Figures]:
     named = said["kind"] == "missing rank" and len(said["ranks"]) == 1
     lost = last - run.resumed_from()
     what = f"a rank stopped (SIGSTOP), train.hang_seconds={HANG_SECONDS}"
-    return [_figures(lab, run, "F12", what, [run.end()], [DONE], lost=lost, seconds=seconds,
+    return [figures(lab, run, "F12", what, [run.end()], [DONE], lost=lost, seconds=seconds,
                      held=named and found <= HANG_SECONDS + 5)]  # fmt: skip
-
-
-def _figures(
-    lab: Lab, run: Run, fault: str, what: str, codes: list[int], wanted: list[int], *,
-    lost: int, seconds: float | None = None, orphans: int | None = None, held: bool = True,
-    exact: bool = True,
-) -> Figures:  # fmt: skip
-    """Figures of a run that has ended, and whether they meet the bar."""
-    bits, samples = lab.bits_off(run), lab.samples_off(run)
-    left = max(lab.orphans(), orphans or 0)
-    most = MOST_LOST.get(fault, EVERY - 1)
-    good = codes == wanted and 0 <= lost <= most and not samples and not left
-    return Figures(
-        fault=fault, what=what, exit_codes=", ".join(map(str, codes)), steps_lost=lost,
-        seconds=seconds, differing_bits=bits, samples_off=samples, orphans=left,
-        held=held and good and (not bits or not exact),
-    )  # fmt: skip
 
 
 FAULTS: dict[str, Fault] = {

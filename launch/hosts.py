@@ -94,6 +94,10 @@ class Hosts:
                     continue
             time.sleep(0.05)
 
+    def cable(self, state: str) -> None:
+        """Cut the cable (`down`) or mend it (`up`)."""
+        _do("ip", "-n", self.name("b"), "link", "set", "eth0", state)
+
     def _cable(self) -> None:
         a, b = (self.name(host) for host in ADDRESSES)
         _do("ip", "netns", "add", a)

@@ -64,3 +64,11 @@ def free_disk(path: str) -> int:
     while not at.exists():
         at = at.parent
     return shutil.disk_usage(at).free
+
+
+def killed_for_memory() -> int:
+    """Processes that this host's kernel has killed for memory since it started; a worker that died
+    with SIGKILL says nothing itself.
+    """
+    counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counters.get("oom_kill", 0))

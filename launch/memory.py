@@ -41,7 +41,7 @@ class Memory:
     """Peaks beside the steady parts: reduce buckets, ZeRO-3 gathers, casts at the step."""
     context: int
     host: int
-    """Host memory that offload takes, per rank."""
+    """Host memory that offload and asynchronous checkpoints take, per rank."""
     nvme: int
 
     @property
@@ -59,7 +59,7 @@ def forecast(
     if config.zero.stage == 3:
         weights //= ranks
     gradients = gradient_bytes(config, anatomy, ranks)
-    host = nvme = 0
+    host, nvme = offloaded_inputs(config, saved), 0
     if config.zero.offload != "none":
         host += _fp32(anatomy.trainable) // ranks  # the summed gradients move too
         if config.zero.offload == "cpu":
@@ -73,12 +73,14 @@ def forecast(
     elif config.zero.offload_parameters == "nvme":
         host += BYTES[config.model.dtype] * SWAP_ELEMENTS
         nvme, weights = nvme + weights, 0
+    if config.checkpoint.asynchronous:
+        host += checkpoint_bytes(config, anatomy) // shards
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activation_bytes(config, saved),
-        loss_head=loss_head_bytes(config, anatomy),
+        loss_head=loss_head_bytes(config, anatomy, cuda=cuda),
         temporary=temporary_bytes(config, anatomy, ranks, cuda=cuda),
         context=GPU_CONTEXT if cuda else PROCESS,
         host=host,
@@ -145,24 +147,48 @@ def gradient_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int) -> int:
 
 
 def activation_bytes(config: TrainConfig, saved: Saved) -> int:
-    """Saved for backward; recomputed layers keep their input, and one at a time is whole again."""
+    """Saved for backward; recomputed layers keep their input, and one at a time is whole again, as
+    is one tile of its MLP. Inputs on the host come back one at a time.
+    """
+    recomputed = _recomputed(config, saved)
+    if not recomputed:
+        return sum(saved.per_layer) + saved.outside + saved.tile
+    kept = sum(saved.per_layer) - sum(recomputed)
+    inputs = 1 if config.model.checkpoint_offload else len(recomputed)
+    return kept + inputs * saved.layer_input + max(recomputed) + saved.tile + saved.outside
+
+
+def offloaded_inputs(config: TrainConfig, saved: Saved) -> int:
+    """Bytes of recomputed layers' inputs in host memory."""
+    there = len(_recomputed(config, saved)) if config.model.checkpoint_offload else 0
+    return there * saved.layer_input
+
+
+def _recomputed(config: TrainConfig, saved: Saved) -> list[int]:
+    """What each recomputed layer saves when it is whole."""
     every = {"off": 0, "on": 1, "selective": config.model.checkpoint_every_layers}
     step = every[config.model.checkpointing]
-    if step == 0:
-        return sum(saved.per_layer) + saved.outside
-    recomputed = [size for i, size in enumerate(saved.per_layer) if i % step == 0]
-    kept = sum(saved.per_layer) - sum(recomputed)
-    return kept + len(recomputed) * saved.layer_input + max(recomputed) + saved.outside
+    return [size for i, size in enumerate(saved.per_layer) if step and i % step == 0]
 
 
-def loss_head_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, *, cuda: bool) -> int:
     """Logits when backward reaches the loss, every token a target: three fp32 (tokens, V).
 
-    Saved log-probabilities, the gradient of the picked ones, the gradient of the logits.
+    Saved log-probabilities, the gradient of the picked ones, the gradient of the logits. In tiles:
+    a chunk of logits (on a CPU its fp32 scores and softmax, too), the gradient of the hidden
+    states, and that of a trained head (kernels/linear_cross_entropy.py).
     """
-    batch = config.batch
-    tokens = batch.tokens if batch.packing else batch.sequences * batch.max_length
-    return 3 * _fp32(tokens * anatomy.vocabulary)
+    tokens, vocabulary = config.batch.rank_tokens, anatomy.vocabulary
+    if config.model.tile_tokens is None:
+        return 3 * _fp32(tokens * vocabulary)
+    from tuneloom.kernels.linear_cross_entropy import CHUNK_BYTES, CPU_CHUNK_BYTES
+
+    width = BYTES[config.model.dtype]
+    budget = CHUNK_BYTES if cuda else CPU_CHUNK_BYTES
+    rows = min(tokens, max(128, budget // (vocabulary * width) // 128 * 128))
+    chunk = rows * vocabulary * (width if cuda else width + 2 * 4)
+    head = width * vocabulary * anatomy.hidden if config.method.kind == "full" else 0
+    return chunk + width * tokens * anatomy.hidden + head
 
 
 def temporary_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int, *, cuda: bool) -> int:
@@ -209,11 +235,25 @@ def traffic(config: TrainConfig, anatomy: Anatomy, *, ranks: int) -> Traffic:
     if ranks == 1:
         return Traffic(0, 0)
     width = BYTES[config.model.dtype]
-    replicated = 2 * width * anatomy.trainable
+    shared = exchange_bytes(config, anatomy)
+    replicated = 2 * width * anatomy.trainable + shared
     if config.zero.stage < 3:
         return Traffic(replicated, replicated)
     gathers = 2 * width * anatomy.base * config.batch.accumulation
-    return Traffic(gathers + width * anatomy.trainable, replicated)
+    return Traffic(gathers + width * anatomy.trainable + shared, replicated)
+
+
+def exchange_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+    """All-to-alls of a step under batch.sequence_parallel=S: q, k, v and the output of each layer,
+    (S - 1) / S of them, forward and backward, and forward again where layers are recomputed.
+    """
+    batch, size = config.batch, config.batch.sequence_parallel
+    kv_heads = math.lcm(anatomy.kv_heads, size)
+    numbers = 2 * (anatomy.heads + kv_heads) * anatomy.head_width * batch.rank_tokens
+    again = {"off": 0.0, "on": 1.0, "selective": 1 / config.model.checkpoint_every_layers}
+    passes = 2 + again[config.model.checkpointing]
+    once = BYTES[config.model.dtype] * numbers * anatomy.layers * (size - 1) // size
+    return round(once * passes) * batch.accumulation
 
 
 def checkpoint_bytes(config: TrainConfig, anatomy: Anatomy) -> int:

@@ -37,6 +37,8 @@ from tuneloom.launch.memory import (
 from tuneloom.launch.workload import Speed, Workload, speed, workload
 
 Positive = Annotated[float, Field(gt=0)]
+TILE = 4096
+"""Tokens of a tile that a refusal proposes."""
 SHOWN = 3
 """Alternatives that a refusal names."""
 
@@ -235,6 +237,13 @@ def _memory(job: JobConfig, device: Device) -> tuple[Anatomy, Memory]:
 def problems(job: JobConfig, result: Plan) -> list[str]:
     """What does not fit, as sentences; the disk counts where the plan is for this machine."""
     found = memory_problems(job, result.device, result.memory)
+    shared = job.batch.sequence_parallel
+    heads = anatomy(training_of(job)).heads
+    if heads % shared:
+        found.append(
+            f"batch.sequence_parallel: {shared} ranks cannot share {heads} attention heads evenly; "
+            f"use a divisor of {heads}"
+        )
     if job.model.dtype == "fp16" and not result.device.cuda:
         found.append("model.dtype: fp16 needs a GPU; set model.dtype=bf16 or fp32")
     if result.device.here and result.checkpoints > result.free_disk:
@@ -260,9 +269,17 @@ def memory_problems(job: JobConfig, device: Device, memory: Memory) -> list[str]
             needed += memory.device * ranks_per_node(job)
         if needed > USABLE * device.host:
             found.append(
-                f"offload needs {gib(needed)} of host memory, the node has {gib(device.host)}"
+                f"{_on_host(job)} {gib(needed)} of host memory, the node has {gib(device.host)}"
             )
     return found
+
+
+def _on_host(job: JobConfig) -> str:
+    """Subject and verb of what does not fit there."""
+    if not job.checkpoint.asynchronous:
+        return "offload needs"
+    offloads = job.zero.offload != "none" or job.zero.offload_parameters != "none"
+    return f"{'offload and ' * offloads}checkpoint.asynchronous need{'s' * (not offloads)}"
 
 
 def advice(job: JobConfig, device: Device) -> list[str]:
@@ -288,7 +305,10 @@ def refusal(job: JobConfig, result: Plan) -> str:
         return why
     ways = [_way(job, change) for change in fitting(job, result.device)]
     if not ways:
-        return f"{why}; no method, ZeRO stage, recomputation or batch fits: use more or larger GPUs"
+        return (
+            f"{why}; no method, ZeRO stage, recomputation, batch or sharing fits: use more or "
+            "larger GPUs"
+        )
     return f"{why}; what would fit: " + ", or ".join(ways)
 
 
@@ -327,7 +347,11 @@ def alternatives(job: JobConfig) -> Iterator[dict[str, Any]]:
 
 
 def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
-    """Each alone, cheapest first: sharding, recomputation, batch, offload, fewer weights."""
+    """Each alone, cheapest first: no copies, sharding, recomputation, batch, offload, fewer
+    weights.
+    """
+    if job.checkpoint.asynchronous:
+        yield {"checkpoint.asynchronous": "false"}
     if ranks_of(job) > 1:
         for stage in (2, 3):
             if stage > job.zero.stage and not (stage == 2 and job.method.kind == "qlora"):
@@ -335,6 +359,7 @@ def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
     if job.model.checkpointing != "on":
         yield {"model.checkpointing": "on"}
     yield from _smaller(job)
+    yield from _shared(job)
     if job.zero.offload == "none":
         yield {"zero.offload": "cpu"}
     if job.method.kind == "full":
@@ -343,6 +368,19 @@ def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
         yield {"method": "qlora"}
     if job.zero.stage == 3 and job.zero.offload_parameters == "none":
         yield {"zero.offload_parameters": "cpu"}
+
+
+def _shared(job: JobConfig) -> Iterator[dict[str, Any]]:
+    """Tiles, and packs shared by two ranks and more, the tokens of a step held by accumulation."""
+    batch, ranks = job.batch, ranks_of(job)
+    if job.model.tile_tokens is None and not job.model.kernels and batch.rank_tokens > TILE:
+        yield {"model.tile_tokens": TILE}
+    heads = anatomy(training_of(job)).heads
+    for times in (2, 4, 8):
+        shared = batch.sequence_parallel * times
+        if ranks % shared == 0 and heads % shared == 0:
+            accumulation = batch.accumulation * times
+            yield {"batch.sequence_parallel": shared, "batch.accumulation": accumulation}
 
 
 def _smaller(job: JobConfig) -> Iterator[dict[str, Any]]:

@@ -44,7 +44,7 @@ def memory_table(result: Plan) -> Table:
     table.add_row("[bold]sum[/bold]", gib(memory.device), f"{memory.device / capacity:.1%}")
     table.add_row("device", gib(capacity), verdict)
     if memory.host:
-        table.add_row("host, offloaded", gib(memory.host), "")
+        table.add_row("host, offloaded and copied", gib(memory.host), "")
     if memory.nvme:
         table.add_row("NVMe, offloaded", gib(memory.nvme), "")
     return table

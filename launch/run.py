@@ -16,7 +16,7 @@ def main(config: JobConfig) -> int:
     """Refuse what cannot fit, launch and wait; returns 0, or raises the TuneloomError that ended
     the run.
     """
-    os.environ.setdefault("TUNELOOM_STARTED", str(time.time()))
+    os.environ["TUNELOOM_STARTED"] = str(time.time())  # a sweep's next job has a clock of its own
     job = with_id(config)
     if job.launch.kind == "slurm":
         from tuneloom.launch.slurm import launch_slurm

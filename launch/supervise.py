@@ -24,8 +24,9 @@ from typing import Any
 from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.launch import elastic
 from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.reaper import after_us
-from tuneloom.launch.worker import Worker
+from tuneloom.launch.standby import Gang, Standby
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
 from tuneloom.train.watchdog import last_report
@@ -70,16 +71,21 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
 def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> None:
     """Gang after gang until one is done; those that only grow are no restarts."""
     restarts = grown = 0
-    while (ending := run_gang(config, launch, restarts + grown, signals)) is not None:
-        if ending == GROWS:
-            grown += 1
-            continue
-        if restarts == launch.max_restarts:
-            raise TrainingError(
-                f"launch.max_restarts: all {restarts} restarts are used up; last: {ending}"
-            )
-        restarts += 1
-        print(f"launch: {ending}; restart {restarts} of {launch.max_restarts}", flush=True)
+    standby = Standby() if launch.standby else None
+    try:
+        while (ending := run_gang(config, launch, restarts + grown, signals, standby)) is not None:
+            if ending == GROWS:
+                grown += 1
+                continue
+            if restarts == launch.max_restarts:
+                raise TrainingError(
+                    f"launch.max_restarts: all {restarts} restarts are used up; last: {ending}"
+                )
+            restarts += 1
+            print(f"launch: {ending}; restart {restarts} of {launch.max_restarts}", flush=True)
+    finally:
+        if standby:
+            standby.close()
 
 
 @cache
@@ -182,32 +188,28 @@ def wait_for_nodes(count: int) -> None:
 
 
 def run_gang(
-    config: TrainConfig, launch: LaunchConfig, attempt: int, signals: list[int]
-) -> str | None:
+    config: TrainConfig, launch: LaunchConfig, attempt: int, signals: list[int],
+    standby: Standby | None,
+) -> str | None:  # fmt: skip
     """One attempt: place, start, wait. None when done, GROWS, or a sentence when a worker was
     lost.
     """
     import ray
     from ray.exceptions import RayActorError
-    from ray.util.placement_group import remove_placement_group
 
     gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
+    killed = killed_for_memory()
     # The first attempt's clock runs since the command was started.
-    clock = {"TUNELOOM_STARTED": str(started)} if attempt else {}
+    clock = {"TUNELOOM_ATTEMPT_STARTED": str(started)} if attempt else {}
     group = elastic.micro_batches(config, launch)
-    slots, size = elastic.place(launch, gpus, group)
-    growth = None
+    gang = standby.take() if standby else None
+    if gang is None:
+        gang = Gang(*elastic.place(launch, gpus, group, config.batch.sequence_parallel))
+        gang.start([environment()] * gang.size.workers, cpus=1, gpus=gpus)
+    size, actors, growth = gang.size, gang.actors, None
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)
         growth = elastic.Growth(folder / "stop", launch, size, gpus)
-    actors: list[Any] = [
-        ray.remote(Worker).options(
-            num_cpus=1, num_gpus=gpus, placement_group=slots,
-            placement_group_bundle_index=rank // elastic.ranks_a_bundle(size),
-            runtime_env={"env_vars": environment()}, max_restarts=0,
-        ).remote()
-        for rank in range(size.workers)
-    ]  # fmt: skip
     try:
         places = ray.get([actor.place.remote() for actor in actors])
         if launch.kind == "ray" and attempt == 0:
@@ -220,7 +222,11 @@ def run_gang(
             )
             for rank, actor in enumerate(actors)
         ]  # fmt: skip
-        wait(calls, meanwhile=growth.look if growth else None)
+        if standby and growth is None:
+            seen = [environment() | place["devices"] for place in places]
+            standby.follow(gang, seen, folder / "metrics.jsonl")
+        looks = [watched.look for watched in (growth, standby) if watched]
+        wait(calls, meanwhile=lambda: [look() for look in looks])
         return None
     except Stopped:
         if growth is None or not growth.asked or signals:
@@ -228,11 +234,17 @@ def run_gang(
         return GROWS
     except RayActorError as error:
         hang = last_report(folder, since=started)
-        return hang.sentence if hang else f"a worker was lost ({type(error).__name__})"
+        if hang:
+            return hang.sentence
+        reason = type(error).__name__
+        if killed_for_memory() > killed:
+            reason = "this host ran out of memory, and the kernel killed a process; `tuneloom plan`"
+        return f"a worker was lost ({reason})"
     finally:
-        for actor in actors:
-            ray.kill(actor)
-        remove_placement_group(slots)
+        if standby and standby.keeps(gang):
+            gang.end()
+        else:
+            gang.free()
         if growth:
             growth.close()
 
@@ -262,7 +274,7 @@ def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int)
     }
 
 
-def wait(calls: list[Any], *, meanwhile: Callable[[], None] | None = None) -> None:
+def wait(calls: list[Any], *, meanwhile: Callable[[], object] | None = None) -> None:
     """Until every rank returned; raises the first error, after the others had 30 s to say the
     same. `meanwhile` is called about once a second.
 

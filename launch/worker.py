@@ -6,6 +6,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+DEVICES = ("CUDA_VISIBLE_DEVICES", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+"""Which GPUs are this rank's, and that Ray is to leave that alone."""
+
 
 class Worker:
     """Says where it landed and what it sees there, then trains as the rank it is told to be."""
@@ -22,7 +25,15 @@ class Worker:
             "port": port,
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
+            "devices": {name: os.environ[name] for name in DEVICES if name in os.environ},
         }
+
+    def import_all(self) -> None:
+        """Import what training will, and go on waiting; touches no GPU."""
+        from tuneloom.train import distributed, loop
+
+        distributed.choose_accelerator()
+        loop.import_all()
 
     def examine(self, config: dict[str, Any], rank: int, host: str) -> dict[str, Any]:
         """Preflight: `preflight.Facts` as a mapping."""

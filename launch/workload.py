@@ -45,10 +45,11 @@ def workload(config: TrainConfig, *, ranks: int) -> Workload:
     """Rows, tokens and steps of this run; what cannot be known here stays None."""
     rows, mean, why = _measure(config)
     batch = config.batch
-    full = _tokens_per_step(batch, ranks, mean)
+    shares = ranks // batch.sequence_parallel  # of a step's micro-batches
+    full = _tokens_per_step(batch, shares, mean)
     by_epochs = None
     if config.epochs is not None and rows is not None and mean is not None:
-        by_epochs = _steps(batch, ranks, rows * config.epochs, mean)
+        by_epochs = _steps(batch, shares, rows * config.epochs, mean)
     known = [n for n in (config.steps, by_epochs) if n is not None]
     # Steps alone bound the run only where epochs do not, or are known too.
     steps = min(known) if known and (by_epochs is not None or config.epochs is None) else None
@@ -60,13 +61,13 @@ def workload(config: TrainConfig, *, ranks: int) -> Workload:
     return Workload(rows, mean, tokens, steps, full, why)
 
 
-def _tokens_per_step(batch: BatchConfig, ranks: int, mean: float | None) -> int:
+def _tokens_per_step(batch: BatchConfig, shares: int, mean: float | None) -> int:
     micro = batch.tokens * FULL if batch.packing else batch.sequences * (mean or batch.max_length)
-    return round(micro * ranks * batch.accumulation)
+    return round(micro * shares * batch.accumulation)
 
 
-def _steps(batch: BatchConfig, ranks: int, examples: float, mean: float) -> int:
-    group = ranks * batch.accumulation
+def _steps(batch: BatchConfig, shares: int, examples: float, mean: float) -> int:
+    group = shares * batch.accumulation
     if batch.packing:
         return math.ceil(examples * mean / (batch.tokens * FULL * group))
     return math.ceil(examples / (batch.sequences * group))

@@ -11,7 +11,7 @@ ORDER = {name: height for height, names in enumerate(reversed(LAYERS)) for name 
 FOLDERS = {
     name: ROOT / name if (ROOT / name).is_dir() else ROOT / "tuneloom" / name for name in ORDER
 }
-ONE_HOME = ("wandb", "flash_attn", "sklearn", "presidio_analyzer", "rensa", "ftfy")
+ONE_HOME = ("wandb", "flash_attn", "sklearn", "cleanlab", "presidio_analyzer", "rensa", "ftfy")
 
 
 def imports(path: Path) -> set[str]:

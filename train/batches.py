@@ -8,12 +8,14 @@ still takes part in every collective.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tuneloom.kernels import attention
 
 IGNORED = -100
 Example = tuple[np.ndarray, np.ndarray]
@@ -34,6 +36,8 @@ class MicroBatch:
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
     targets: tuple[int, ...]
+    sharded: bool = False
+    """Its tensors are one rank's part of the positions; all else is of the whole."""
 
     @property
     def tokens(self) -> int:
@@ -73,19 +77,38 @@ class MicroBatch:
                 "cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens,
                 "max_length_q": self.max_length, "max_length_k": self.max_length,
             }  # fmt: skip
+        if self.sharded:
+            inputs[attention.SHARDED] = True
         return inputs
 
+    def shard(self, index: int, count: int) -> "MicroBatch":
+        """Part `index` of `count`: S / count neighbouring positions of every row."""
+        if count == 1:
+            return self
+        width = self.input_ids.shape[1] // count
+        assert width * count == self.input_ids.shape[1], (self.input_ids.shape, count)
+        part = slice(index * width, (index + 1) * width)
+        return replace(
+            self, input_ids=self.input_ids[:, part], labels=self.labels[:, part],
+            position_ids=self.position_ids[:, part], sharded=True,
+        )  # fmt: skip
 
-def collate(rows: Sequence[int], examples: Sequence[Example], *, packing: bool) -> MicroBatch:
-    """One micro-batch of these rows; `packing` chooses the layout."""
+
+def collate(
+    rows: Sequence[int], examples: Sequence[Example], *, packing: bool, multiple: int = 1
+) -> MicroBatch:
+    """One micro-batch of these rows; `packing` chooses the layout, `multiple` divides S.
+
+    What a pack lacks to it is padded as one more document, which no other sees.
+    """
     lengths = tuple(len(ids) for ids, _ in examples)
     targets = tuple(int(target[1:].sum()) for _, target in examples)
     if not examples:
-        one = torch.zeros(1, 1, dtype=torch.int64)
-        cu_seqlens = torch.tensor([0, 1], dtype=torch.int32) if packing else None
-        return MicroBatch(one, one + IGNORED, one, cu_seqlens, 1, (), (), ())
+        blank = torch.zeros(1, multiple, dtype=torch.int64)
+        cu_seqlens = torch.tensor([0, multiple], dtype=torch.int32) if packing else None
+        return MicroBatch(blank, blank + IGNORED, blank, cu_seqlens, multiple, (), (), ())
     layout = _pack if packing else _pad
-    return layout(tuple(int(r) for r in rows), examples, lengths, targets)
+    return layout(tuple(int(r) for r in rows), examples, lengths, targets, multiple)
 
 
 def _shifted(ids: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -100,17 +123,22 @@ def _pack(
     examples: Sequence[Example],
     lengths: tuple[int, ...],
     targets: tuple[int, ...],
+    multiple: int,
 ) -> MicroBatch:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    ids = np.concatenate([ids for ids, _ in examples]).astype(np.int64)
-    labels = np.concatenate([_shifted(i, t) for i, t in examples])
-    positions = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths)
+    lacking = -sum(lengths) % multiple
+    padding = [np.zeros(lacking, np.int64)] if lacking else []
+    spans = [*lengths, *map(len, padding)]
+    offsets = np.concatenate([[0], np.cumsum(spans)]).astype(np.int32)
+    ids = np.concatenate([*(ids for ids, _ in examples), *padding]).astype(np.int64)
+    blank = [part + IGNORED for part in padding]
+    labels = np.concatenate([*(_shifted(i, t) for i, t in examples), *blank])
+    positions = np.arange(len(ids)) - np.repeat(offsets[:-1], spans)
     return MicroBatch(
         input_ids=torch.from_numpy(ids)[None],
         labels=torch.from_numpy(labels)[None],
         position_ids=torch.from_numpy(positions.astype(np.int64))[None],
         cu_seqlens=torch.from_numpy(offsets),
-        max_length=max(lengths),
+        max_length=max(spans),
         rows=rows,
         lengths=lengths,
         targets=targets,
@@ -122,9 +150,11 @@ def _pad(
     examples: Sequence[Example],
     lengths: tuple[int, ...],
     targets: tuple[int, ...],
+    multiple: int,
 ) -> MicroBatch:
     """Right padding: under causal attention no real token sees it, so no mask is needed."""
-    shape = (len(examples), max(lengths))
+    longest = max(lengths)
+    shape = (len(examples), longest + -longest % multiple)
     ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
     for row, (tokens, target) in enumerate(examples):
         ids[row, : len(tokens)] = tokens

@@ -35,11 +35,14 @@ from tuneloom.train.distributed import World
 
 MANIFEST = "MANIFEST.json"
 ENGINE = "engine"
+TRAINER = "trainer.json"
 SEAL = "manifest_sha256"
 PARAMETERS = "zero"
 """Holds one folder a parameter, whole, in DeepSpeed's universal format: any layout can load it."""
 ROOM = 1.2
 """Free space to have before a save, in sizes of the last checkpoint."""
+FAILURES = (OSError, RuntimeError, SafetensorError)
+"""What writing raises when it fails; torch's own is a RuntimeError without an errno."""
 
 
 @dataclass(frozen=True)
@@ -84,30 +87,37 @@ def save(
     Raises TrainingError on all ranks when any rank could not write; the torn folder is removed and
     older checkpoints stay as they were.
     """
-    # A name nobody else has: a process of a dead attempt that wakes up writes into its own folder.
-    torn = distributed.broadcast_object(root / f".torn-{name(step)}-{secrets.token_hex(4)}")
-    agreed = partial(_agreed, torn=torn, step=step, world=world)
-    agreed(lambda: _make_room(torn, keep) if world.first else None)
-    agreed(lambda: _write(engine, torn, world, trainer, adapters_only))
+    torn = torn_folder(root, step)
+    all_do = partial(agreed, torn=torn, step=step, world=world)
+    all_do(lambda: make_room(torn, keep) if world.first else None)
+    all_do(lambda: _write(engine, torn, world, trainer, adapters_only))
     files = dict(
-        sorted(f for part in agreed(lambda: _hash_share(torn, world)) for f in part.items())
+        sorted(f for part in all_do(lambda: _hash_share(torn, world)) for f in part.items())
     )
     manifest = {
         "step": step, "world_size": world.size, "zero_stage": zero_stage, "digests": digests,
         "files": files,
     }  # fmt: skip
-    agreed(lambda: _commit(torn, root / name(step), manifest, keep) if world.first else None)
+    all_do(lambda: commit(torn, root / name(step), manifest, keep) if world.first else None)
     return root / name(step)
 
 
-def _agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> list[Any]:
+def torn_folder(root: Path, step: int) -> Path:
+    """Where a save is written until it is one, the same on all ranks; collective. A name nobody
+    else has: a process of a dead attempt that wakes up writes into its own folder.
+    """
+    folder: Path = distributed.broadcast_object(root / f".torn-{name(step)}-{secrets.token_hex(4)}")
+    return folder
+
+
+def agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> list[Any]:
     """What every rank's `work` returned, in rank order; one rank's failure is every rank's, and the
     torn folder is gone by then.
     """
     result, failure = None, None
     try:
         result = work()
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except FAILURES as error:
         failure = _why(error, torn)
     outcomes: list[Any] = distributed.gather_objects((result, failure))
     failures = [reason for _, reason in outcomes if reason]
@@ -120,7 +130,7 @@ def _agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> 
     return [value for value, _ in outcomes]
 
 
-def _make_room(torn: Path, keep: int) -> None:
+def make_room(torn: Path, keep: int) -> None:
     """The torn folder; where the last checkpoint would not fit again, all but that one go first."""
     root = torn.parent
     root.mkdir(parents=True, exist_ok=True)
@@ -139,19 +149,24 @@ def _write(
     engine: Any, torn: Path, world: World, trainer: dict[str, Any], adapters_only: bool
 ) -> None:
     """This rank's part of a checkpoint."""
-    with _failures_wait(engine):
-        engine.save_checkpoint(
-            str(torn),
-            tag=ENGINE,
-            client_state=_for_other_layouts(engine),
-            save_latest=False,
-            exclude_frozen_parameters=adapters_only,
-        )
+    with writing_with(engine, engine.checkpoint_engine.save, engine._copy_recovery_script):
+        save_engine(engine, torn, adapters_only)
     if masters.swapped(engine):
         _write_whole(engine, torn / ENGINE, world)
-    save_file(rng_state(world), torn / f"rng-{world.rank:05d}.safetensors")
+    save_file(rng_state(world), rng_file(torn, world))
     if world.first:
-        (torn / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
+        (torn / TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
+
+
+def save_engine(engine: Any, torn: Path, adapters_only: bool) -> None:
+    """DeepSpeed's part of a checkpoint; collective."""
+    engine.save_checkpoint(
+        str(torn),
+        tag=ENGINE,
+        client_state=_for_other_layouts(engine),
+        save_latest=False,
+        exclude_frozen_parameters=adapters_only,
+    )
 
 
 def _write_whole(engine: Any, folder: Path, world: World) -> None:
@@ -175,9 +190,12 @@ def _for_other_layouts(engine: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _failures_wait(engine: Any) -> Iterator[None]:
-    """Raise the first failure to write only when `save_checkpoint` is over: it has barriers, and
-    ranks that could write would wait there for one that could not (deepspeed 0.19.8).
+def writing_with(
+    engine: Any, shard: Callable[..., Any], scripts: Callable[..., Any]
+) -> Iterator[None]:
+    """Let `save_checkpoint` write its shards and its two scripts with these, and raise their first
+    failure only when it is over: it has barriers, and ranks that could write would wait there for
+    one that could not (deepspeed 0.19.8).
     """
     failures: list[Exception] = []
 
@@ -191,8 +209,8 @@ def _failures_wait(engine: Any) -> Iterator[None]:
         return call
 
     shards = engine.checkpoint_engine
-    shards.save = held_back(shards.save)
-    engine._copy_recovery_script = held_back(engine._copy_recovery_script)
+    shards.save = held_back(shard)
+    engine._copy_recovery_script = held_back(scripts)
     try:
         yield
     finally:
@@ -213,7 +231,7 @@ def _why(error: Exception, torn: Path) -> str:
     return f"disk full: {size}, {free} bytes free; free some space or move run.root ({text})"
 
 
-def _commit(torn: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
+def commit(torn: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     """The manifest last, then the name; from the rename on the checkpoint exists."""
     _write_durably(torn / MANIFEST, sealed(manifest))
     for folder in (torn / ENGINE, torn):
@@ -248,10 +266,15 @@ def _hash_share(folder: Path, world: World) -> dict[str, dict[str, Any]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     mine = {}
     for path in files[world.rank :: world.size]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        mine[str(path.relative_to(folder))] = durable_facts(path)
     return mine
+
+
+def durable_facts(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file that is on the disk from now on."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:
@@ -306,9 +329,14 @@ def rng_state(world: World) -> dict[str, torch.Tensor]:
     return state
 
 
+def rng_file(folder: Path, world: World) -> Path:
+    """Where the generators' state of this rank lies in a checkpoint."""
+    return folder / f"rng-{world.rank:05d}.safetensors"
+
+
 def restore_rng(folder: Path, world: World) -> None:
     """Put this rank's generators back; a rank that did not exist then keeps its seed."""
-    file = folder / f"rng-{world.rank:05d}.safetensors"
+    file = rng_file(folder, world)
     if not file.exists():
         return
     state = load_file(file)
@@ -372,7 +400,7 @@ def opened(folder: Path) -> Found:
 
 def _found(folder: Path) -> Found:
     manifest = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
-    trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
     return Found(folder, manifest, trainer)
 
 

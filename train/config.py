@@ -57,6 +57,12 @@ class ModelConfig(Config):
     """Recompute activations in backward: of no layer, of every layer, of every n-th layer."""
     checkpoint_every_layers: Positive = 2
     """The n of `checkpointing=selective`."""
+    checkpoint_offload: bool = False
+    """Keep the inputs of recomputed layers in host memory until backward: for long sequences."""
+    tile_tokens: Positive | None = None
+    """Compute MLPs this many tokens at a time, again in backward, and the loss without ever holding
+    all logits: for long sequences. None: all at once.
+    """
     kernels: bool = False
     """Put the fused ops of kernels/ into the model; what was patched stands in effects.json."""
 
@@ -108,12 +114,29 @@ class BatchConfig(Config):
     """Not packed: examples of one micro-batch on one rank, padded to the longest."""
     accumulation: Positive = 1
     """Micro-batches a rank sums before one optimizer step."""
+    sequence_parallel: Positive = 1
+    """Neighbouring ranks that share each micro-batch, a part of its tokens each (Ulysses); it
+    divides the ranks and the model's attention heads.
+    """
     shuffle: bool = True
-    window: Positive = 4096
-    """Examples that are packed together; also how far ahead the tokeniser must be."""
+    window: Positive | None = None
+    """Examples that are packed and balanced together, so how far ahead the tokeniser must be; None:
+    two steps' worth first, then doubling up to 64."""
     over_length: Literal["drop", "truncate", "error"] = "drop"
     max_lost_answer_tokens: Fraction = 0.005
     """Share of target tokens that over-length rows may lose before the run is refused."""
+
+    @property
+    def rank_tokens(self) -> int:
+        """Positions that one rank holds of the fullest micro-batch."""
+        whole = self.tokens if self.packing else self.sequences * self.max_length
+        return -(-whole // self.sequence_parallel)
+
+    def tiles(self, tokens: int) -> int:
+        """Tiles of at most `tokens` of every micro-batch, full or not: under ZeRO-3 each tile
+        gathers weights, so all ranks must make as many.
+        """
+        return -(-self.rank_tokens // tokens)
 
     @model_validator(mode="after")
     def pack_holds_an_example(self) -> "BatchConfig":
@@ -158,6 +181,10 @@ class CheckpointConfig(Config):
     every: NotNegative = 100
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep: Positive = 2
+    asynchronous: bool = False
+    """A step waits for a copy of the state in host memory (as large as the rank's part of a
+    checkpoint), and the files are written beside the steps that follow.
+    """
 
 
 class TrainLoopConfig(Config):
@@ -167,6 +194,10 @@ class TrainLoopConfig(Config):
     """
     max_bad_steps: NotNegative = 5
     """Non-finite steps refused in a row before the run ends with exit 5."""
+    spike_z: Annotated[float, Field(ge=0)] = 10.0
+    """A step whose loss stands this many robust standard deviations above the last 64 is named; 0
+    names none.
+    """
     validate_every: NotNegative = 0
     """Steps between validation losses; 0 is only at the end."""
     validation_rows: Positive = 512

@@ -5,7 +5,7 @@ import os
 import random
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tuneloom.errors import RefusedError
+from tuneloom.errors import ConfigError, RefusedError
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,37 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    sequence: int = 1
+    """Neighbouring ranks that share each micro-batch (`train/sequence.py`)."""
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_size` shares of a step's micro-batches this rank works on."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of each micro-batch this rank holds."""
+        return self.rank % self.sequence
+
+    def sharing(self, sequence: int) -> "World":
+        """This place when `sequence` neighbours share each micro-batch; ConfigError if they
+        cannot.
+        """
+        if self.size % sequence:
+            raise ConfigError(
+                f"batch.sequence_parallel: {self.size} ranks cannot form groups of {sequence}; set "
+                f"launch.workers to a multiple of {sequence}"
+            )
+        return replace(self, sequence=sequence)
 
 
 def start(*, timeout_seconds: int = 3600) -> World:
@@ -46,18 +73,24 @@ def start(*, timeout_seconds: int = 3600) -> World:
         assert size == 1, "MASTER_PORT is unset with several ranks"
         os.environ["MASTER_PORT"] = "0"
     quiet_libraries()
-    cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    if not cuda:
-        # Muon's Newton-Schulz is torch.compiled at first use: 53 to 89 s on a CPU, 1 s without
-        # (measured).
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    cuda = choose_accelerator()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     return World(rank, size, local_rank, device)
+
+
+def choose_accelerator() -> bool:
+    """True for CUDA; DeepSpeed is told, which reads it when it is imported."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    if not cuda:
+        # Muon's Newton-Schulz is torch.compiled at first use: 53 to 89 s on a CPU, 1 s without
+        # (measured).
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    return cuda
 
 
 def quiet_libraries() -> None:
@@ -86,7 +119,10 @@ def stop() -> None:
 
 def _join(backend: str, timeout: timedelta) -> None:
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            _rejoin(backend, timeout)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -96,6 +132,15 @@ def _join(backend: str, timeout: timedelta) -> None:
             ) from None
         first = str(error).splitlines()[0]
         raise RefusedError(f"MASTER_ADDR: rank 0 cannot be reached at {where} ({first})") from None
+
+
+def _rejoin(backend: str, timeout: timedelta) -> None:
+    """Meet under a name of this attempt: torchrun's store still holds the addresses of the last,
+    where gloo would wait for ranks that are dead (torch 2.13, in a dozen lines without us too).
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    mine = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=mine, rank=rank, world_size=size, timeout=timeout)
 
 
 def is_joined() -> bool:
@@ -124,6 +169,13 @@ def max_over_ranks(values: Tensor) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
+
+
+def neighbours(count: int, *, timeout_seconds: int) -> Any:
+    """The process group of this rank and the `count` - 1 beside it; collective over all ranks."""
+    timeout = timedelta(seconds=timeout_seconds)
+    group, _ = dist.new_subgroups(count, timeout=timeout)
+    return group
 
 
 def barrier() -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
-from tuneloom.kernels import attention, jit
-from tuneloom.train import masters
+from tuneloom.kernels import attention, jit, loss_head
+from tuneloom.train import masters, offload, sequence, tiles
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
@@ -48,6 +48,9 @@ class Witness:
         self._documents: list[int] = []
         attention.CALLS.clear()
         jit.CALLS.clear()
+        sequence.SEEN.clear()
+        tiles.SEEN.clear()
+        offload.MOVED.clear()
 
     def saw_micro_batches(self, documents: list[int]) -> None:
         """Documents in each micro-batch of a step that is about to run."""
@@ -197,10 +200,23 @@ class Witness:
                 {"layers": layers, "layer_forwards_per_micro_batch": per_micro},
             )
 
+        if model.checkpoint_offload:
+            moved = dict(offload.MOVED)
+            yield Receipt("model.checkpoint_offload", moved.get("bytes", 0) > 0, moved)
+        if model.tile_tokens is not None:
+            seen = dict(tiles.SEEN) | {"losses": jit.CALLS[loss_head.OP]}
+            tiled = seen.get("tiles", 0) > seen.get("forwards", 0) and seen["losses"] > 0
+            yield Receipt(f"model.tile_tokens={model.tile_tokens}", tiled, seen)
+
     def _batch(self) -> Iterator[Receipt]:
         if self.config.batch.packing:
             mean = sum(self._documents) / max(1, len(self._documents))
             yield Receipt("batch.packing", mean > 0, {"documents_per_pack": round(mean, 2)})
+        shared = self.config.batch.sequence_parallel
+        if shared > 1:
+            seen = dict(sequence.SEEN)  # each rank attends to what all that share hold
+            whole = seen.get("tokens_held", 0) * shared == seen.get("tokens_attended")
+            yield Receipt(f"batch.sequence_parallel={shared}", whole, seen)
 
 
 def as_json(receipts: list[Receipt], extra: dict[str, Any]) -> dict[str, Any]:

@@ -55,16 +55,19 @@ class Validation:
             self.config.batch.tokens if self.config.batch.packing else self.config.batch.max_length
         )
         bins = [kept[members] for members in pack(lengths[lengths > 0], budget)]
-        bins += [np.empty(0, np.int64)] * (-len(bins) % self.world.size)
+        world = self.world
+        bins += [np.empty(0, np.int64)] * (-len(bins) % world.data_size)
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        for rows in bins[self.world.rank :: self.world.size]:
-            micro = collate(list(rows), [self.store.example(int(r)) for r in rows], packing=True)
-            totals[0] += float(loss_sum(engine, micro.to(self.world.device)))
+        for rows in bins[world.data_rank :: world.data_size]:
+            examples = [self.store.example(int(r)) for r in rows]
+            micro = collate(list(rows), examples, packing=True, multiple=world.sequence)
+            part = micro.shard(world.sequence_rank, world.sequence).to(world.device)
+            totals[0] += float(loss_sum(engine, part))
             totals[1] += micro.target_tokens
         engine.train()
         distributed.sum_over_ranks(totals)
-        return float(totals[0] / totals[1])
+        return float(totals[0] / (totals[1] / world.sequence))
 
     def sample(self, engine: Any, path: Path, step: int) -> None:
         """Answer the first prompts on every rank alike; rank 0 writes them."""

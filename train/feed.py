@@ -33,7 +33,7 @@ class Feed:
         self.plan = Plan(len(self.rows), self.store.lengths, PlanConfig(
             seed=config.seed, epochs=config.epochs, shuffle=batch.shuffle, packing=batch.packing,
             tokens=batch.tokens, sequences=batch.sequences, window=batch.window,
-            group=world.size * accumulation,
+            group=world.data_size * accumulation,
         ))  # fmt: skip
         self.ledger = Ledger()
 
@@ -47,19 +47,21 @@ class Feed:
         return bins
 
     def mine(self, bins: list[np.ndarray]) -> list[MicroBatch]:
-        """This rank's micro-batches on its device."""
-        return [self._collated(rows) for rows in share(bins, self.world.rank, self.world.size)]
+        """This rank's micro-batches on its device, whole: `Session.part` cuts them."""
+        world = self.world
+        return [self._collated(rows) for rows in share(bins, world.data_rank, world.data_size)]
 
     def _collated(self, rows: np.ndarray) -> MicroBatch:
         examples = [self.store.example(int(row)) for row in rows]
-        return collate(list(rows), examples, packing=self.config.batch.packing).to(
-            self.world.device
-        )
+        packing, multiple = self.config.batch.packing, self.world.sequence
+        micro = collate(list(rows), examples, packing=packing, multiple=multiple)
+        return micro.to(self.world.device)
 
     def account(self, bins: list[np.ndarray], step: int, padded: int, exposure: Exposure) -> None:
         """Book one step of all ranks on the ledger and the exposure record; rank 0 only."""
         rows = np.concatenate(bins)
-        ranks = np.repeat(np.arange(len(bins)) % self.world.size, [len(b) for b in bins])
+        shares = np.arange(len(bins)) % self.world.data_size
+        ranks = np.repeat(shares * self.world.sequence, [len(b) for b in bins])
         facts = self.store.facts(rows)
         ids = [self.store.record_id(row) for row in rows.tolist()]
         exposure.add(ids, step, ranks, facts.kept, facts.trained)

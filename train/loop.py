@@ -5,6 +5,7 @@ flat loop.
 import math
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
             distributed.stop()
 
 
+def import_all() -> None:
+    """What a run imports on its way to the first step, in a process that is to begin one soon."""
+    for name in ("deepspeed", "peft", "transformers.models.auto.modeling_auto"):
+        import_module(name)
+
+
 def loop(s: Session) -> Outcome:
     """Step until the epochs or steps are over, or until asked to stop."""
     config, world, engine, clock = s.config, s.world, s.engine, s.clock
@@ -73,7 +80,7 @@ def loop(s: Session) -> Outcome:
             break
 
         # all micro-batches of the step, and what every rank agrees on
-        started, progress = time.time(), s.progress()
+        started, progress = time.monotonic(), s.progress()
         with clock.phase("data"):
             bins = s.feed.next_step()
             micros = s.feed.mine(bins)
@@ -88,7 +95,8 @@ def loop(s: Session) -> Outcome:
         total = torch.zeros((), dtype=torch.float32, device=world.device)
         for index, micro in enumerate(micros):
             with s.pace.timed(micro.tokens + micro.padded):
-                micro_loss = loss_sum(engine, micro)
+                part = micro.shard(world.sequence_rank, world.sequence)  # whole where S is 1
+                micro_loss = loss_sum(engine, part)
             engine.backward(micro_loss * (world.size / tally.target_tokens), scale_wrt_gas=False)
             total += micro_loss.detach()
             if index + 1 < len(micros):
@@ -97,13 +105,16 @@ def loop(s: Session) -> Outcome:
         # the optimizer step, refused on all ranks alike when it is not finite
         grad_norm, applied = s.optimizer_step()
         s.step += 1
-        loss = float(distributed.sum_over_ranks(total)) / tally.target_tokens
+        with clock.phase("collective"):  # NCCL only enqueues here, gloo waits
+            distributed.sum_over_ranks(total)
+        loss = float(total) / tally.target_tokens
         seeking_scale = s.loss_scale > 1.0  # fp16: an overflow halves it, and is no fault of a row
         good = math.isfinite(loss) and (applied or seeking_scale)
         bad_steps = 0 if good else bad_steps + 1
         s.record(bins, loss=loss, grad_norm=grad_norm, lr=lr, tally=tally, applied=applied,
-                 seconds=time.time() - started)  # fmt: skip
+                 seconds=time.monotonic() - started)  # fmt: skip
         if bad_steps > config.train.max_bad_steps:
+            s.settle()
             raise TrainingError(
                 f"train.max_bad_steps: {bad_steps} steps in a row were not finite, the last was "
                 "step "
@@ -113,6 +124,7 @@ def loop(s: Session) -> Outcome:
         # asked to stop: all ranks know since they agreed, all save this step
         if tally.stop:
             s.save()
+            s.settle()
             raise Stopped(f"stopped after step {s.step} on a signal; the same command resumes it")
     s.finish(loss)
     return Outcome(str(config.run.id), s.step, loss)

@@ -8,29 +8,55 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tuneloom.errors import TrainingError
 from tuneloom.train.tracker import Tracker
 
-PHASES = ("productive", "data", "checkpoint", "evaluation", "startup", "lost")
+PHASES = ("productive", "data", "collective", "checkpoint", "evaluation", "startup", "lost")
+"""Where rank 0's wall time goes. `collective` is what it waits in the loop's own reductions of
+numbers on the CPU (under gloo also that of the loss); waits inside the reduction of gradients are
+part of the backward pass that they overlap with, and `speed/slowest_rank` tells of those. `lost` is
+the time of steps that were done again, and between two attempts of one command."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What metrics.jsonl holds of earlier attempts."""
+
+    total: dict[str, float]
+    """Seconds by phase in the rows that stay."""
+    dropped: float = 0.0
+    """Seconds in the rows of steps that will be done again."""
+    until: float = 0.0
+    """When the last row, kept or not, was written; seconds of the epoch."""
 
 
 class Clock:
-    """Splits wall time into phases that sum to 100 %: what is in no phase is `productive` or
-    `startup`.
+    """Splits the wall time of a run, over all its attempts, into phases that sum to 100 %: what is
+    in no phase is `productive` or `startup`.
     """
 
-    def __init__(self, started: float | None = None) -> None:
-        self.started = started or float(os.environ.get("TUNELOOM_STARTED", time.time()))
+    def __init__(self, started: float | None = None, command: float | None = None) -> None:
+        # The time of day is read once: a clock that is set during the run moves no second.
+        self._epoch = time.time() - time.monotonic()
+        now = self._now()
+        self.command = command or float(os.environ.get("TUNELOOM_STARTED", now))
+        """When the command was started that this attempt belongs to."""
+        self.started = started or float(os.environ.get("TUNELOOM_ATTEMPT_STARTED", self.command))
         self.total: dict[str, float] = defaultdict(float)
         self.since_row: dict[str, float] = defaultdict(float)
         self._mark = self.started
         self._phase = "startup"
         self.changes = 0
         """Switches so far: while it grows, the run makes progress (`train/watchdog.py`)."""
+
+    def _now(self) -> float:
+        return self._epoch + time.monotonic()
 
     @property
     def now_in(self) -> str:
@@ -39,7 +65,7 @@ class Clock:
 
     def switch(self, phase: str) -> str:
         """Book the time since the last switch on the phase that ends; returns that phase."""
-        now = time.time()
+        now = self._now()
         self.changes += 1
         self.total[self._phase] += now - self._mark
         self.since_row[self._phase] += now - self._mark
@@ -54,17 +80,33 @@ class Clock:
         finally:
             self.switch(before)
 
-    def lost(self, seconds: float) -> None:
-        """Time of an earlier attempt whose steps are done again."""
-        self.total["lost"] += seconds
-        self.since_row["lost"] += seconds
+    def carry_on(self, kept: Kept) -> float:
+        """Take over what earlier attempts booked; returns the seconds that were lost: of steps that
+        are done again, and since the last attempt of this command wrote.
+
+        While no command runs nothing is lost: a run that is resumed the next day slept.
+        """
+        lost = kept.dropped + max(0.0, self.started - max(self.command, kept.until))
+        for phase, seconds in kept.total.items():
+            self.total[phase] += seconds
+        self.total["lost"] += lost
+        self.since_row["lost"] += lost
+        return lost
+
+    def shares(self) -> dict[str, float]:
+        """Of the run's wall time so far, by phase; they sum to 1."""
+        whole = sum(self.total.values())
+        return {phase: self.total[phase] / whole for phase in PHASES}
 
     def row(self) -> dict[str, float]:
-        """Seconds by phase since the last row; starts the next."""
+        """Seconds by phase since the last row, shares since the run began, and the time of day;
+        starts the next row.
+        """
         self.switch(self._phase)
         row = {f"time/{phase}": round(self.since_row[phase], 6) for phase in PHASES}
+        row |= {f"goodput/{phase}": round(share, 6) for phase, share in self.shares().items()}
         self.since_row.clear()
-        return row
+        return row | {"at": round(self._mark, 6)}
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -81,34 +123,38 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.tracker = tracker
 
-    def open_at(self, step: int, *, restarted: float | None = None) -> float:
-        """Keep rows up to `step`; returns the seconds that the dropped rows had taken.
-
-        `restarted` is when the attempt began that takes over from a lost one: what passed between
-        the last row and then is lost as well.
-        """
+    def open_at(self, step: int) -> Kept:
+        """Keep rows up to `step`; returns where the seconds of all rows went."""
         if not self.path.exists():
-            return 0.0
-        kept, lost = [], 0.0
-        if restarted is not None:
-            lost = max(0.0, restarted - self.path.stat().st_mtime)
+            return Kept({})
+        kept, total, dropped, until = [], dict.fromkeys(PHASES, 0.0), 0.0, 0.0
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # the last line of a killed writer
                 continue
-            if row["step"] <= step:
-                kept.append(line)
-            else:
-                lost += sum(v for k, v in row.items() if k.startswith("time/"))
+            until = max(until, row.get("at", 0.0))
+            seconds = {phase: row.get(f"time/{phase}", 0.0) for phase in PHASES}
+            if row["step"] > step:
+                dropped += sum(seconds.values())
+                continue
+            kept.append(line)
+            total = {phase: total[phase] + seconds[phase] for phase in PHASES}
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
-        return lost
+        return Kept(total, dropped, until)
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a row; raises TrainingError where the disk does not take it."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: the row of step {row['step']} could not be written "
+                f"({error.strerror}); look at the disk that holds run.root"
+            ) from error
         self.tracker.log(row)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from tuneloom.errors import ConfigError
 from tuneloom.kernels import attention
 from tuneloom.train.config import MethodConfig, ModelConfig
+from tuneloom.train.offload import checkpoint_on_host
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOE_BLOCKS = ("MoeBlock", "SparseMoe", "MoE", "MLPExperts", "Experts")
@@ -150,7 +151,9 @@ def keep_unpacked(network: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def choose_attention(network: nn.Module, model: ModelConfig) -> attention.Choice:
+def choose_attention(
+    network: nn.Module, model: ModelConfig, *, exchange: attention.Exchange | None = None
+) -> attention.Choice:
     """Pick a backend for this model and device and install it."""
     config: Any = network.config
     text = config.get_text_config()
@@ -159,7 +162,7 @@ def choose_attention(network: nn.Module, model: ModelConfig) -> attention.Choice
     choice = attention.choose(
         model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap
     )
-    attention.install(network, choice)
+    attention.install(network, choice, exchange=exchange)
     return choice
 
 
@@ -197,6 +200,8 @@ def checkpoint_activations(network: nn.Module, model: ModelConfig) -> int:
     every = model.checkpoint_every_layers if model.checkpointing == "selective" else 1
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0
+        if model.checkpoint_offload:
+            layer._gradient_checkpointing_func = checkpoint_on_host
     return sum(layer.gradient_checkpointing for layer in layers)
 
 

@@ -10,13 +10,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 
 import torch
 
 from tuneloom.train.distributed import World
 
 WINDOW = 20
-"""Steps that are averaged: one slow step is a page fault, twenty are a slow machine."""
+"""Steps whose median counts: a few slow steps are page faults or a neighbour's job, however slow;
+twenty are a slow machine."""
 SLOW = 1.5
 
 
@@ -70,13 +72,13 @@ class Pace:
         self._steps.append(paces)
         if len(self._steps) < WINDOW:
             return
-        means = [sum(step[rank] for step in self._steps) / WINDOW for rank in range(len(paces))]
-        median = sorted(means)[(len(means) - 1) // 2]
-        self.slowest = max(means) / median
-        for rank, mean in enumerate(means):
-            if mean >= SLOW * median and rank not in self._named:
+        usual = [median(step[rank] for step in self._steps) for rank in range(len(paces))]
+        middle = sorted(usual)[(len(usual) - 1) // 2]
+        self.slowest = max(usual) / middle
+        for rank, pace in enumerate(usual):
+            if pace >= SLOW * middle and rank not in self._named:
                 self._named.add(rank)
-                self._say(rank, mean / median)
+                self._say(rank, pace / middle)
 
     def _say(self, rank: int, ratio: float) -> None:
         if self.world.first:

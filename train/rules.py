@@ -97,6 +97,23 @@ RULES: tuple[Rule, ...] = (
         "the fused layers keep few activations and recompute none; set model.checkpointing=off",
     ),
     Rule(
+        ("model.checkpoint_offload", "model.checkpointing"),
+        lambda c: c.model.checkpoint_offload and c.model.checkpointing == "off",
+        "what is moved is the input of recomputed layers; set model.checkpointing=on",
+    ),
+    Rule(
+        ("model.tile_tokens", "model.kernels"),
+        lambda c: c.model.tile_tokens is not None and c.model.kernels,
+        "the fused layers compute their MLPs whole, and the loss in tiles already; set "
+        "model.kernels=false",
+    ),
+    Rule(
+        ("model.tile_tokens", "batch.tokens", "batch.sequence_parallel"),
+        lambda c: c.model.tile_tokens is not None and c.model.tile_tokens >= c.batch.rank_tokens,
+        "the part of a micro-batch that a rank holds is one tile; lower model.tile_tokens, or set "
+        "it to null",
+    ),
+    Rule(
         ("method.dora", "method.kind"),
         lambda c: c.method.kind == "full" and (c.method.dora or c.method.rslora),
         "DoRA and rsLoRA are kinds of LoRA; set method=lora",
@@ -123,6 +140,14 @@ RULES: tuple[Rule, ...] = (
         ("data.format", "objective.kind"),
         lambda c: c.data.format == "preference",
         "no objective compares answers; make prompt and completion of the chosen ones",
+    ),
+    Rule(
+        ("checkpoint.asynchronous", "zero.offload", "zero.offload_parameters"),
+        lambda c: (
+            c.checkpoint.asynchronous and "nvme" in (c.zero.offload, c.zero.offload_parameters)
+        ),
+        "state on a drive is gathered tensor by tensor, never copied whole to host memory; set "
+        "checkpoint.asynchronous=false",
     ),
     Rule(
         ("train.patience", "train.validate_every"),

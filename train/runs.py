@@ -16,6 +16,8 @@ from tuneloom.errors import ConfigError, RefusedError
 from tuneloom.redact import redacted
 from tuneloom.train.config import TrainConfig
 
+PATIENCE_SECONDS = 30.0
+"""How long a restart waits for the attempt before it to let go of the run folder."""
 C = TypeVar("C", bound=TrainConfig)
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "wandb", "hydra-core",
             "bitsandbytes",
@@ -55,20 +57,38 @@ def claim(config: TrainConfig) -> IO[str]:
         raise ConfigError(
             f"run.root: {folder} cannot be written ({error.strerror}); choose another"
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not _locked(lock, PATIENCE_SECONDS if _is_restart() else 0.0):
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise RefusedError(
             f"run.id: {folder} is being written by {holder}; wait for it, or choose another run.id"
-        ) from None
+        )
     lock.seek(0)
     lock.truncate()
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()
     _check_same_run(config, folder)
     return lock
+
+
+def _is_restart() -> bool:
+    """True for a later attempt of one launch, whose ranks before may still be on their way out."""
+    return (
+        os.environ.get("TUNELOOM_ATTEMPT", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0"
+    )
+
+
+def _locked(lock: IO[str], patience: float) -> bool:
+    """Take the lock, if need be within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
 
 
 def _check_same_run(config: TrainConfig, folder: Path) -> None:
@@ -161,7 +181,8 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     attempt = {
         "workers": facts["world_size"], "accumulation": facts["accumulation"],
-        "resumed_from": facts["resumed_from"],
+        "sequence_parallel": facts["sequence_parallel"], "resumed_from": facts["resumed_from"],
+        "clock": facts["clock"],
     }  # fmt: skip
     content = {
         **{key: before[key] for key in KEPT if key in before},

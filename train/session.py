@@ -20,6 +20,7 @@ from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
 from tuneloom.redact import redacted
 from tuneloom.registry.digests import weights_digest
 from tuneloom.train import (
+    background,
     checkpoint,
     distributed,
     effects,
@@ -29,6 +30,8 @@ from tuneloom.train import (
     model,
     probe,
     runs,
+    sequence,
+    tiles,
     weights,
     zero,
 )
@@ -41,6 +44,7 @@ from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, peak_memory_gib
 from tuneloom.train.pace import Pace
 from tuneloom.train.signals import StopFlag
+from tuneloom.train.spikes import Spikes
 from tuneloom.train.tracker import Tracker
 from tuneloom.train.universal import convert, own_loader
 from tuneloom.train.watchdog import Watchdog
@@ -83,13 +87,21 @@ class Session:
         self.witness: effects.Witness | None = None
         self.drill: FirstCheckpoint | None = None
         self.watchdog: Watchdog | None = None
+        self.background: background.Background | None = None
+        self.spikes = Spikes(config.train.spike_z)
 
     def prepare(self) -> None:
         """Seed, run folder, tokenizer, model, method, engine, data, resume, metrics."""
-        config, world = self.config, self.world
+        config = self.config
+        world = self.world = self.world.sharing(config.batch.sequence_parallel)
         distributed.seed_everything(config.seed)
         self._on_first(self._claim)
         self.stop = StopFlag(self.folder, first=world.first)
+
+        if config.checkpoint.asynchronous:
+            self.background = background.Background(
+                self.folder / "checkpoints", world, keep=config.checkpoint.keep
+            )
 
         # what to resume from decides how the engine is built
         found = self._resume_point()
@@ -110,7 +122,9 @@ class Session:
         self.tokenizer = load_tokenizer(str(base))
         with zero.partitioned_init(settings):
             network = model.load(base, config.model, config.method, world.device, seed=config.seed)
+            self._share_sequences(network)
             self.patched = _patch(network) if config.model.kernels else {}
+            self.tiled = tiles.install(network, config.model, config.batch)
             self.recomputing = model.checkpoint_activations(network, config.model)
             torch.manual_seed(config.seed)
             network = method.apply(network, config.method)
@@ -125,7 +139,9 @@ class Session:
         self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, config.data.golden))
         self.validation = evaluation.Validation(config, self.tokenizer, world)
         if config.batch.packing and config.train.probe:
-            probe.isolation(self.network, self.vocabulary, world.device, seed=config.seed)
+            probe.isolation(self.network, self.vocabulary, world, seed=config.seed)
+        if world.sequence > 1 and config.train.probe:
+            probe.sharing(self.network, self.vocabulary, world, seed=config.seed)
         torch.manual_seed(config.seed + world.rank)  # dropout differs by rank
 
         self._on_first(lambda: self._record_run(found))
@@ -143,12 +159,23 @@ class Session:
         if self.step < config.train.effects_step:
             self.witness = effects.Witness(config, self.engine, world)
         hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
-        self.pace = Pace(world, hosts, measured=config.zero.stage < 3)
+        alone = config.zero.stage < 3 and world.sequence == 1  # forward waits for no other rank
+        self.pace = Pace(world, hosts, measured=alone)
         self.watchdog = Watchdog(
             self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts
         )
 
     # set-up, in pieces
+
+    def _share_sequences(self, network: nn.Module) -> None:
+        """Attention across the ranks that share a micro-batch, where there are any."""
+        causal: Any = network
+        across = sequence.exchange(
+            self.world, causal.config.get_text_config(),
+            timeout_seconds=self.config.train.hang_seconds + 60,
+        )  # fmt: skip
+        if across is not None:
+            model.choose_attention(network, self.config.model, exchange=across)
 
     def _swaps(self) -> bool:
         return self.config.zero.offload_parameters == "nvme"
@@ -181,18 +208,19 @@ class Session:
 
     def _accumulation(self, found: checkpoint.Found | None) -> int:
         """Micro-batches of this rank a step; a resumed run keeps its global batch on any world
-        size.
+        size, and however many ranks share a micro-batch.
         """
         if found is None:
             return self.config.batch.accumulation
         group = int(found.trainer["group"])
-        if group % self.world.size:
+        shares, sequence = self.world.data_size, self.world.sequence
+        if group % shares:
+            times = f", times batch.sequence_parallel={sequence}" if sequence > 1 else ""
             raise ConfigError(
-                f"launch.workers: the run takes {group} micro-batches a step, which "
-                f"{self.world.size} "
-                f"ranks cannot share evenly; use a divisor of {group}"
+                f"launch.workers: the run takes {group} micro-batches a step, which {shares} "
+                f"ranks cannot share evenly; use a divisor of {group}{times}"
             )
-        return group // self.world.size
+        return group // shares
 
     def _record_run(self, found: checkpoint.Found | None) -> None:
         config = self.config
@@ -210,8 +238,9 @@ class Session:
                 "renderer": self.feed.renderer.digest, "golden_sets": self.golden,
             },
             "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
+            "clock": {"command": self.clock.command, "attempt": self.clock.started},
             "resumed_from": found.folder.name if found else None,
-            "accumulation": self.feed.accumulation,
+            "accumulation": self.feed.accumulation, "sequence_parallel": self.world.sequence,
         }  # fmt: skip
         if found:
             runs.refuse_other_inputs(config, facts)
@@ -239,10 +268,8 @@ class Session:
         )
         runs.update(self.folder, {"tracker": {"mode": tracker.mode, "reason": tracker.reason}})
         self.metrics = Metrics(self.folder, tracker)
-        restarted = self.clock.started if int(os.environ.get("TUNELOOM_ATTEMPT", "0")) else None
-        lost = self.metrics.open_at(self.step, restarted=restarted)
-        if lost:  # booked at once, so that it outlives an attempt that is lost before a step
-            self.clock.lost(lost)
+        if self.clock.carry_on(self.metrics.open_at(self.step)):
+            # Booked at once, so that it outlives an attempt that is lost before a step.
             self.metrics.write({"step": self.step} | self.clock.row())
         self.progress_line = Progress()
 
@@ -272,13 +299,21 @@ class Session:
         values = [
             sum(m.target_tokens for m in micros), sum(m.tokens for m in micros),
             sum(m.square_tokens for m in micros), sum(m.padded for m in micros),
-            int(self.stop.asked()), *self.pace.slots(),
+            int(self.stop.asked()), *self._written(), *self.pace.slots(),
         ]  # fmt: skip
-        summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
-        target, tokens, square, padded, stop = (int(v) for v in summed[:5])
-        self.pace.note(summed[5:])
+        with self.clock.phase("collective"):
+            summed = distributed.sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+        stop, paces = summed[4], 5 + background.SLOTS
+        # Every rank that shares a micro-batch has counted all of it.
+        target, tokens, square, padded = (int(v) // self.world.sequence for v in summed[:4])
+        if self.background is not None:
+            self.background.note(summed[5:paces])
+        self.pace.note(summed[paces:])
         assert target > 0, "a step without target tokens: the renderer refuses such rows"
         return Tally(target, tokens, square, padded, stop > 0)
+
+    def _written(self) -> list[int]:
+        return self.background.slots() if self.background is not None else [0] * background.SLOTS
 
     def set_lr(self, factor: float) -> float:
         """Scale every group's base learning rate; returns that of the first group."""
@@ -308,7 +343,7 @@ class Session:
         if self.world.first:
             extra = {
                 "step": self.step + 1, "kernels": self.patched,
-                "layers_recomputing": self.recomputing,
+                "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
             }  # fmt: skip
             runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
         effects.refuse_idle(receipts)
@@ -366,6 +401,7 @@ class Session:
             "speed/padding": tally.padded / (tally.padded + tally.tokens),
             "memory/peak_gib": peak_memory_gib(self.world.device),
         }
+        row |= self.spikes.note(self.step, loss)
         if self.pace.slowest is not None:
             row["speed/slowest_rank"] = self.pace.slowest
         if self.config.model.dtype == "fp16":
@@ -413,21 +449,32 @@ class Session:
             return
         with self.clock.phase("checkpoint"):
             self._on_first(lambda: self.exposure.flush(self.step) if self.exposure else None)
-            checkpoint.save(
-                self.engine, self.folder / "checkpoints", self.world,
-                step=self.step, zero_stage=self.config.zero.stage, trainer=self._state(),
-                adapters_only=self.config.method.kind != "full",
-                digests={"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
-                keep=self.config.checkpoint.keep,
-            )  # fmt: skip
+            content: dict[str, Any] = {
+                "step": self.step, "zero_stage": self.config.zero.stage, "trainer": self._state(),
+                "adapters_only": self.config.method.kind != "full",
+                "digests": {"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
+            }  # fmt: skip
+            if self.background is not None:
+                self.background.save(self.engine, **content)
+            else:
+                checkpoint.save(
+                    self.engine, self.folder / "checkpoints", self.world,
+                    keep=self.config.checkpoint.keep, **content,
+                )  # fmt: skip
             self._saved_step = self.step
             if self.config.train.drill and self.drill is None:
                 self.drill = FirstCheckpoint(self)
 
+    def settle(self) -> None:
+        """Wait for a save that is written beside training; collective."""
+        if self.background is not None:
+            with self.clock.phase("checkpoint"):
+                self.background.settle()
+
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "group": self.world.size * self.feed.accumulation,
+            "group": self.world.data_size * self.feed.accumulation,
             "feed": self.feed.state(),
             "best": self._best,
             "worse": self._worse,
@@ -446,6 +493,7 @@ class Session:
         self.validate()
         self.sample()
         self.save()
+        self.settle()
         with self.clock.phase("checkpoint"):
             weights.save(self.engine, self.tokenizer, self.folder / "weights", self.world)
         if self.drill is not None:
@@ -456,29 +504,38 @@ class Session:
             data_order = self.exposure.finish(self.step)
             self.feed.ledger.check(rows=self.feed.plan.consumed)
             self.feed.ledger.write(self.folder / "ledger.json")
-            self.clock.switch("productive")
-            total = sum(self.clock.total.values())
-            shares = {phase: seconds / total for phase, seconds in self.clock.total.items()}
+            self._book_the_rest()
             runs.update(self.folder, {
-                "state": "done", "steps": self.step, "loss": loss, "seconds": total, "time": shares,
-                "data_order": data_order,
+                "state": "done", "steps": self.step, "loss": loss, "data_order": data_order,
+                "seconds": sum(self.clock.total.values()), "time": self.clock.shares(),
             })  # fmt: skip
         distributed.barrier()
         swapped = zero.swap_folder(self.config)
         if swapped is not None:  # on each node its own drive
             shutil.rmtree(swapped, ignore_errors=True)
 
+    def _book_the_rest(self) -> None:
+        """The time since the last row, as a row of its own, and where all of it went as a line."""
+        if self.metrics is None:
+            return
+        self.metrics.write({"step": self.step} | self.clock.row())
+        shares = ", ".join(f"{phase} {share:.1%}" for phase, share in self.clock.shares().items())
+        print(f"time: {sum(self.clock.total.values()):.1f} s: {shares}", flush=True)
+
     def abandon(self, error: BaseException) -> None:
         """Say in run.json how it ended, where that can still be said."""
         if self.world.first and self._lock is not None and (self.folder / "run.json").exists():
             state = "stopped" if isinstance(error, Stopped) else "failed"
             try:
+                self._book_the_rest()
                 runs.update(self.folder, {"state": state, "error": str(error).splitlines()[0:1]})
-            except OSError as why:  # a full disk must not hide what ended the run
-                print(f"run.json still says running: {why}", flush=True)
+            except (OSError, TrainingError) as why:  # a full disk must not hide what ended the run
+                print(f"how the run ended is not in its folder: {why}", flush=True)
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""
+        if self.background is not None:
+            self.background.close()
         if self.watchdog is not None:
             self.watchdog.close()
         if hasattr(self, "feed"):

@@ -62,6 +62,12 @@ def refused(*overrides: str) -> str:
     return str(caught.value)
 
 
+def test_ranks_that_cannot_share_packs_are_refused_before_a_process_starts() -> None:
+    message = refused(*NEEDED, "launch.workers=6", "batch.sequence_parallel=4")
+    assert "6 ranks cannot form groups of 4; set launch.workers to a multiple of 4" in message
+    assert train(*NEEDED, "launch.workers=8", "batch.sequence_parallel=4").launch.workers == 8
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -118,10 +124,20 @@ BROKEN: list[list[str]] = [
     ["model.attention=flash", "model.dtype=fp32"],
     ["model.init=random", "method=lora"],
     ["model.kernels=true", "model.checkpointing=on"],
+    ["model.checkpoint_offload=true"],
+    ["model.tile_tokens=1024", "model.kernels=true"],
+    ["model.tile_tokens=2048", "batch.sequence_parallel=4", "launch.workers=4"],
     ["method=full", "method.dora=true"],
     ["method=full", "method.extra_modules=[lm_head]"],
     ["data.format=text"],
     ["data.format=preference"],
+    [
+        "checkpoint.asynchronous=true",
+        "zero=stage3",
+        "zero.offload=nvme",
+        "zero.offload_parameters=nvme",
+        "zero.nvme_path=/mnt",
+    ],
     ["train.patience=3"],
 ]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuneloom.data.balance import arrange, cost, straggling
+from tuneloom.data.balance import arrange, costs_of, straggling
 from tuneloom.data.plan import Plan, PlanConfig, epoch_order, share
 from tuneloom.errors import DataError
 
@@ -47,7 +47,7 @@ PLANS = st.builds(
     epochs=st.sampled_from([0.5, 1.0, 2.0, 2.5]),
     shuffle=st.booleans(),
     packing=st.booleans(),
-    window=st.sampled_from([1, 7, 16, 64]),
+    window=st.sampled_from([None, 1, 7, 16, 64]),
     sequences=st.integers(1, 5),
     group=st.sampled_from([1, 2, 3, 8]),
 )
@@ -171,6 +171,30 @@ def test_the_first_step_asks_for_an_eighth_of_a_window_only() -> None:
     assert asked == epoch_order(10_000, 0, 0)[:512].tolist()
 
 
+@pytest.mark.parametrize("group", [1, 64])
+def test_the_first_step_of_a_chosen_window_asks_for_two_steps_of_rows(group: int) -> None:
+    asked: list[int] = []
+
+    def lengths(rows: np.ndarray) -> np.ndarray:
+        asked.extend(rows.tolist())
+        return np.full(len(rows), 1_024)
+
+    plan = Plan(100_000, lengths, config(window=None, tokens=32_768, group=group))
+    plan.next_step()
+    assert set(asked) == set(epoch_order(100_000, 0, 0)[: max(512, 2 * 32 * group)].tolist())
+
+
+def test_chosen_windows_double_up_to_64_steps() -> None:
+    widths: list[int] = []
+
+    def lengths(rows: np.ndarray) -> np.ndarray:
+        widths.append(len(rows))
+        return np.full(len(rows), 64)  # one fills a bin, so none waits
+
+    run(Plan(100_000, lengths, config(window=None, group=512)), 150)
+    assert widths == [512, 1024, 2048, 4096, 8192, 16_384, 32_768, 32_768]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_that_are_all_dropped_end_in_a_sentence(packing: bool) -> None:
     plan = Plan(30, lambda rows: np.zeros(len(rows)), config(packing=packing, epochs=None))
@@ -197,6 +221,15 @@ def test_a_state_of_other_data_is_refused() -> None:
         make(31, config()).restore(state)
     with pytest.raises(DataError, match="made with seed=0, this run has 1"):
         make(30, config(seed=1)).restore(state)
+    with pytest.raises(DataError, match="made with window=16, this run has None"):
+        make(30, config(window=None)).restore(state)
+
+
+def test_a_state_of_an_older_order_is_refused() -> None:
+    state = make(30, config()).state()
+    del state["version"]  # as the first order's states were
+    with pytest.raises(DataError, match=r"version 1, this is version 2; finish .* resume=never"):
+        make(30, config()).restore(state)
 
 
 def long_and_short(rows: int) -> np.ndarray:
@@ -207,13 +240,53 @@ def long_and_short(rows: int) -> np.ndarray:
     return np.clip(lengths, 16, 32_768).astype(np.int64)
 
 
-def test_ranks_of_a_step_get_packs_of_like_cost() -> None:
+def straggling_of(plan: Plan, lengths: np.ndarray, group: int) -> tuple[float, float]:
+    """Slowest over mean of the steps that are whole: as planned, and at random."""
+    bins = [b for step in iter(plan.next_step, []) for b in step if len(b)]
+    costs = costs_of(bins, lengths)
+    shuffled = np.random.default_rng(0).permutation(costs)
+    return straggling(costs, group), straggling(shuffled, group)
+
+
+def test_with_the_default_window_the_slowest_of_64_ranks_waits_2_percent() -> None:
+    lengths = long_and_short(150_000)
+    plan = Plan(150_000, lambda rows: lengths[rows], config(tokens=32_768, window=None, group=64))
+    planned, random = straggling_of(plan, lengths, 64)
+    assert planned < 1.02 and random > 1.3
+
+
+def test_a_given_window_balances_too() -> None:
     lengths = long_and_short(60_000)
     plan = Plan(60_000, lambda rows: lengths[rows], config(tokens=32_768, window=30_000, group=64))
-    costs = np.array([cost(lengths[b]) for bins in iter(plan.next_step, []) for b in bins])
-    whole = costs[:-64]  # the last step has fewer packs than ranks
-    assert straggling(whole, 64) < 1.03
-    assert straggling(np.random.default_rng(0).permutation(whole), 64) > 1.3
+    planned, random = straggling_of(plan, lengths, 64)
+    assert planned < 1.03 and random > 1.3
+
+
+def test_dear_packs_wait_for_one_window_and_no_longer() -> None:
+    lengths, asked = long_and_short(60_000), np.zeros(60_000, int)
+
+    def seen(rows: np.ndarray) -> np.ndarray:
+        np.add.at(asked, rows, 1)
+        return lengths[rows]
+
+    plan = Plan(60_000, seen, config(tokens=32_768, window=8_000, group=64))
+    assert sorted(flat(run(plan))) == list(range(60_000))
+    assert asked.max() == 2 and lengths[asked == 2].mean() > 2 * lengths.mean()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 8])
+def test_resume_is_exact_where_dear_packs_wait(stop: int) -> None:
+    lengths = long_and_short(20_000)
+
+    def plan() -> Plan:
+        return Plan(
+            20_000, lambda rows: lengths[rows], config(tokens=32_768, window=None, group=64)
+        )
+
+    whole, first, second = plan(), plan(), plan()
+    assert run(whole, stop) == run(first, stop)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert run(second) == run(whole)
 
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 8), st.booleans())
@@ -229,13 +302,16 @@ def test_packs_of_equal_cost_stay_in_random_order() -> None:
     assert orders[0] == np.random.default_rng(0).permutation(50).tolist() != orders[1]
 
 
+@pytest.mark.parametrize("window", [None, 512])
 @pytest.mark.parametrize("group", [1, 4, 16])
-def test_a_run_resumed_with_another_global_batch_still_sees_every_row_once(group: int) -> None:
+def test_a_run_resumed_with_another_global_batch_still_sees_every_row_once(
+    group: int, window: int | None
+) -> None:
     lengths = np.clip(long_and_short(3_000), 16, 32_768)
 
     def plan(size: int) -> Plan:
         return Plan(
-            3_000, lambda rows: lengths[rows], config(tokens=32_768, window=512, group=size)
+            3_000, lambda rows: lengths[rows], config(tokens=32_768, window=window, group=size)
         )
 
     first = plan(8)

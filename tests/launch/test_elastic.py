@@ -34,6 +34,8 @@ def test_smaller_sizes_divide_the_global_batch_and_keep_ranks_a_node() -> None:
     assert sizes(12, workers=4, min_workers=1) == [(3, 1), (2, 1), (1, 1)]
     assert sizes(16, workers=8, nodes=4, min_workers=2) == [(4, 2), (2, 1)]
     assert sizes(8, workers=8) == []
+    shared = smaller(LaunchConfig(kind="ray", workers=8, min_workers=2), 4, sequence=2)
+    assert [size.workers for size in shared] == [4, 2]  # 2 and 4 micro-batches each
 
 
 def test_min_workers_above_workers_or_without_a_cluster_is_refused() -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloom.testing import free_port, metrics
+from tuneloom.train.metrics import PHASES
 
 STEPS = 8
 
@@ -86,12 +87,12 @@ def wait_for_step(lab: Path, run_id: str, step: int, process: subprocess.Popen[b
     raise AssertionError(f"{run_id} did not reach step {step}; exit {process.poll()}")
 
 
-def started(lab: Path, run_id: str) -> subprocess.Popen[bytes]:
+def started(lab: Path, run_id: str, *more: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "tuneloom", "train",
          *overrides(lab, run_id, "launch=local", "launch.workers=2", "steps=4000", "epochs=100000",
-                    "checkpoint.every=20")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    "checkpoint.every=20", *more)],
+        stdout=(lab / f"{run_id}.log").open("wb"), stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -107,12 +108,10 @@ def test_sigterm_to_the_driver_saves_the_step_and_exits_75(lab: Path) -> None:
 
 
 def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: Path) -> None:
+    before_all = time.time()
     process = started(lab, "bereft")
     wait_for_step(lab, "bereft", 25, process)
-    workers = subprocess.run(
-        ["pgrep", "-P", _raylet_of(process.pid), "-f", "Worker.run"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
     before = len((lab / "runs/bereft/metrics.jsonl").read_text().splitlines())
     wait_for_step(lab, "bereft", before + 5, process)
     process.send_signal(signal.SIGTERM)
@@ -123,8 +122,51 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: P
     # What the restart cost is booked at once, on the step it went on from.
     lost = [row["step"] for row in rows if row["time/lost"] > 0]
     assert len(lost) == 1 and lost[0] % 20 == 0
+    # Both attempts' seconds are those since the command was started, each once.
+    attempts = json.loads((lab / "runs/bereft/run.json").read_text())["attempts"]
+    assert len(attempts) == 2
+    wall = rows[-1]["at"] - attempts[0]["clock"]["command"]
+    booked = sum(row.get(f"time/{phase}", 0.0) for row in rows for phase in PHASES)
+    assert booked == pytest.approx(wall, abs=1e-6 * len(PHASES) * len(rows))
+    assert before_all <= attempts[0]["clock"]["command"] and rows[-1]["at"] <= time.time()
+    ledger = {phase: rows[-1][f"goodput/{phase}"] for phase in PHASES}
+    assert sum(ledger.values()) == pytest.approx(1.0, abs=1e-5)
+    assert ledger["lost"] * wall == pytest.approx(
+        sum(r.get("time/lost", 0.0) for r in rows), abs=1e-3
+    )
+    assert ledger["collective"] > 0
 
 
-def _raylet_of(driver: int) -> str:
-    found = subprocess.run(["pgrep", "-P", str(driver), "raylet"], capture_output=True, text=True)
-    return found.stdout.split()[0]
+def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> None:
+    process, log = started(lab, "standby", "launch.standby=true"), lab / "standby.log"
+    for kill in (1, 2):  # who took the first one's place has standby workers too
+        deadline = time.monotonic() + 120
+        while log.read_text().count("workers wait beside the run") < kill:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        first = set(ranks_of(process))
+        waiting = set(workers_of(process)) - first
+        assert len(first) == 2 and len(waiting) == 2
+        os.kill(max(first), signal.SIGKILL)
+        while len(second := set(ranks_of(process)) - first) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        assert second == waiting
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 75, said
+    rows = [json.loads(r) for r in (lab / "runs/standby/metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 25
+
+
+def ranks_of(driver: subprocess.Popen[bytes]) -> list[int]:
+    """Processes that run a rank."""
+    return workers_of(driver, "Worker.run")
+
+
+def workers_of(driver: subprocess.Popen[bytes], named: str = "ray::Worker") -> list[int]:
+    raylet = subprocess.run(
+        ["pgrep", "-P", str(driver.pid), "raylet"], capture_output=True, text=True
+    ).stdout.split()[0]
+    found = subprocess.run(["pgrep", "-P", raylet, "-f", named], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]

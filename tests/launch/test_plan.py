@@ -21,6 +21,7 @@ from tuneloom.launch.plan import (
     memory_problems,
     plan,
     ranks_of,
+    refusal,
     surely_fits,
 )
 from tuneloom.launch.workload import speed, workload
@@ -284,6 +285,16 @@ def test_offload_is_refused_where_the_host_is_too_small() -> None:
     small = plan(config, PlanConfig(gpu="h200-141", host_memory_gib=32))
     assert not small.fits and "host memory" in small.problems[0]
     assert plan(config, PlanConfig(gpu="h200-141", host_memory_gib=256)).fits
+
+
+def test_copies_of_asynchronous_checkpoints_count_as_host_memory_of_a_node() -> None:
+    shared = ("method=full", "zero=stage2", "launch.workers=4", "launch.gpus_per_worker=1")
+    config = shaped("meta-llama/Meta-Llama-3-8B", *shared, "checkpoint.asynchronous=true")
+    large = plan(config, PlanConfig(gpu="h200-141", host_memory_gib=256))
+    assert large.fits and large.memory.host == large.checkpoint // 4
+    small = plan(config, PlanConfig(gpu="h200-141", host_memory_gib=64))
+    assert small.problems[0].startswith("checkpoint.asynchronous needs 104.7 GiB of host memory")
+    assert "checkpoint.asynchronous=false" in refusal(config, small)
 
 
 def test_a_job_that_fits_this_machine_passes_and_a_huge_one_is_refused(lab: Path) -> None:

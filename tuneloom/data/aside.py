@@ -17,7 +17,7 @@ from tuneloom.data.store import COLUMNS, ShardWriter
 
 ASIDE = pa.schema([
     ("id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("fate", pa.string()),
-    ("reason", pa.string()), ("kept", pa.string()), ("record", pa.string()),
+    ("reason", pa.string()), ("kept", pa.string()), ("record", pa.string()), ("note", pa.string()),
 ])  # fmt: skip
 LENGTHS = (50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 200_000, 1_000_000)
 """Characters a record, as the report counts them; no record is longer than a raw row may be."""
@@ -55,7 +55,8 @@ def write_rows(
                 kept = [ids.get(int(i)) for i in decision.leader[rows][chosen]]
                 part = table.filter(pa.array(chosen))
                 stored = kind == "quarantined" and reason != "held_out"
-                aside.write_table(aside_rows(part, kind, reason, kept, records=stored))
+                notes = [decision.notes.get(int(i)) for i in np.flatnonzero(chosen) + rows.start]
+                aside.write_table(aside_rows(part, kind, reason, kept, records=stored, notes=notes))
     return Written({name: writer.close() for name, writer in writers.items()}, lengths)
 
 
@@ -72,7 +73,15 @@ def _ids_of_leaders(spill: Spill, decision: Decision) -> dict[int, str]:
     return found
 
 
-def aside_rows(table: pa.Table, fate: str, reason: str, kept: Any, *, records: bool) -> pa.Table:
+def aside_rows(
+    table: pa.Table,
+    fate: str,
+    reason: str,
+    kept: Any,
+    *,
+    records: bool,
+    notes: list[str | None] | None = None,
+) -> pa.Table:
     """Rows that are not in the dataset, as set_aside.parquet lists them."""
     count = len(table)
     columns = [
@@ -80,5 +89,6 @@ def aside_rows(table: pa.Table, fate: str, reason: str, kept: Any, *, records: b
         pa.array([reason] * count, pa.string()),
         kept if isinstance(kept, pa.ChunkedArray) else pa.array(kept, pa.string()),
         table["record"] if records else pa.nulls(count, pa.string()),
+        pa.array(notes or [None] * count, pa.string()),
     ]  # fmt: skip
     return pa.Table.from_arrays(columns, schema=ASIDE)

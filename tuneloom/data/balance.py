@@ -2,8 +2,8 @@
 
 Packs of equal tokens differ in cost, because attention grows with the square of a document's
 length: dealt at random to 64 ranks, packs of 32k tokens lose 46 % of the time to waiting. Inside a
-window, bins of like cost are put in one step; where random order loses little anyway, it stays
-random.
+window, bins of like cost are put in one step, and the dearest wait, once, for more of their like;
+where random order loses little anyway, it stays random.
 """
 
 import numpy as np
@@ -15,10 +15,14 @@ TOLERATED = 1.02
 """Slowest over mean rank time below which the order stays random."""
 
 
-def cost(lengths: np.ndarray) -> float:
-    """Time of one pack of documents, in units of a token's linear layers."""
-    sizes = lengths.astype(np.float64)
-    return float((sizes + sizes**2 / EVEN).sum())
+def costs_of(bins: list[np.ndarray], lengths: np.ndarray) -> np.ndarray:
+    """Time of every pack in units of a token's linear layers: (bins,) float64.
+
+    Summed in integers: the same bits on every machine. No bin may be empty.
+    """
+    sizes = lengths[np.concatenate(bins)].astype(np.int64)
+    starts = np.cumsum([0, *(len(members) for members in bins[:-1])])
+    return np.add.reduceat(sizes * (EVEN + sizes), starts) / EVEN
 
 
 def straggling(costs: np.ndarray, group: int) -> float:
@@ -28,6 +32,23 @@ def straggling(costs: np.ndarray, group: int) -> float:
         return 1.0
     steps = costs[:whole].reshape(-1, group)
     return float(steps.max(axis=1).sum() / steps.mean(axis=1).sum())
+
+
+def dearest(
+    costs: np.ndarray, free: np.ndarray, group: int, phase: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Bins that are better sent in the next window, of those `free` to wait: indices.
+
+    They are the bins beyond the last whole step and those of one step more: costs are far apart
+    there, and half as far once the next window's join them. None where order stays random; at
+    least one step is left.
+    """
+    steps = (phase + len(costs)) // group
+    if not steps or straggling(generator.permutation(costs), group) <= TOLERATED:
+        return np.empty(0, np.int64)
+    sent = max(1, steps - 1) * group - phase
+    ranked = np.argsort(-costs, kind="stable")
+    return ranked[free[ranked]][: len(costs) - sent]
 
 
 def arrange(

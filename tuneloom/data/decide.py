@@ -6,7 +6,8 @@ answer however the rows were read.
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tuneloom.data.dedupe import PERMUTATIONS, clusters
+from tuneloom.data.labels import find_issues
 from tuneloom.data.provenance import Provenance, allows
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.splits import assign
@@ -85,6 +87,8 @@ class Decision:
     created_from: list[dict[str, Any]]
     conflicts: int
     leaks: dict[str, int]
+    label_issues: dict[str, int] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, Counter[str]]:
         """Rows by kind of fate and reason."""
@@ -96,8 +100,16 @@ class Decision:
         return totals
 
 
-def decide(columns: Columns, signatures: np.ndarray | None, recipe: Recipe) -> Decision:
-    """Set rows aside in the order of the sentences below, then split what is left."""
+def decide(
+    columns: Columns,
+    signatures: np.ndarray | None,
+    recipe: Recipe,
+    inputs: Callable[[np.ndarray], list[str]],
+) -> Decision:
+    """Set rows aside in the order of the sentences below, then split what is left.
+
+    `inputs` reads the questions of some rows, for what cannot be told from numbers.
+    """
     count = len(columns.key)
     decision = Decision([("kept", "")], np.zeros(count, np.int32), np.arange(count),
                         np.full(count, -1, np.int8), [], 0, {})  # fmt: skip
@@ -128,6 +140,8 @@ def decide(columns: Columns, signatures: np.ndarray | None, recipe: Recipe) -> D
     decision.conflicts = int(conflicting.sum())
     if recipe.conflicts == "quarantine":
         _set_aside(decision, conflicting, "quarantined", "label_conflict")
+    if recipe.label_issues.action != "off":
+        _doubt(decision, columns, recipe, inputs)
     kept = decision.fate == 0
     group = columns.key
     if recipe.near.action == "group":
@@ -152,6 +166,26 @@ def _near(decision: Decision, columns: Columns, signatures: np.ndarray, recipe: 
     decision.leader[kept] = leader
     if recipe.near.action == "drop":
         _set_aside(decision, decision.leader != np.arange(len(columns.key)), "deduplicated", "near")
+
+
+def _doubt(
+    decision: Decision,
+    columns: Columns,
+    recipe: Recipe,
+    inputs: Callable[[np.ndarray], list[str]],
+) -> None:
+    """Count rows still kept whose label looks wrong, and set them aside where the recipe says."""
+    labels = np.where(decision.fate == 0, columns.label, -1)
+    issues = find_issues(labels, columns.labels, inputs, recipe.label_issues)
+    decision.label_issues = {
+        "checked": issues.checked,
+        "suspected": len(issues.rows),
+        "unchecked": int((decision.fate == 0).sum()) - issues.checked,
+    }
+    if recipe.label_issues.action == "quarantine":
+        suspected = np.isin(np.arange(len(labels)), issues.rows)
+        _set_aside(decision, suspected, "quarantined", "label_issue")
+        decision.notes = dict(zip(issues.rows.tolist(), issues.notes, strict=True))
 
 
 def _together(key: np.ndarray, leader: np.ndarray) -> np.ndarray:

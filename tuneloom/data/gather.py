@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from tuneloom.data.questions import asked_and_answered
 
 RANGE_BYTES = 48 << 20
 FAN_IN = 512
@@ -57,6 +60,17 @@ class Spill:
     def keep(self, number: int, table: pa.Table) -> None:
         """Write a range of unique rows for the second pass."""
         write_run(self.folder / f"unique-{number:07d}.arrow", table)
+
+    def questions(self, rows: np.ndarray) -> list[str]:
+        """The input side of some unique rows, which are numbered from 0 in their order."""
+        found: list[str] = []
+        start = 0
+        for table in self.unique():
+            here = rows[(rows >= start) & (rows < start + len(table))]
+            records = table["record"].take(pa.array(here - start)).to_pylist()
+            found += [asked_and_answered(orjson.loads(record))[0] for record in records]
+            start += len(table)
+        return found
 
     def unique(self) -> Iterator[pa.Table]:
         """The ranges that were kept, in order."""

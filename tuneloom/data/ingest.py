@@ -79,7 +79,7 @@ def _make(
         columns, exact = _merge(Spill(spill), aside, recipe)
         clock.append(time.perf_counter())
         near = open_signatures(spill / "signatures") if recipe.near.action != "off" else None
-        decision = decide(columns, near, recipe)
+        decision = decide(columns, near, recipe, Spill(spill).questions)
         clock.append(time.perf_counter())
         written = write_rows(Spill(spill), draft, decision, aside, recipe)
     clock.append(time.perf_counter())

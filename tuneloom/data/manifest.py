@@ -63,6 +63,7 @@ def make_manifest(
         "found": plain(tally.found),
         "leaks": decision.leaks,
         "label_conflicts": decision.conflicts,
+        "label_issues": decision.label_issues,
         "labels": _label_table(columns, decision.split),
         "licence": summary(kept_of, provenance, recipe.use, recipe.as_of),
         "rejects_digest": tally.rejects.hexdigest(),

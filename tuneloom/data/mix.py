@@ -229,7 +229,7 @@ def _write(
         "name": config.name, "splits": splits,
         "counts": {"in": kept, "kept": kept, "rejected": {}, "deduplicated": {}, "quarantined": {}},
         "lengths": length_table(lengths), "sanitised": {}, "found": {}, "leaks": {}, "against": [],
-        "label_conflicts": 0, "labels": {}, "mixture": mixture,
+        "label_conflicts": 0, "label_issues": {}, "labels": {}, "mixture": mixture,
         "licence": _licence(everyone, dict(sorted(licences.items()))),
         "config_digest": _digest(canonical(identity)), "recipe": identity,
         "transforms": [{"step": "mix", "version": 1, "rows": kept, "out_digest": digest_of(splits),

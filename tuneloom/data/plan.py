@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tuneloom.data.balance import arrange, cost
+from tuneloom.data import windows
+from tuneloom.data.balance import arrange, costs_of, dearest
 from tuneloom.data.packing import pack
 from tuneloom.errors import DataError
 
@@ -27,6 +28,8 @@ Lengths = Callable[[np.ndarray], np.ndarray]
 EMPTY = np.empty(0, np.int64)
 FIXED = ("rows", "seed", "shuffle", "packing", "tokens", "window")
 """Keys of a state that must be those of the run it is restored in."""
+VERSION = 2
+"""Of the order that a state continues; raise it whenever the same config would give another."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class PlanConfig:
     packing: bool
     tokens: int
     sequences: int
-    window: int
+    window: int | None
+    """Rows packed together; None: chosen and growing, see `windows`."""
     group: int
 
 
@@ -66,6 +70,7 @@ class Plan:
         self._order: tuple[int, np.ndarray] = (-1, EMPTY)
         self._window = 0  # windows before the current one
         self._start, self._stop = 0, 0  # its place in the stream
+        self._width: int | None = None  # rows of the next window, where they are chosen and known
         self._waiting = EMPTY  # rows carried into the current window
         self._group, self._phase = config.group, 0  # what the current window is arranged for
         self._bins: list[np.ndarray] | None = None
@@ -111,6 +116,7 @@ class Plan:
         """Small JSON from which `restore` continues exactly."""
         config = self.config
         return {
+            "version": VERSION,
             "rows": self.rows,
             "seed": config.seed,
             "shuffle": config.shuffle,
@@ -119,6 +125,7 @@ class Plan:
             "index": self._window,
             "start": self._start,
             "stop": self._stop,
+            "width": self._width,
             "waiting": self._waiting.tolist(),
             "group": self._group,
             "phase": self._phase,
@@ -133,6 +140,12 @@ class Plan:
         The global batch and the number of epochs may differ: the window that was open is finished
         as it was begun, and what follows is new.
         """
+        if state.get("version", 1) != VERSION:
+            raise DataError(
+                f"resume: the checkpoint's order of rows is version {state.get('version', 1)}, "
+                f"this is version {VERSION}; finish the run with the code that began it, or set "
+                "resume=never"
+            )
         for key, mine in self.state().items():
             if key in FIXED and state[key] != mine:
                 raise DataError(
@@ -141,6 +154,7 @@ class Plan:
                 )
         self._window, self._next = state["index"], state["next"]
         self._start, self._stop = state["start"], state["stop"]
+        self._width = state["width"]
         self._waiting = np.asarray(state["waiting"], np.int64)
         self._group, self._phase = state["group"], state["phase"]
         self._bins = None
@@ -174,7 +188,7 @@ class Plan:
             if self._bins is None:
                 if self.total is not None and self._start >= self.total:
                     break
-                self._stop = self._within(self._start + self._width(self._window))
+                self._stop = self._within(self._start + self._rows_wanted())
                 self._open(last=self.total is not None and self._stop >= self.total)
                 passed.append(self._dropped)
             assert self._bins is not None
@@ -198,41 +212,67 @@ class Plan:
         fresh = self._stream(self._start, self._stop)
         rows = np.concatenate([self._waiting, fresh])
         lengths = np.asarray(self._lengths(rows), np.int64)
+        if self.config.window is None:
+            self._width = windows.following(len(fresh), lengths, self._capacity)
         self._dropped = rows[lengths == 0]
         waited = (np.arange(len(rows)) < len(self._waiting))[lengths > 0]
         rows, lengths = rows[lengths > 0], lengths[lengths > 0]
         bins = pack(lengths, self.config.tokens)
-        kept = set() if last else self._hold(bins, lengths, waited)
-        self._carried = np.concatenate([EMPTY, *(rows[bins[i]] for i in sorted(kept))])
-        sent = [members for i, members in enumerate(bins) if i not in kept]
-        order = self._arrangement(sent, lengths)
-        self._bins, self._next = [rows[sent[i]] for i in order.tolist()], 0
+        free = np.array([not waited[members].any() for members in bins], bool) & (not last)
+        sent = self._without_emptiest(bins, lengths, free, len(fresh))
+        sent = self._without_dearest(bins, lengths, free, sent)
+        kept = np.setdiff1d(np.arange(len(bins)), sent)
+        self._carried = np.concatenate([EMPTY, *(rows[bins[i]] for i in kept)])
+        order = self._arrangement([bins[i] for i in sent], lengths)
+        self._bins, self._next = [rows[bins[i]] for i in sent[order]], 0
 
-    def _hold(self, bins: list[np.ndarray], lengths: np.ndarray, waited: np.ndarray) -> set[int]:
-        """Bins that wait for the next window: the emptiest, none with a row that has waited."""
+    def _without_emptiest(
+        self, bins: list[np.ndarray], lengths: np.ndarray, free: np.ndarray, fresh: int
+    ) -> np.ndarray:
+        """Bins to send, in order; the others are the emptiest of those free to wait."""
         fill = np.array([lengths[members].sum() for members in bins]) / self.config.tokens
-        held: set[int] = set()
-        left = self.config.window // CARRIED
+        sent = np.ones(len(bins), bool)
+        left = fresh // CARRIED
         for index in np.argsort(fill, kind="stable").tolist():
             if fill[index] >= FULL or len(bins[index]) > left:
                 break
-            if not waited[bins[index]].any():
-                held.add(index)
+            if free[index]:
+                sent[index] = False
                 left -= len(bins[index])
-        return held
+        return np.flatnonzero(sent)
+
+    def _without_dearest(
+        self, bins: list[np.ndarray], lengths: np.ndarray, free: np.ndarray, sent: np.ndarray
+    ) -> np.ndarray:
+        """`sent` without those that the next window can put beside more of their like."""
+        if not self.config.shuffle or not len(sent):
+            return sent
+        costs = costs_of([bins[i] for i in sent], lengths)
+        generator = _generator(self.config.seed, self._window, 2)
+        return np.delete(sent, dearest(costs, free[sent], self._group, self._phase, generator))
 
     def _arrangement(self, sent: list[np.ndarray], lengths: np.ndarray) -> np.ndarray:
         """Order of a window's bins: random but for cost, or by their first row in the stream."""
         if not self.config.shuffle:
             return np.argsort([members[0] for members in sent], kind="stable")
-        costs = np.array([cost(lengths[members]) for members in sent])
+        if not sent:
+            return EMPTY
         generator = _generator(self.config.seed, self._window, 1)
-        return arrange(costs, self._group, self._phase, generator)
+        return arrange(costs_of(sent, lengths), self._group, self._phase, generator)
 
-    def _width(self, window: int) -> int:
-        """Rows of a window. The first three are W/8, W/4 and W/2 long, so that the first step does
-        not wait for a whole window of long rows to be tokenised."""
-        return max(1, self.config.window >> max(0, 3 - window))
+    def _rows_wanted(self) -> int:
+        """Rows of the window that opens next."""
+        if self.config.window is not None:
+            return windows.given(self.config.window, self._window)
+        if self._width is not None:
+            return self._width
+        probed = self._stream(0, self._within(windows.PROBED))
+        return windows.first(np.asarray(self._lengths(probed)), self._capacity)
+
+    @property
+    def _capacity(self) -> int:
+        """Tokens of a step."""
+        return self.config.group * self.config.tokens
 
     def _within(self, position: int) -> int:
         """A stream position, not beyond the end of the run."""

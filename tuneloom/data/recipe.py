@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from tuneloom.config import Config
 from tuneloom.data.contamination import AgainstConfig
 from tuneloom.data.dedupe import NearConfig
+from tuneloom.data.labels import LabelIssuesConfig
 from tuneloom.data.provenance import SourceInfo, Use
 from tuneloom.data.quality import QualityConfig
 from tuneloom.data.redact import PrivacyConfig
@@ -66,6 +67,8 @@ class Recipe(Config):
     """Validation, golden and evaluation sets that no row may be taken from."""
     conflicts: Literal["list", "quarantine"] = "list"
     """Rows that answer one question differently: counted only, or set aside."""
+    label_issues: LabelIssuesConfig = LabelIssuesConfig()
+    """Labels that the words of their row speak against: counted, or set aside."""
     provenance: list[SourceInfo] = []
     """Owner, licence, consent and trust of the sources."""
     use: Use = "commercial"

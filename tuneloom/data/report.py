@@ -126,6 +126,9 @@ def _flow(manifest: Mapping[str, Any]) -> str:
     if manifest["label_conflicts"]:
         extra += (f"<p>{manifest['label_conflicts']:,} rows answer a question that another row answers "
                  "differently.</p>")  # fmt: skip
+    if issues := manifest.get("label_issues"):
+        extra += (f"<p>Labels held against the words of their rows: {issues['suspected']:,} of "
+                  f"{issues['checked']:,} look wrong; {issues['unchecked']:,} rows could not be judged.</p>")  # fmt: skip
     return f'<h2>Every row accounted for</h2><div class="flow">{bar}</div>{table(["", "rows", ""], rows)}{extra}'
 
 
@@ -225,10 +228,11 @@ def _aside(folder: Path) -> str:
             group = shown.setdefault(row["reason"], [])
             if len(group) < 3 and row["record"]:
                 group.append(row)
-    rows = [(row["reason"], f"{row['source']}:{row['line']}", Html(_turns(row["record"], 300)))
+    rows = [(row["reason"], f"{row['source']}:{row['line']}", Html(_turns(row["record"], 300)),
+             row.get("note") or "")
             for reason in sorted(shown) for row in shown[reason]]  # fmt: skip
     return (
-        f"<h2>Set aside, the first of each reason</h2>{table(['reason', 'where', 'record'], rows)}"
+        f"<h2>Set aside, the first of each reason</h2>{table(['reason', 'where', 'record', 'note'], rows)}"
         if rows
         else ""
     )

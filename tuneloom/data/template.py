@@ -1,7 +1,8 @@
 """The chat template of a tokenizer: from messages to text in which the trained turns are marked.
 
 Strings from the record are guarded before they enter the template, so that nothing in them becomes
-a control token, and the template's clock stands still. Where turns lie is found in turns.py.
+a control token, and the template's clock stands still. A template that does not end in time never
+runs here (template_probe.py). Where turns lie is found in turns.py.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from datetime import date
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from tuneloom.data.template_probe import faults
 from tuneloom.data.tokenizer import Codec, name_of
 from tuneloom.data.turns import Chat, Layout, Spans, prefix_layout, tagged_layout
 from tuneloom.errors import DataError
@@ -48,6 +50,7 @@ class ChatTemplate:
         self.name = f"{name_of(tokenizer)} (template {digest_of(self.source)[:12]})"
         self._without_tools, self._with_tools = self._jinja(None), self._jinja([{}])
         self._variables = dict(tokenizer.special_tokens_map)
+        self._refuse_endless()
         self.end_of_turn = self._find_end_of_turn()
 
     @cached_property
@@ -129,6 +132,16 @@ class ChatTemplate:
         if "strftime_now(" in stopped:
             raise DataError(f"{self.name}: asks the clock, so its tokens change from day to day")
         return stopped
+
+    def _refuse_endless(self) -> None:
+        """Raise DataError for a template that a process with limits could not render."""
+        variables = {name: str(value) for name, value in self._variables.items()}
+        for fault in faults([self._without_tools, self._with_tools], variables):
+            if fault:
+                raise DataError(
+                    f"{self.name}: the chat template {fault}; it is broken or hostile, take "
+                    f"another one"
+                )
 
     def _find_end_of_turn(self) -> str | None:
         """The control token after the answer of a two-message chat, if there is one."""

@@ -15,6 +15,7 @@ from tuneloom.evals.headline import headline, label_rows, scores, verdict
 PHASES = (
     ("productive", "forward, backward, step", "c-1"),
     ("data", "waiting for data", "c-2"),
+    ("collective", "waiting for other ranks", "c-7"),
     ("checkpoint", "checkpoints and drill", "c-3"),
     ("evaluation", "validation and samples", "c-4"),
     ("startup", "start-up", "c-5"),
@@ -185,16 +186,14 @@ def _memory(steps: list[dict[str, Any]]) -> Figure:
 
 
 def time_spent(record: Record) -> dict[str, Any] | None:
-    """Where the wall time went: a bar and its rows, from the steps' own rows."""
-    shares, whole = record.facts.get("time"), record.facts.get("seconds")
-    if shares and whole and not record.facts.get("resumed_from"):
-        totals = {phase: shares.get(phase, 0.0) * whole for phase, _, _ in PHASES}
-    else:  # of several attempts, or of one that did not end: what the steps' rows say
-        totals = {
-            phase: sum(float(row.get(f"time/{phase}", 0.0)) for row in record.metrics)
-            for phase, _, _ in PHASES
-        }
-        whole = sum(totals.values())
+    """Where the wall time of all attempts went: a bar and its rows, from the rows of metrics.jsonl,
+    which hold every second of a run once.
+    """
+    totals = {
+        phase: sum(float(row.get(f"time/{phase}", 0.0)) for row in record.metrics)
+        for phase, _, _ in PHASES
+    }
+    whole = sum(totals.values())
     if not whole:
         return None
     rows = [

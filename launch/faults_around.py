@@ -1,0 +1,267 @@
+"""Faults of what stands around a run: W&B, Ray's head, the cable, disks, memory; F15 to F17, F20,
+F21.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+from tuneloom.errors import CONFIGURATION, DONE, REFUSED, TRAINING
+from tuneloom.launch.drill_lab import (
+    EVERY,
+    Figures,
+    Lab,
+    Run,
+    command_of,
+    figures,
+    is_rank,
+    standing_in,
+)
+from tuneloom.launch.faults_inside import clock_set_back
+from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
+from tuneloom.testing import free_port
+
+NOBODY = 65534
+CUT_SECONDS = 45.0
+MOST_ADDED = 2.0
+"""Seconds that an unreachable W&B may cost."""
+
+
+def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F16: Ray's control store dies; the run ends with a reason or goes on, the command resumes."""
+    run = Run(lab, "f16")
+    run.wait_for_step(rng.randrange(EVERY + 2, 2 * EVERY))
+    store = [pid for pid in standing_in(lab.folder) if b"gcs_server" in command_of(pid)]
+    os.kill(store[0], signal.SIGKILL)
+    struck = time.monotonic()
+    code = run.end()
+    seconds, last, orphans = time.monotonic() - struck, run.step, lab.orphans()
+    said = run.log.read_text(errors="replace")
+    if code == DONE:
+        return [figures(lab, run, "F16", "kill -9 of Ray's head process; the run went on", [code],
+                        [DONE], lost=0, seconds=seconds, orphans=orphans)]  # fmt: skip
+    again = Run(lab, "f16")
+    end = again.end()
+    lost = last - again.resumed_from()
+    return [figures(lab, again, "F16", "kill -9 of Ray's head process; seconds to the exit",
+                    [code, end], [TRAINING, DONE], lost=lost, seconds=seconds, orphans=orphans,
+                    held="tuneloom train: " in said)]  # fmt: skip
+
+
+def partitioned(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F17: the cable between two hosts is cut; a node joins anew once it is whole again."""
+    with Hosts() as hosts:
+        head = {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
+        run = Run(lab, "f17", "launch.kind=ray", "launch.nodes=2", "train.hang_seconds=20",
+                  prefix=hosts.inside("a"), environment=hosts.environment | head)  # fmt: skip
+        run.wait_for_step(rng.choice((EVERY, 2 * EVERY)) + rng.randrange(1, 4))
+        inode = run.inode()
+        watch = Writers(run.folder)
+        hosts.cable("down")
+        struck, last = time.monotonic(), run.step
+        time.sleep(CUT_SECONDS)
+        hosts.cable("up")
+        hosts.kill("b")
+        hosts.start("b")
+        run.wait_for_new_step(inode)
+        seconds = time.monotonic() - struck
+        lost, code = max(last, watch.last) - run.resumed_from(), run.end()
+        most = watch.close()
+        time.sleep(10.0)
+        left = [pid for host in ADDRESSES for pid in hosts.pids(host) if is_rank(pid)]
+        what = (f"two hosts cut off from each other for {CUT_SECONDS:.0f} s; at most {most} "
+                "process held the run folder")  # fmt: skip
+        return [figures(lab, run, "F17", what, [code], [DONE], lost=lost, seconds=seconds,
+                        orphans=len(left), held=most == 1)]  # fmt: skip
+
+
+class Writers:
+    """Counts, ten times a second, the processes that hold a run's lock file open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.most, self.last = folder, 0, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        lock = (self.folder / "lock").stat()
+        place = f":{lock.st_ino} "
+        while not self._over.wait(0.1):
+            held = [line for line in Path("/proc/locks").read_text().splitlines() if place in line]
+            self.most = max(self.most, sum("->" not in line for line in held))
+
+    def close(self) -> int:
+        self._over.set()
+        self._thread.join()
+        return self.most
+
+
+def second_writer(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F20: the same run is started once more while it is at work."""
+    run = Run(lab, "f20-two")
+    run.wait_for_step(EVERY)
+    second = Run(lab, "f20-two")
+    refused = second.end()
+    said = "is being written by" in second.log.read_text(errors="replace")
+    return [figures(lab, run, "F20", "a second command of the same run, while it runs",
+                    [refused, run.end()], [REFUSED, DONE], lost=0, held=said)]  # fmt: skip
+
+
+def made_immutable(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F20: nothing may be written any more, as on a disk that turned read-only after an error."""
+    run = Run(lab, "f20-ro")
+    run.wait_for_step(EVERY + 2)
+    subprocess.run(["chattr", "-R", "+i", str(run.folder)], check=True)
+    code, last = run.end(), run.step
+    said = "Operation not permitted" in run.log.read_text(errors="replace")
+    subprocess.run(["chattr", "-R", "-i", str(run.folder)], check=True)
+    again = Run(lab, "f20-ro")
+    end = again.end()
+    lost = last - again.resumed_from()
+    return [figures(lab, again, "F20", "nothing in the run folder may be written, then it may",
+                    [code, end], [TRAINING, DONE], lost=lost, held=said)]  # fmt: skip
+
+
+def folder_deleted(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F20: somebody deletes the run folder; the run says so, the command begins anew."""
+    run = Run(lab, "f20-gone")
+    run.wait_for_step(EVERY + 2)
+    aside = run.folder.with_name("f20-gone.deleted")
+    run.folder.rename(aside)  # at once, as another name; then for good
+    shutil.rmtree(aside)
+    code = run.end()
+    said = "No such file or directory" in run.log.read_text(errors="replace")
+    again = Run(lab, "f20-gone")
+    end = again.end()
+    return [figures(lab, again, "F20", "the run folder is deleted; then a new run of that name",
+                    [code, end], [TRAINING, DONE], lost=0, held=said)]  # fmt: skip
+
+
+def not_permitted(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F20: run.root is another user's; the command is root's, but without root's capabilities."""
+    closed = lab.folder / "closed"
+    closed.mkdir(0o755)
+    os.chown(closed, NOBODY, NOBODY)
+    run = Run(lab, "f20-closed", root=closed,
+              prefix=["setpriv", "--inh-caps=-all", "--bounding-set=-all"])  # fmt: skip
+    code = run.end()
+    said = "run.root: " in run.log.read_text(errors="replace")
+    return [Figures("F20", "run.root belongs to another user", str(code), None, None, 0, 0,
+                    lab.orphans(), code == CONFIGURATION and said)]  # fmt: skip
+
+
+def out_of_memory(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F21: the kernel kills a rank for memory: a control group of its own, with no room."""
+    group = Path("/sys/fs/cgroup/memory") / f"drill-{os.getpid()}"
+    group.mkdir()
+    try:
+        run = Run(lab, "f21")
+        run.wait_for_step(rng.randrange(EVERY + 2, 3 * EVERY))
+        inode, rank = run.inode(), rng.choice(run.ranks())
+        (group / "memory.limit_in_bytes").write_text(str(1 << 20))
+        (group / "cgroup.procs").write_text(str(rank))
+        struck = time.monotonic()
+        run.wait_for(lambda: rank not in run.ranks(), "the end of the rank")
+        last = run.step
+        run.wait_for_new_step(inode)
+        seconds = time.monotonic() - struck
+        lost = last - run.resumed_from()
+        code = run.end()
+        named = "out of memory" in run.log.read_text(errors="replace")
+        return [figures(lab, run, "F21", "the kernel kills a rank for memory; named in the log",
+                        [code], [DONE], lost=lost, seconds=seconds, held=named)]  # fmt: skip
+    finally:
+        group.rmdir()
+
+
+def tracker_unreachable(lab: Lab, rng: random.Random) -> Iterator[Figures]:
+    """F15: W&B refuses, answers nothing, or answers 500; seconds are from the last row to the
+    exit, more than an offline run's.
+    """
+    offline = _tail(Run(lab, "f15-offline", "tracker=offline"))
+    for what, server in (
+        ("refuses", _nobody),
+        ("never answers", _silent),
+        ("answers 500", _broken),
+    ):
+        with server() as url:
+            keys = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "OMP_NUM_THREADS": "1"}
+            run = Run(lab, f"f15-{what.replace(' ', '-')}", "tracker=online",
+                      environment=os.environ | keys)  # fmt: skip
+            added = _tail(run) - offline
+        kept = _tracked(run.folder)
+        yield figures(lab, run, "F15", f"W&B {what}; {kept} of {lab.steps} rows in its file, "
+                      "seconds added at the end", [run.process.returncode], [DONE], lost=0,
+                      seconds=added, held=added < MOST_ADDED and kept == lab.steps)  # fmt: skip
+
+
+def _tail(run: Run) -> float:
+    """Seconds from the last row to the exit."""
+    run.wait_for(lambda: run.step == run.lab.steps, "the last step")
+    at = time.monotonic()
+    run.end()
+    return time.monotonic() - at
+
+
+def _tracked(run: Path) -> int:
+    """Training rows in W&B's own file."""
+    from tuneloom.train.tracker import rows_written
+
+    return sum("train/loss" in row for row in rows_written(run))
+
+
+@contextmanager
+def _nobody() -> Iterator[str]:
+    yield f"http://127.0.0.1:{free_port()}"
+
+
+@contextmanager
+def _silent() -> Iterator[str]:
+    """Takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+class _Error(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(500)
+
+    do_POST = do_PUT = do_GET
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def _broken() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Error)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def hostile_files(lab: Lab, rng: random.Random) -> Iterator[Figures]:
+    """All of F20 that this machine can do."""
+    for fault in (
+        second_writer, made_immutable, folder_deleted, not_permitted, clock_set_back
+    ):  # fmt: skip
+        yield from fault(lab, rng)
+
+
+FAULTS: dict[str, Callable[[Lab, random.Random], Iterable[Figures]]] = {
+    "F15": tracker_unreachable, "F16": head_killed, "F17": partitioned, "F20": hostile_files,
+    "F21": out_of_memory,
+}  # fmt: skip

@@ -1,0 +1,139 @@
+"""F5 fifty times: SIGTERM to ranks of real runs, in each phase; all save the same step and end 75.
+
+The two ranks are processes that train one run after another, so that fifty runs cost the imports of
+one. Ranks started by the command, and signals to the driver, are F5's other rows.
+"""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneloom.errors import STOPPED, Stopped
+from tuneloom.launch.drill_lab import Figures, Lab
+from tuneloom.testing import Gang, chat_rows, small_config
+from tuneloom.train import checkpoint
+
+TRIALS = 10
+"""Of each way."""
+SKEW_SECONDS = 5.0
+GRACE_SECONDS = 30.0
+
+
+@dataclass
+class Trial:
+    """A run at work on both ranks of a gang."""
+
+    gang: Gang
+    folder: Path
+    rng: random.Random
+
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        """Every millisecond; AssertionError after two minutes or when a rank ended by itself."""
+        deadline = time.monotonic() + 120.0
+        while not ready():
+            assert time.monotonic() < deadline and self.running(0), f"{self.folder} did not come on"
+            time.sleep(0.001)
+
+    def running(self, rank: int) -> bool:
+        return not self.gang.pipes[rank].poll()
+
+    def strike(self, rank: int) -> None:
+        """SIGTERM, unless the rank has left its run already."""
+        if self.running(rank):
+            os.kill(int(self.gang.processes[rank].pid or 0), signal.SIGTERM)
+
+    def in_phase(self, phase: str) -> None:
+        """Wait until the run is there, then up to half a second more where it stays there."""
+        marks = {"warm-up": "run.json", "a save": "checkpoints/.torn-step-*"}
+        mark = marks.get(phase, "metrics.jsonl")
+        self.wait_for(lambda: any(self.folder.glob(mark)))
+        if phase == "steps":  # data, forward, backward, evaluation: wherever it falls
+            time.sleep(self.rng.random() / 2)
+
+
+def one_rank(trial: Trial) -> None:
+    trial.strike(trial.rng.randrange(2))
+
+
+def both_apart(trial: Trial) -> None:
+    first = trial.rng.randrange(2)
+    trial.strike(first)
+    time.sleep(trial.rng.random() * SKEW_SECONDS)
+    trial.strike(1 - first)
+
+
+def both_twice(trial: Trial) -> None:
+    for _ in range(2):
+        trial.strike(0)
+        trial.strike(1)
+        time.sleep(0.02)
+
+
+WAYS: list[tuple[str, Callable[[Trial], None], str]] = [
+    ("to one rank in warm-up", one_rank, "warm-up"), ("to one rank in steps", one_rank, "steps"),
+    ("to one rank in a save", one_rank, "a save"),
+    ("to both, 0 to 5 s apart", both_apart, "steps"), ("to both, twice", both_twice, "steps"),
+]  # fmt: skip
+
+
+def fifty_times(lab: Lab, rng: random.Random) -> list[Figures]:
+    """Each way ten times; `held` when every one was as it should be."""
+    chat_rows(lab.folder / "validation.jsonl", 16, seed=1)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited: a late signal ends no rank
+    gang = Gang(2)
+    signal.signal(signal.SIGTERM, before)
+    good: Counter[str] = Counter()
+    slowest = 0.0
+    try:
+        for number in range(TRIALS):
+            for place, (way, strike, phase) in enumerate(WAYS):
+                trial = Trial(gang, lab.folder / "runs" / f"f5-{number}-{place}", rng)
+                fault, seconds = stopped(lab, trial, strike, phase)
+                good[way] += fault is None
+                slowest = max(slowest, seconds)
+                if fault:
+                    print(f"drill: SIGTERM {way}: {fault}", flush=True)
+    finally:
+        gang.close()
+    counts = ", ".join(f"{way} {good[way]} of {TRIALS}" for way, _, _ in WAYS)
+    what = f"SIGTERM, all ranks save the same step and end 75: {counts}; seconds of the slowest"
+    return [Figures("F5", what, str(STOPPED), 0, slowest, 0, 0, 0,
+                    good.total() == TRIALS * len(WAYS))]  # fmt: skip
+
+
+def stopped(
+    lab: Lab, trial: Trial, strike: Callable[[Trial], None], phase: str
+) -> tuple[str | None, float]:
+    """Train, strike, wait; what was wrong, None when nothing, and how long it took."""
+    config = small_config(
+        lab.folder, trial.folder.name, steps=1_000_000, epochs=1e6, zero__stage=2,
+        checkpoint__every=20, train__validate_every=7,
+        data__validation=str(lab.folder / "validation.jsonl"),
+    )  # fmt: skip
+    for pipe in trial.gang.pipes:
+        pipe.send(config)
+    trial.in_phase(phase)
+    struck = time.monotonic()
+    strike(trial)
+    outcomes: list[Any] = []
+    for pipe in trial.gang.pipes:
+        if not pipe.poll(GRACE_SECONDS):
+            return f"a rank did not end in {GRACE_SECONDS:.0f} s", GRACE_SECONDS
+        outcomes.append(pipe.recv())
+    seconds = time.monotonic() - struck
+    if not all(isinstance(outcome, Stopped) for outcome in outcomes):
+        return f"the ranks ended with {outcomes}", seconds
+    found = checkpoint.newest(trial.folder / "checkpoints")
+    said = {str(outcome) for outcome in outcomes}
+    if found is None or len(said) != 1 or f"after step {found.step} " not in said.pop():
+        return f"the ranks said {[str(o) for o in outcomes]}, saved was {found}", seconds
+    return None, seconds
+
+
+FAULTS: dict[str, Callable[[Lab, random.Random], Iterable[Figures]]] = {"F5x50": fifty_times}

@@ -1,0 +1,189 @@
+"""Checkpoints written beside training (`checkpoint.asynchronous`): a step waits for a copy of the
+state in host memory and no longer.
+
+    step N         all ranks copy their state; on each, a thread writes, fsyncs and hashes it
+    a later step   all have written: a thread of rank 0 commits, manifest last, then the name
+    the next save, a stop, the end   wait until that is done
+
+Threads talk to no other rank: whether they are done travels in the sum that every step makes
+anyway (`Session.agree`), and all collectives are made by the loop. A rank that could not write ends
+the run at the next step, on all ranks. Until the commit the checkpoint before is the newest.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+
+from tuneloom.train import checkpoint
+from tuneloom.train.distributed import World
+from tuneloom.train.snapshot import Snapshot
+
+SLOTS = 2
+"""Numbers that this adds to the sum of a step: ranks that have written, ranks that failed."""
+Files = dict[str, dict[str, Any]]
+
+
+class Background:
+    """At most one save under way. Methods are collective unless they say otherwise."""
+
+    def __init__(self, root: Path, world: World, *, keep: int) -> None:
+        self.root, self.world, self.keep = root, world, keep
+        self._snapshot = Snapshot()
+        self._state: Literal["idle", "writing", "committing"] = "idle"  # the same on all ranks
+        self._task: Task | None = None
+        self._torn = root
+        self._manifest: dict[str, Any] = {}
+
+    def save(
+        self, engine: Any, *, step: int, zero_stage: int, trainer: dict[str, Any],
+        adapters_only: bool, digests: dict[str, str],
+    ) -> None:  # fmt: skip
+        """Copy the state of `step` and start to write it, the save before being done; raises
+        TrainingError on all ranks when either could not be.
+        """
+        self.settle()
+        self._torn = checkpoint.torn_folder(self.root, step)
+        self._manifest = {
+            "step": step, "world_size": self.world.size, "zero_stage": zero_stage,
+            "digests": digests,
+        }  # fmt: skip
+        self._agreed(
+            lambda: checkpoint.make_room(self._torn, self.keep) if self.world.first else None
+        )
+        writes: list[Write] = []
+        self._agreed(lambda: writes.extend(self._copy(engine, trainer, adapters_only)))
+        self._task, self._state = Task(partial(self._write, writes)), "writing"
+
+    def slots(self) -> list[int]:
+        """What this rank adds to the step's sum. Not collective."""
+        if self._task is None or self._task.running:
+            return [0, 0]
+        return [int(self._state == "writing"), int(self._task.failed)]
+
+    def note(self, summed: list[float]) -> None:
+        """Go on with what all ranks have done; raises TrainingError when one could not write."""
+        written, failed = (int(v) for v in summed)
+        if failed:
+            self.settle()
+        elif written == self.world.size:
+            self._commit()
+
+    def settle(self) -> None:
+        """Wait until the save under way is a checkpoint; raises TrainingError where it failed."""
+        if self._state == "writing":
+            self._commit()
+        if self._state == "committing":
+            self._agreed(self._result)
+        self._task, self._state = None, "idle"
+
+    def close(self) -> None:
+        """No thread of this rank writes after this. Not collective."""
+        if self._task is not None:
+            self._task.join()
+
+    def _copy(self, engine: Any, trainer: dict[str, Any], adapters_only: bool) -> list["Write"]:
+        """What is to be written of this rank. DeepSpeed says what its shards are: its writer is
+        handed a state, and copies it in place of writing.
+        """
+        torn, world, snapshot = self._torn, self.world, self._snapshot
+        write_shard, write_scripts = engine.checkpoint_engine.save, engine._copy_recovery_script
+        writes: list[Write] = []
+        snapshot.begin()
+
+        def shard(state_dict: Any, path: str) -> None:
+            state = snapshot.copied(state_dict)
+            writes.append(Write(Path(path), partial(write_shard, state, path)))
+
+        def scripts(folder: str) -> None:
+            writes.append(Write(Path(folder), partial(write_scripts, folder)))
+
+        with checkpoint.writing_with(engine, shard, scripts):
+            checkpoint.save_engine(engine, torn, adapters_only)
+        rng, rng_file = checkpoint.rng_state(world), checkpoint.rng_file(torn, world)
+        writes.append(Write(rng_file, partial(save_file, rng, rng_file)))
+        if world.first:
+            path, text = torn / checkpoint.TRAINER, json.dumps(trainer)
+            writes.append(Write(path, partial(path.write_text, text, encoding="utf-8")))
+        snapshot.complete()
+        return writes
+
+    def _write(self, writes: list["Write"]) -> Files:
+        """In the thread: this rank's files, each with size and sha256."""
+        files: Files = {}
+        for write in writes:
+            write.run()
+            for path in write.files():
+                files[str(path.relative_to(self._torn))] = checkpoint.durable_facts(path)
+        return files
+
+    def _commit(self) -> None:
+        """All have written, or one could not: rank 0 begins to make it a checkpoint."""
+        parts = self._agreed(self._result)
+        self._task, self._state = None, "committing"
+        if self.world.first:
+            files = dict(sorted(file for part in parts for file in part.items()))
+            manifest = self._manifest | {"files": files}
+            final = self.root / checkpoint.name(self._manifest["step"])
+            self._task = Task(partial(checkpoint.commit, self._torn, final, manifest, self.keep))
+
+    def _result(self) -> Any:
+        """What this rank's thread returned or raised; None without one."""
+        return self._task.result() if self._task is not None else None
+
+    def _agreed(self, work: Callable[[], Any]) -> list[Any]:
+        return checkpoint.agreed(
+            work, torn=self._torn, step=self._manifest["step"], world=self.world
+        )
+
+
+@dataclass(frozen=True)
+class Write:
+    """One call in the thread, and the file it makes, or the folder it puts scripts into."""
+
+    path: Path
+    run: Callable[[], object]
+
+    def files(self) -> list[Path]:
+        return sorted(self.path.glob("*.py")) if self.path.is_dir() else [self.path]
+
+
+class Task:
+    """A call in a thread of its own."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._outcome: Any = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True, name="save")
+        self._thread.start()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._outcome = work()
+        except Exception as error:  # raised by `result`, in the loop
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def result(self) -> Any:
+        """Wait for it; raises what it raised, wrapped where that is no failure to write."""
+        self._thread.join()
+        if isinstance(self._error, checkpoint.FAILURES):
+            raise self._error
+        if self._error is not None:
+            raise RuntimeError(f"{type(self._error).__name__}: {self._error}") from self._error
+        return self._outcome
