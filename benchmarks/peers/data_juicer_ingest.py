@@ -31,7 +31,7 @@ def main() -> None:
     rows = load_dataset("json", data_files=files, split="train", num_proc=PROCESSES)
     dataset = NestedDataset(rows).map(as_text, num_proc=PROCESSES)
     dataset = dataset.process([DocumentDeduplicator(num_proc=PROCESSES)])
-    dataset.select_columns(["messages"]).to_parquet(f"{out}/kept.parquet", compression="zstd")
+    dataset.select_columns(["messages"]).to_parquet(f"{out}/kept.parquet")
     seconds = time.perf_counter() - started
     print(json.dumps({"workers": PROCESSES, "seconds": round(seconds, 2), "kept": len(dataset)}))
 
