@@ -3,9 +3,9 @@
 Rows are chats of about 1 KB, one in fifty an exact copy. `core` reads, validates, normalises,
 deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds secrets and personal
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
-index. `--datatrove PYTHON` runs benchmarks/peers/datatrove_ingest.py with an interpreter that has
-datatrove, on the same files. Peak memory is the sum of the resident sizes of all processes, sampled
-ten times a second. Writes benchmarks/results/ingest.json.
+index. `--datatrove PYTHON` and `--data-juicer PYTHON` run the peers of benchmarks/peers/ with an
+interpreter that has them, on the same files. Peak memory is of all processes, sampled ten times a
+second. Writes benchmarks/results/ingest.json.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from tuneloom.data.ingest import ingest
 from tuneloom.data.quality import texts
 from tuneloom.data.recipe import IngestConfig
 
+PEERS = ("datatrove", "data_juicer")
 CASES: dict[str, dict[str, Any]] = {
     "core": {"privacy": {"default": "keep", "secrets": "off"}},
     "near": {"privacy": {"default": "keep", "secrets": "off"}, "near": {"action": "drop"}},
@@ -52,7 +53,8 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 class Peak:
-    """The largest resident size of this process and its children while it is open, in MiB."""
+    """The most that this process and its children held together while it was open, in MiB (PSS: a
+    page that several share is counted once)."""
 
     def __enter__(self) -> "Peak":
         self.mib, self.open = 0.0, True
@@ -63,10 +65,10 @@ class Peak:
     def _watch(self) -> None:
         me = psutil.Process()
         while self.open:
-            total = me.memory_info().rss
+            total = me.memory_full_info().pss
             for child in me.children(recursive=True):
                 try:
-                    total += child.memory_info().rss
+                    total += child.memory_full_info().pss
                 except psutil.NoSuchProcess:
                     continue  # ended between the list and the look
             self.mib = max(self.mib, total / 2**20)
@@ -122,23 +124,29 @@ def rensa_alone(source: Path) -> dict[str, Any]:
             "cpu_us_per_row": round((_cpu() - cpu) / rows * 1e6, 1)}  # fmt: skip
 
 
-def against_datatrove(
-    python: str, source: Path, folder: Path, first: dict[str, Any]
+def against(
+    name: str, python: str, source: Path, folder: Path, before: dict[str, Any]
 ) -> dict[str, Any]:
-    """The peer between two runs of ours, so that a machine that others use weighs on both alike."""
-    peer = datatrove(python, source, folder / "peer")
-    again = run(source, folder / "again", 2, **CASES["core"])
-    ours = (first["rows_per_second"] + again["rows_per_second"]) / 2
-    ratio = round(ours / peer["rows_per_second"], 2)
-    print("datatrove", peer, f"core again {again['rows_per_second']:,}; {ratio} x", flush=True)
-    return {"datatrove": peer, "core_again": again, "core_times_datatrove": ratio}
+    """A peer between two runs of ours, so that a machine that others use weighs on both alike."""
+    peer = run_peer(name, python, source, folder / name)
+    after = run(source, folder / f"after_{name}", 2, **CASES["core"])
+    ours = (before["rows_per_second"] + after["rows_per_second"]) / 2
+    result = {
+        name: peer, f"core_after_{name}": after,
+        f"core_times_{name}": round(ours / peer["rows_per_second"], 2),
+    }  # fmt: skip
+    print(result, flush=True)
+    return result
 
 
-def datatrove(python: str, source: Path, out: Path) -> dict[str, Any]:
-    """The peer on the same files, in its own interpreter."""
-    script = Path(__file__).parent / "peers" / "datatrove_ingest.py"
-    command = [python, str(script), str(source), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def run_peer(name: str, python: str, source: Path, out: Path) -> dict[str, Any]:
+    """A peer on the same files, in its own interpreter."""
+    script = Path(__file__).parent / "peers" / f"{name}_ingest.py"
+    out.mkdir()
+    done = subprocess.run(
+        [python, str(script), str(source), str(out)], capture_output=True, text=True, check=True,
+        cwd=out,
+    )  # fmt: skip
     said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     rows = sum(1 for path in source.glob("*.jsonl") for _ in path.open("rb"))
     return said | {"rows_per_second": round(rows / said["seconds"])}
@@ -147,7 +155,8 @@ def datatrove(python: str, source: Path, out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--datatrove", help="an interpreter in whose environment datatrove is")
+    for name in PEERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", help="an interpreter that has it")
     arguments = parser.parse_args()
     rows = arguments.rows
     result: dict[str, Any] = {"rows": rows, "machine": platform.platform(), "cores": os.cpu_count(),
@@ -159,8 +168,10 @@ def main() -> None:
         for name, data in CASES.items():
             result[name] = run(source, Path(folder) / name, 2, **data)
             print(name, result[name], flush=True)
-            if name == "core" and arguments.datatrove:
-                result |= against_datatrove(arguments.datatrove, source, Path(folder), result[name])
+            if name == "core":
+                for peer in PEERS:
+                    if python := getattr(arguments, peer):
+                        result |= against(peer, python, source, Path(folder), result[name])
         result["core_one_worker"] = run(source, Path(folder) / "one", 1, **CASES["core"])
         assert result["core_one_worker"]["id"] == result["core"]["id"], "workers must not show"
         result["rensa"] = rensa_alone(source)

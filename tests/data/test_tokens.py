@@ -99,6 +99,26 @@ def test_a_finished_cache_is_read_and_not_written_again(
     assert shard_files(store) == before and len(before) > 3
 
 
+def test_a_second_run_tokenises_nothing(
+    tmp_path: Path, rows: Rows, make_tokenizer: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised: list[int] = []
+    code = Renderer.render_many
+
+    def counted(renderer: Renderer, records: Any, places: Any) -> Any:
+        tokenised.append(len(records))
+        return code(renderer, records, places)
+
+    monkeypatch.setattr(Renderer, "render_many", counted)
+    for run_of in (COUNT, 0):
+        tokenised.clear()
+        with TokenStore(
+            tmp_path / "cache", rows, Renderer(make_tokenizer()), np.arange(COUNT)
+        ) as store:
+            finish(store)
+        assert sum(tokenised) == run_of
+
+
 def test_other_options_or_rows_use_another_cache(
     tmp_path: Path, rows: Rows, make_tokenizer: Maker
 ) -> None:
