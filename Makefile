@@ -36,7 +36,7 @@ check: install
 
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
-	for name in activation_diet kernels packing estimator ingest pii; do \
+	for name in activation_diet kernels packing estimator ingest pii checkpoint; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 .PHONY: help install demo test check bench
