@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 # B1; B2; B3; B5; and what is beside them
-BENCHMARKS := activation_diet kernels packing balance_parity first_step recovery estimator \
+BENCHMARKS := activation_diet kernels packing balance_parity first_step checkpoint recovery estimator \
 	ingest pii
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

@@ -25,6 +25,7 @@ MAX_LIVE = 1_000_000_000
 PREFETCH = 50_000_000
 SWAP_TENSORS, SWAP_ELEMENTS = 4, 500_000_000
 """Host buffers of NVMe offload, DeepSpeed's defaults: 4 of a sub-group's state, 5 x 1e8 weights."""
+MEMORY_STEPS = 3
 NF4_BLOCK, NESTED_BLOCK, MOMENT_BLOCK = 64, 256, 256
 
 
@@ -41,7 +42,7 @@ class Memory:
     """Peaks beside the steady parts: reduce buckets, ZeRO-3 gathers, casts at the step."""
     context: int
     host: int
-    """Host memory that offload and asynchronous checkpoints take, per rank."""
+    """Host memory that offload and copies of the state take, per rank."""
     nvme: int
 
     @property
@@ -50,7 +51,13 @@ class Memory:
 
 
 def forecast(
-    config: TrainConfig, anatomy: Anatomy, saved: Saved, *, ranks: int, cuda: bool
+    config: TrainConfig,
+    anatomy: Anatomy,
+    saved: Saved,
+    *,
+    ranks: int,
+    cuda: bool,
+    several_hosts: bool = False,
 ) -> Memory:
     """Bytes of one rank of `ranks` under `config`."""
     shards = ranks if config.zero.stage >= 1 else 1
@@ -73,8 +80,9 @@ def forecast(
     elif config.zero.offload_parameters == "nvme":
         host += BYTES[config.model.dtype] * SWAP_ELEMENTS
         nvme, weights = nvme + weights, 0
-    if config.checkpoint.asynchronous:
-        host += checkpoint_bytes(config, anatomy) // shards
+    host += copies_kept(config, several_hosts=several_hosts) * (
+        checkpoint_bytes(config, anatomy) // shards
+    )
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -86,6 +94,16 @@ def forecast(
         host=host,
         nvme=nvme,
     )
+
+
+def copies_kept(config: TrainConfig, *, several_hosts: bool) -> int:
+    """Of a rank's part of a checkpoint, in host memory: the one being saved beside training; two
+    steps and the one being written, and on several hosts as many of another rank's.
+    """
+    kept = int(config.checkpoint.asynchronous)
+    if config.checkpoint.memory_every:
+        kept += MEMORY_STEPS * (2 if several_hosts else 1)
+    return kept
 
 
 def weight_bytes(config: TrainConfig, anatomy: Anatomy) -> int:

@@ -231,7 +231,10 @@ def _memory(job: JobConfig, device: Device) -> tuple[Anatomy, Memory]:
     config = training_of(job)
     parts = anatomy(config)
     saved = saved_activations(config)
-    return parts, forecast(config, parts, saved, ranks=ranks_of(job), cuda=device.cuda)
+    return parts, forecast(
+        config, parts, saved, ranks=ranks_of(job), cuda=device.cuda,
+        several_hosts=job.launch.nodes > 1,
+    )  # fmt: skip
 
 
 def problems(job: JobConfig, result: Plan) -> list[str]:
@@ -276,10 +279,13 @@ def memory_problems(job: JobConfig, device: Device, memory: Memory) -> list[str]
 
 def _on_host(job: JobConfig) -> str:
     """Subject and verb of what does not fit there."""
-    if not job.checkpoint.asynchronous:
-        return "offload needs"
-    offloads = job.zero.offload != "none" or job.zero.offload_parameters != "none"
-    return f"{'offload and ' * offloads}checkpoint.asynchronous need{'s' * (not offloads)}"
+    wanted = {
+        "offload": job.zero.offload != "none" or job.zero.offload_parameters != "none",
+        "checkpoint.asynchronous": job.checkpoint.asynchronous,
+        "checkpoint.memory_every": job.checkpoint.memory_every > 0,
+    }
+    named = [name for name, is_wanted in wanted.items() if is_wanted]
+    return f"{' and '.join(named)} need{'s' * (len(named) == 1)}"
 
 
 def advice(job: JobConfig, device: Device) -> list[str]:
@@ -352,6 +358,8 @@ def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
     """
     if job.checkpoint.asynchronous:
         yield {"checkpoint.asynchronous": "false"}
+    if job.checkpoint.memory_every:
+        yield {"checkpoint.memory_every": 0}
     if ranks_of(job) > 1:
         for stage in (2, 3):
             if stage > job.zero.stage and not (stage == 2 and job.method.kind == "qlora"):

@@ -1,32 +1,37 @@
-"""`python -m tuneloom.launch.reaper PID`: nothing of an embedded Ray outlives the driver PID.
+"""`python -m tuneloom.launch.reaper PID [RUN]`: nothing of an embedded Ray outlives the driver PID.
 
 A driver that is killed takes its ranks with it within 4 s, but Ray's dashboard and runtime-env
 agents go on for more than 30 s (2.60.0), under names that say nothing of whose they are. So this
 process notes what descends from the driver while it lives. Its standard input ends when the driver
-does, however that ended; what is still there 5 s later is killed.
+does, however that ended; what is still there 5 s later is killed, and copies of the run's state in
+memory go (`checkpoint.memory_every`).
 """
 
 import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
+
+from tuneloom.train import shm
 
 GRACE_SECONDS = 5.0
 """What Ray may take to end by itself."""
 NOTE_SECONDS = 2.0
 
 
-def after_us() -> None:
-    """Have what this process started reaped once it is gone."""
+def after_us(run: Path | None = None) -> None:
+    """Have what this process started reaped once it is gone, and what its run kept in memory."""
+    folder = [] if run is None else [str(run.resolve())]
     subprocess.Popen(
-        [sys.executable, "-m", "tuneloom.launch.reaper", str(os.getpid())],
+        [sys.executable, "-m", "tuneloom.launch.reaper", str(os.getpid()), *folder],
         stdin=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
-def main(driver: int) -> int:
+def main(driver: int, run: Path | None = None) -> int:
     """Note descendants until the driver ends, then end those that are left."""
     noted: set[psutil.Process] = set()
     while not select.select([sys.stdin], [], [], NOTE_SECONDS)[0]:
@@ -37,6 +42,8 @@ def main(driver: int) -> int:
             process.kill()
         except psutil.NoSuchProcess:  # it ended by itself meanwhile
             continue
+    if run is not None:
+        shm.forget_run(run)
     return 0
 
 
@@ -53,4 +60,4 @@ def _is_ray(command: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), *map(Path, sys.argv[2:])))

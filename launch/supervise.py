@@ -27,6 +27,7 @@ from tuneloom.launch.config import LaunchConfig
 from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.standby import Gang, Standby
+from tuneloom.train import shm
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
 from tuneloom.train.watchdog import last_report
@@ -60,9 +61,10 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
     folder = folder_of(config)
     (folder / "stop").unlink(missing_ok=True)  # of a driver that was killed after it was asked
     with ExitStack() as stack:
+        stack.callback(shm.forget_run, folder)
         stack.enter_context(signals_ask_to_stop(folder))
         stack.callback(ray.shutdown)
-        connect(launch)
+        connect(launch, run=folder)
         keeps_its_folder(config)
         with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
             attempts(config, launch, signals)
@@ -140,7 +142,7 @@ def signals_ask_to_stop(folder: Path) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def connect(launch: LaunchConfig) -> None:
+def connect(launch: LaunchConfig, *, run: Path | None = None) -> None:
     """Start an embedded Ray (`local`) or join the cluster this process is on (`ray`).
 
     Never address="auto": on a shared host it follows a pointer in /tmp/ray into another user's
@@ -157,7 +159,7 @@ def connect(launch: LaunchConfig) -> None:
             # Ray starts workers at nice 15, so that anything else on a workstation comes first.
             _system_config={"worker_niceness": 0}, **shared,
         )  # fmt: skip
-        after_us()
+        after_us(run)
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address:

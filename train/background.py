@@ -48,14 +48,11 @@ class Background:
         TrainingError on all ranks when either could not be.
         """
         self.settle()
-        self._torn = checkpoint.torn_folder(self.root, step)
+        self._torn = checkpoint.open_torn(self.root, self.world, step=step, keep=self.keep)
         self._manifest = {
             "step": step, "world_size": self.world.size, "zero_stage": zero_stage,
             "digests": digests,
         }  # fmt: skip
-        self._agreed(
-            lambda: checkpoint.make_room(self._torn, self.keep) if self.world.first else None
-        )
         writes: list[Write] = []
         self._agreed(lambda: writes.extend(self._copy(engine, trainer, adapters_only)))
         self._task, self._state = Task(partial(self._write, writes)), "writing"

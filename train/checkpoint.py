@@ -87,10 +87,9 @@ def save(
     Raises TrainingError on all ranks when any rank could not write; the torn folder is removed and
     older checkpoints stay as they were.
     """
-    torn = torn_folder(root, step)
+    torn = open_torn(root, world, step=step, keep=keep)
     all_do = partial(agreed, torn=torn, step=step, world=world)
-    all_do(lambda: make_room(torn, keep) if world.first else None)
-    all_do(lambda: _write(engine, torn, world, trainer, adapters_only))
+    all_do(lambda: write_share(engine, torn, world, trainer, adapters_only))
     files = dict(
         sorted(f for part in all_do(lambda: _hash_share(torn, world)) for f in part.items())
     )
@@ -102,12 +101,16 @@ def save(
     return root / name(step)
 
 
-def torn_folder(root: Path, step: int) -> Path:
-    """Where a save is written until it is one, the same on all ranks; collective. A name nobody
-    else has: a process of a dead attempt that wakes up writes into its own folder.
+def open_torn(root: Path, world: World, *, step: int, keep: int) -> Path:
+    """Rank 0's new folder, where a save is written until it is one, on all ranks; collective. A
+    name nobody else has: a process of a dead attempt that wakes up writes into its own folder.
     """
-    folder: Path = distributed.broadcast_object(root / f".torn-{name(step)}-{secrets.token_hex(4)}")
-    return folder
+    torn = root / f".torn-{name(step)}-{secrets.token_hex(4)}"
+    made = agreed(
+        lambda: _make_room(torn, keep) if world.first else None, torn=torn, step=step, world=world
+    )
+    first: Path = made[0]
+    return first
 
 
 def agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> list[Any]:
@@ -130,13 +133,14 @@ def agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> l
     return [value for value, _ in outcomes]
 
 
-def make_room(torn: Path, keep: int) -> None:
+def _make_room(torn: Path, keep: int) -> Path:
     """The torn folder; where the last checkpoint would not fit again, all but that one go first."""
     root = torn.parent
     root.mkdir(parents=True, exist_ok=True)
     if keep > 1 and shutil.disk_usage(root).free < ROOM * _last_bytes(root):
         prune(root, 1)
     (torn / ENGINE).mkdir(parents=True)
+    return torn
 
 
 def _last_bytes(root: Path) -> int:
@@ -145,7 +149,7 @@ def _last_bytes(root: Path) -> int:
     return sum(p.stat().st_size for p in folders[-1].rglob("*") if p.is_file()) if folders else 0
 
 
-def _write(
+def write_share(
     engine: Any, torn: Path, world: World, trainer: dict[str, Any], adapters_only: bool
 ) -> None:
     """This rank's part of a checkpoint."""
@@ -211,12 +215,18 @@ def writing_with(
     shards = engine.checkpoint_engine
     shards.save = held_back(shard)
     engine._copy_recovery_script = held_back(scripts)
+    engine._checkpoint_tag_validation = _one_tag
     try:
         yield
     finally:
         del shards.save, engine._copy_recovery_script
+        del engine._checkpoint_tag_validation
     if failures:
         raise failures[0]
+
+
+def _one_tag(tag: str) -> None:
+    """Two collectives that a constant needs not."""
 
 
 def _why(error: Exception, torn: Path) -> str:
@@ -264,10 +274,13 @@ def unsealed(text: str) -> dict[str, Any]:
 def _hash_share(folder: Path, world: World) -> dict[str, dict[str, Any]]:
     """Fsync and hash every n-th file on this rank."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    mine = {}
-    for path in files[world.rank :: world.size]:
-        mine[str(path.relative_to(folder))] = durable_facts(path)
-    return mine
+    return {str(p.relative_to(folder)): durable_facts(p) for p in files[world.rank :: world.size]}
+
+
+def facts_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file, fsynced."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): durable_facts(p) for p in files}
 
 
 def durable_facts(path: Path) -> dict[str, Any]:

@@ -188,6 +188,11 @@ class CheckpointConfig(Config):
     """A step waits for a copy of the state in host memory (as large as the rank's part of a
     checkpoint), and the files are written beside the steps that follow.
     """
+    memory_every: NotNegative = 0
+    """Steps between copies of the state in /dev/shm of each rank's host and of another host: what
+    a lost rank or host costs. A node holds up to six times its ranks' part of a checkpoint, half of
+    it on one host alone; 0 keeps none.
+    """
 
 
 class TrainLoopConfig(Config):

@@ -44,9 +44,20 @@ class Exposure:
             return
         self.parts.mkdir(exist_ok=True)
         aside = self.parts / f".step-{step:06d}.tmp"
-        pq.write_table(pa.concat_tables(self._tables), aside)
+        self.write_pending(aside)
         aside.rename(self.parts / f"step-{step:06d}.parquet")
         self._tables = []
+
+    def write_pending(self, path: Path) -> None:
+        """What is buffered, for a copy of the run's state; no part yet."""
+        pq.write_table(pa.concat_tables([SCHEMA.empty_table(), *self._tables]), path)
+
+    def adopt(self, path: Path) -> None:
+        """Buffer again what a lost process had, but for steps that a part holds; after `rewind`."""
+        steps = [pq.read_table(part)["step"] for part in self.parts.glob("step-*.parquet")]
+        last = max((pc.max(column).as_py() for column in steps), default=0)
+        table = pq.read_table(path)
+        self._tables = [table.filter(pc.greater(table["step"], last))]
 
     def rewind(self, step: int) -> None:
         """Forget every row of steps after `step`, also of a run that had ended."""

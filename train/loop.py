@@ -76,6 +76,8 @@ def loop(s: Session) -> Outcome:
             s.sample()
         if s.due(config.checkpoint.every):
             s.save()
+        if s.due(config.checkpoint.memory_every):
+            s.remember()
         if s.ended_early or s.step == s.last_step:
             break
 

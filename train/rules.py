@@ -142,12 +142,18 @@ RULES: tuple[Rule, ...] = (
         "no objective compares answers; make prompt and completion of the chosen ones",
     ),
     Rule(
-        ("checkpoint.asynchronous", "zero.offload", "zero.offload_parameters"),
+        (
+            "checkpoint.asynchronous",
+            "checkpoint.memory_every",
+            "zero.offload",
+            "zero.offload_parameters",
+        ),
         lambda c: (
-            c.checkpoint.asynchronous and "nvme" in (c.zero.offload, c.zero.offload_parameters)
+            (c.checkpoint.asynchronous or c.checkpoint.memory_every > 0)
+            and "nvme" in (c.zero.offload, c.zero.offload_parameters)
         ),
         "state on a drive is gathered tensor by tensor, never copied whole to host memory; set "
-        "checkpoint.asynchronous=false",
+        "checkpoint.asynchronous=false and checkpoint.memory_every=0",
     ),
     Rule(
         ("train.patience", "train.validate_every"),

@@ -22,6 +22,7 @@ from tuneloom.registry.digests import weights_digest
 from tuneloom.train import (
     background,
     checkpoint,
+    copies,
     distributed,
     effects,
     evaluation,
@@ -31,6 +32,7 @@ from tuneloom.train import (
     probe,
     runs,
     sequence,
+    shm,
     tiles,
     weights,
     zero,
@@ -88,6 +90,7 @@ class Session:
         self.drill: FirstCheckpoint | None = None
         self.watchdog: Watchdog | None = None
         self.background: background.Background | None = None
+        self.copies: copies.Copies | None = None
         self.spikes = Spikes(config.train.spike_z)
 
     def prepare(self) -> None:
@@ -104,6 +107,11 @@ class Session:
             )
 
         # what to resume from decides how the engine is built
+        self.copies_at: Path | None = (
+            shm.ROOT / self._on_first(lambda: shm.name_of(self.folder))
+            if config.checkpoint.memory_every
+            else None
+        )
         found = self._resume_point()
         accumulation = self._accumulation(found)
         universal = None
@@ -159,6 +167,8 @@ class Session:
         if self.step < config.train.effects_step:
             self.witness = effects.Witness(config, self.engine, world)
         hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
+        if self.copies_at is not None:
+            self.copies = copies.Copies(self.copies_at, self.folder, world)
         alone = config.zero.stage < 3 and world.sequence == 1  # forward waits for no other rank
         self.pace = Pace(world, hosts, measured=alone)
         self.watchdog = Watchdog(
@@ -200,11 +210,18 @@ class Session:
 
     def _resume_point(self) -> checkpoint.Found | None:
         config, root = self.config, self.folder / "checkpoints"
-        if config.resume in ("auto", "never"):
-            return self._on_first(
-                lambda: checkpoint.newest(root) if config.resume == "auto" else None
-            )
-        return self._on_first(lambda: checkpoint.opened(Path(config.resume)))
+        if config.resume == "never":
+            return None
+        if config.resume != "auto":
+            return self._on_first(lambda: checkpoint.opened(Path(config.resume)))
+        found = self._on_first(lambda: checkpoint.newest(root))
+        if self.copies_at is None:
+            return found
+        rescued = copies.rescue(
+            self.copies_at, root, self.world, newer_than=found.step if found else 0,
+            keep=config.checkpoint.keep,
+        )  # fmt: skip
+        return self._on_first(lambda: checkpoint.opened(rescued)) if rescued else found
 
     def _accumulation(self, found: checkpoint.Found | None) -> int:
         """Micro-batches of this rank a step; a resumed run keeps its global batch on any world
@@ -255,6 +272,8 @@ class Session:
         self._sampled_step = found.trainer["sampled"]
         if self.exposure is not None:
             self.exposure.rewind(found.step)
+            if (found.folder / copies.EXPOSURE).exists():
+                self.exposure.adopt(found.folder / copies.EXPOSURE)
             print(f"resumed {found.folder.name} of {self.config.run.id}", flush=True)
 
     def _open_metrics(self) -> None:
@@ -449,11 +468,7 @@ class Session:
             return
         with self.clock.phase("checkpoint"):
             self._on_first(lambda: self.exposure.flush(self.step) if self.exposure else None)
-            content: dict[str, Any] = {
-                "step": self.step, "zero_stage": self.config.zero.stage, "trainer": self._state(),
-                "adapters_only": self.config.method.kind != "full",
-                "digests": {"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
-            }  # fmt: skip
+            content = self._content()
             if self.background is not None:
                 self.background.save(self.engine, **content)
             else:
@@ -465,11 +480,26 @@ class Session:
             if self.config.train.drill and self.drill is None:
                 self.drill = FirstCheckpoint(self)
 
+    def remember(self) -> None:
+        """Copy the state of this step in memory, unless it is a checkpoint already."""
+        saved = self._saved_step == self.step and self.background is None
+        if self.copies is not None and not saved:
+            with self.clock.phase("checkpoint"):
+                self.copies.save(self.engine, **self._content(), exposure=self.exposure)
+
     def settle(self) -> None:
         """Wait for a save that is written beside training; collective."""
         if self.background is not None:
             with self.clock.phase("checkpoint"):
                 self.background.settle()
+
+    def _content(self) -> dict[str, Any]:
+        """What a save is told of this step."""
+        return {
+            "step": self.step, "zero_stage": self.config.zero.stage, "trainer": self._state(),
+            "adapters_only": self.config.method.kind != "full",
+            "digests": {"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
+        }  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -510,6 +540,8 @@ class Session:
                 "seconds": sum(self.clock.total.values()), "time": self.clock.shares(),
             })  # fmt: skip
         distributed.barrier()
+        if self.copies is not None:
+            self.copies.forget()
         swapped = zero.swap_folder(self.config)
         if swapped is not None:  # on each node its own drive
             shutil.rmtree(swapped, ignore_errors=True)
@@ -523,7 +555,11 @@ class Session:
         print(f"time: {sum(self.clock.total.values()):.1f} s: {shares}", flush=True)
 
     def abandon(self, error: BaseException) -> None:
-        """Say in run.json how it ended, where that can still be said."""
+        """Say in run.json how it ended, where that can still be said; an end of the run's own is no
+        loss of a rank, so copies in memory go.
+        """
+        if self.copies is not None and isinstance(error, TuneloomError):
+            self.copies.forget()
         if self.world.first and self._lock is not None and (self.folder / "run.json").exists():
             state = "stopped" if isinstance(error, Stopped) else "failed"
             try:

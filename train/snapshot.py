@@ -4,6 +4,7 @@ Fresh memory costs a page fault every 4 KiB, so the first copy is the slow one.
 """
 
 import copy
+import pickle
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
 """Subclasses (bitsandbytes' 4-bit weights) carry more than their values and copy themselves."""
+
+ATOMS = (str, int, float, bool, type(None), torch.dtype, torch.Size)
 
 
 class Snapshot:
@@ -37,7 +40,8 @@ class Snapshot:
             return whole
         if type(value) in (list, tuple):
             return type(value)(self.copied(entry) for entry in value)
-        return copy.deepcopy(value)
+        # All of it is about to be pickled, which copies five times as fast as deepcopy does.
+        return value if type(value) in ATOMS else pickle.loads(pickle.dumps(value))
 
     def complete(self) -> None:
         """Copies from a GPU run beside the host; after this they are there."""

@@ -133,6 +133,7 @@ BROKEN: list[list[str]] = [
     ["data.format=preference"],
     [
         "checkpoint.asynchronous=true",
+        "checkpoint.memory_every=1",
         "zero=stage3",
         "zero.offload=nvme",
         "zero.offload_parameters=nvme",

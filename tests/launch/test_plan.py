@@ -346,6 +346,8 @@ def test_copies_of_asynchronous_checkpoints_count_as_host_memory_of_a_node() -> 
     config = shaped("meta-llama/Meta-Llama-3-8B", *shared, "checkpoint.asynchronous=true")
     large = plan(config, PlanConfig(gpu="h200-141", host_memory_gib=256))
     assert large.fits and large.memory.host == large.checkpoint // 4
+    remembered = shaped("meta-llama/Meta-Llama-3-8B", *shared, "checkpoint.memory_every=1")
+    assert plan(remembered, PlanConfig(gpu="h200-141")).memory.host == 3 * (large.checkpoint // 4)
     small = plan(config, PlanConfig(gpu="h200-141", host_memory_gib=64))
     assert small.problems[0].startswith("checkpoint.asynchronous needs 104.7 GiB of host memory")
     assert "checkpoint.asynchronous=false" in refusal(config, small)

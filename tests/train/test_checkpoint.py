@@ -236,14 +236,14 @@ from tuneloom.train import checkpoint
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.loop import fit
 if os.environ["RANK"] == sys.argv[2]:
-    real = checkpoint._write
+    real = checkpoint.write_share
     def cramped(*arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         try:
             return real(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    checkpoint._write = cramped
+    checkpoint.write_share = cramped
 try:
     fit(build(TrainConfig, json.loads(sys.argv[1])))
 except TrainingError as error:

@@ -1,0 +1,219 @@
+"""Copies of the state in host memory: a rank lost costs one step, a host as well, and no bit."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloom.testing import Gang, free_port, metrics, small_config
+from tuneloom.train import checkpoint, shm
+from tuneloom.train.copies import Parts, choose, neighbours
+
+STEPS = 8
+
+# Rank 1 is killed in step 6: before it, or half-way through its copy of step 5. Each rank may have
+# a memory of its own, as on two hosts.
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from tuneloom.config import build
+from tuneloom.train import checkpoint, shm
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.loop import fit
+from tuneloom.train.session import Session
+config, kill, hosts = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank = os.environ["RANK"]
+if hosts:
+    shm.ROOT = Path(hosts) / rank
+agree, facts_of = Session.agree, checkpoint.facts_of
+def struck_between(self, micros):
+    if self.step == 5 and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return agree(self, micros)
+def struck_inside(folder):
+    if folder.name == ".torn-step-000005" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return facts_of(folder)
+if kill == "between":
+    Session.agree = struck_between
+if kill == "inside":
+    checkpoint.facts_of = struck_inside
+fit(build(TrainConfig, config))
+"""
+
+
+def config(lab: Path, run_id: str, **dotted: object) -> dict[str, object]:
+    shared: dict[str, object] = {
+        "steps": STEPS, "method__dropout": 0.1, "checkpoint__every": 3,
+        "checkpoint__memory_every": 1, "zero__stage": 2,
+    }  # fmt: skip
+    return small_config(lab, run_id, **(shared | dotted))
+
+
+def ranks(settings: dict[str, object], kill: str = "", hosts: Path | None = None) -> list[int]:
+    """Exit codes of two ranks that train in processes of their own."""
+    shared = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, json.dumps(settings), kill, str(hosts or "")],
+            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.DEVNULL,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    return [process.wait(150) for process in started]
+
+
+def resumed_from(lab: Path, run_id: str) -> str:
+    record = json.loads((lab / "runs" / run_id / "run.json").read_text())
+    return str(record["resumed_from"])
+
+
+def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
+    table = pq.read_table(lab / "runs" / run_id / "exposure.parquet")
+    return sorted(
+        zip(*(table[c].to_pylist() for c in ("step", "record_id", "tokens")), strict=True)
+    )
+
+
+def uninterrupted(lab: Path, gang: Gang, stage: int) -> str:
+    """The run that the others must equal, trained once."""
+    run_id = f"remembered-{stage}"
+    if not (lab / "runs" / run_id).exists():
+        gang.fit(config(lab, run_id, zero__stage=stage, checkpoint__memory_every=0))
+    return run_id
+
+
+@pytest.mark.parametrize(("kill", "stage", "kept"), [("between", 2, 5), ("inside", 3, 4)])
+def test_a_killed_rank_costs_the_step_it_was_in_and_no_bit(
+    lab: Path, two: Gang, kill: str, stage: int, kept: int
+) -> None:
+    whole, run_id = uninterrupted(lab, two, stage), f"killed-{kill}"
+    settings = config(lab, run_id, zero__stage=stage)
+    codes = ranks(settings, kill)
+    assert codes[1] == -9 and codes[0] != 0
+    base = shm.ROOT / shm.name_of(lab / "runs" / run_id)
+    assert base.exists() and base.stat().st_mode & 0o777 == 0o700
+    on_disk = checkpoint.ordered(lab / "runs" / run_id / "checkpoints")
+    assert [folder.name for folder in on_disk] == [checkpoint.name(3)]
+    two.fit(settings)
+    assert resumed_from(lab, run_id) == checkpoint.name(kept)
+    assert metrics(lab, run_id) == metrics(lab, whole)
+    assert exposures(lab, run_id) == exposures(lab, whole)
+    assert not base.exists()
+
+
+def test_a_lost_host_costs_one_step_as_the_neighbour_has_its_part(
+    lab: Path, two: Gang, tmp_path: Path
+) -> None:
+    whole = uninterrupted(lab, two, 2)
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    settings = config(lab, "one-host")
+    assert ranks(settings, "between", tmp_path)[1] == -9
+    shutil.rmtree(tmp_path / "1")  # its memory went with it; another takes its place
+    (tmp_path / "1").mkdir()
+    assert ranks(settings, hosts=tmp_path) == [0, 0]
+    assert resumed_from(lab, "one-host") == checkpoint.name(5)
+    assert metrics(lab, "one-host") == metrics(lab, whole)
+    assert exposures(lab, "one-host") == exposures(lab, whole)
+    assert list(tmp_path.glob("*/tuneloom-*")) == []
+
+
+def test_a_damaged_copy_is_not_used(lab: Path, two: Gang) -> None:
+    settings = config(lab, "damaged-copy")
+    assert ranks(settings, "between")[1] == -9
+    base = shm.ROOT / shm.name_of(lab / "runs/damaged-copy")
+    shard = next((base / "rank-00001" / checkpoint.name(5)).rglob("*_optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    two.fit(settings)
+    assert resumed_from(lab, "damaged-copy") == checkpoint.name(4)
+    assert metrics(lab, "damaged-copy") == metrics(lab, uninterrupted(lab, two, 2))
+
+
+def test_copies_of_a_run_that_was_made_anew_are_not_found(lab: Path, one: Gang) -> None:
+    run = lab / "runs/anew"
+    run.mkdir(parents=True)
+    before = shm.name_of(run)
+    shutil.rmtree(run)
+    run.mkdir()
+    assert shm.name_of(run) != before
+
+
+def part(step: int, gang: str = "a", world_size: int = 2) -> dict[str, object]:
+    return {"step": step, "gang": gang, "world_size": world_size}
+
+
+@pytest.mark.parametrize(
+    ("views", "step", "holders"),
+    [
+        ([{(0, 5): part(5), (0, 4): part(4)}, {(1, 4): part(4)}], 4, {0: 0, 1: 1}),
+        ([{(0, 5): part(5), (1, 5): part(5)}, {}], 5, {0: 0, 1: 0}),
+        ([{(0, 5): part(5), (1, 5): part(5)}] * 2, 5, {0: 0, 1: 1}),
+        ([{(0, 5): part(5)}, {(1, 5): part(5, "b")}], None, {}),
+        ([{(0, 2): part(2), (1, 2): part(2)}, {}], None, {}),
+    ],
+)
+def test_the_newest_step_is_chosen_that_all_parts_of_one_gang_are_left_of(
+    views: list[Parts], step: int | None, holders: dict[int, int]
+) -> None:
+    choice = choose(views, newer_than=2)
+    assert (choice.step if choice else None) == step
+    assert choice is None or choice.holders == holders
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [("aa", [None, None]), ("ab", [1, 0]), ("aabb", [2, 3, 0, 1]), ("aab", [2, 2, 0])],
+)
+def test_copies_go_to_another_host(hosts: str, expected: list[int | None]) -> None:
+    assert neighbours(list(hosts)) == expected
+
+
+def test_another_users_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    base = tmp_path / "tuneloom-x"
+    base.mkdir(0o755)
+    assert not shm.is_ours(base)
+    base.chmod(0o700)
+    assert shm.is_ours(base)
+
+
+def test_what_a_lost_launcher_left_is_swept_after_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm, "ROOT", tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    base = tmp_path / shm.name_of(run)
+    shm.open_base(base, run)
+    shm.sweep()
+    assert base.exists()
+    for file in base.iterdir():
+        os.utime(file, (0, 0))
+    shm.sweep()
+    assert not base.exists()
+
+
+def test_a_launcher_that_ends_takes_its_runs_copies_but_not_those_of_a_run_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm, "ROOT", tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    base = tmp_path / shm.name_of(run)
+    shm.open_base(base, run)
+    with (run / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shm.forget_run(run)
+        assert base.exists()
+    shm.forget_run(run)
+    assert not base.exists()

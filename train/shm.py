@@ -1,0 +1,107 @@
+"""Where a run's copies lie in host memory, and how they go: no torch, the launcher uses it too.
+
+    runs/<id>/copies                      a token, so that a run made anew finds no old copies
+    /dev/shm/tuneloom-<token>/owner       the run folder; /dev/shm is memory (tmpfs) of one host
+    /dev/shm/tuneloom-<token>/rank-00000/step-000041/      written by `train/copies.py`
+
+They outlive a rank that is killed, and go with the run, with its launcher, or with the host.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from tuneloom.errors import RefusedError
+
+ROOT = Path("/dev/shm")
+TOKEN = "copies"
+OWNER = "owner"
+MEMORY = "memory"
+STALE_SECONDS = 3600.0
+"""What nobody has written for so long, of a run that nobody runs, was left by a lost launcher."""
+
+
+def name_of(run: Path) -> str:
+    """The folder of the run's copies in ROOT; the run gets its token where it has none."""
+    path = run / TOKEN
+    if not path.exists():
+        path.touch(0o600)
+        path.write_text(secrets.token_hex(16), encoding="utf-8")
+    return f"tuneloom-{path.read_text(encoding='utf-8')}"
+
+
+def is_ours(base: Path) -> bool:
+    """True when no other user can have put files there: shards are unpickled."""
+    try:
+        facts = base.lstat()
+    except FileNotFoundError:
+        return False
+    return facts.st_uid == os.getuid() and facts.st_mode & 0o170077 == 0o040000
+
+
+def open_base(base: Path, run: Path) -> str:
+    """Make the folder, for this user alone; raises RefusedError where it cannot be.
+
+    Returns a name of this memory, the same for all that share it, whatever their hosts are called.
+    """
+    try:
+        base.mkdir(0o700, exist_ok=True)
+        (base / OWNER).write_text(str(run.resolve()), encoding="utf-8")
+        name = secrets.token_hex(8)
+        (base / name).write_text(name, encoding="utf-8")
+        with suppress(FileExistsError):  # of another rank: then its name is the name
+            os.link(base / name, base / MEMORY)
+        (base / name).unlink()
+        found = (base / MEMORY).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RefusedError(
+            f"checkpoint.memory_every: {base} cannot be made ({error.strerror}); set "
+            "checkpoint.memory_every=0, or mount a tmpfs there"
+        ) from None
+    if not is_ours(base):
+        raise RefusedError(f"checkpoint.memory_every: {base} is not this user's alone; remove it")
+    return found
+
+
+def forget(base: Path) -> None:
+    """Give this host's memory back."""
+    shutil.rmtree(base, ignore_errors=True)
+
+
+def forget_run(run: Path) -> None:
+    """The same by the run's folder, unless a rank 0 still writes there: a second launcher of a run
+    is refused, and ends without the first one's copies.
+    """
+    if (run / TOKEN).exists() and not _is_written(run):
+        forget(ROOT / name_of(run))
+
+
+def sweep() -> None:
+    """Remove what runs of ours left on this host whose launcher was lost with its host."""
+    for base in ROOT.glob("tuneloom-*"):
+        if is_ours(base) and (base / OWNER).exists() and _is_stale(base):
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def _is_stale(base: Path) -> bool:
+    written = max((p.stat().st_mtime for p in base.iterdir()), default=0.0)
+    if time.time() - written < STALE_SECONDS:
+        return False
+    return not _is_written(Path((base / OWNER).read_text(encoding="utf-8")))
+
+
+def _is_written(run: Path) -> bool:
+    """True when a rank 0 holds the lock of the run."""
+    lock = run / "lock"
+    if not lock.exists():
+        return False
+    with lock.open("r", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
