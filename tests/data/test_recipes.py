@@ -21,6 +21,7 @@ from tuneloom.data.redact import PrivacyConfig, TenantRecogniser
 from tuneloom.data.review import GoldenConfig
 from tuneloom.data.sanitise import SanitiseConfig
 from tuneloom.data.synthesise import SynthesiseConfig, TeacherConfig
+from tuneloom.launch.ingest import IngestJob
 from tuneloom.registry.lineage import LineageConfig
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def test_a_shipped_recipe_composes_and_validates(name: str) -> None:
         "source=raw.jsonl",
         *(["data.name=x"] if name == "records" else []),
     ]
-    config = build(IngestConfig, compose("ingest", overrides))
+    config = build(IngestJob, compose("ingest", overrides))
     assert config.sources == ["raw.jsonl"]
 
 
@@ -67,7 +68,7 @@ def test_any_option_of_a_recipe_can_be_set_on_the_command_line(name: str) -> Non
     overrides = [f"data={name}", "data.name=x", "source=a", "data.near.action=drop",
                  "data.split.seed=5",
                  "data.privacy.actions={email: drop}"]  # fmt: skip
-    config = build(IngestConfig, compose("ingest", overrides))
+    config = build(IngestJob, compose("ingest", overrides))
     assert (config.data.near.action, config.data.split.seed) == ("drop", 5)
     assert config.data.privacy.actions == {"email": "drop"}
 
