@@ -112,10 +112,11 @@ def small_config(folder: Path, run_id: str, **dotted: object) -> dict[str, objec
 
 
 def metrics(folder: Path, run_id: str, key: str = "train/loss") -> list[float]:
-    """One number a step of a run, as written."""
+    """One number a step of a run, as written; `step` itself of the steps that were trained."""
     lines = (folder / "runs" / run_id / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [row[key] for row in rows if key in row]
+    trained = [row for row in rows if "train/loss" in row] if key == "step" else rows
+    return [row[key] for row in trained if key in row]
 
 
 class Gang:

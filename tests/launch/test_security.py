@@ -309,8 +309,8 @@ def test_pickles_of_ten_forms_run_nothing_as_rows_adapter_or_checkpoint(
     canary = tmp_path / "canary"
     forms = payloads(tmp_path / "forms", canary)
     assert len(forms) == 10
-    one.fit(small_config(lab, "sound", steps=2, checkpoint__every=1))
-    good = lab / "runs/sound/checkpoints/step-000002"
+    one.fit(small_config(lab, "forms-sound", steps=2, checkpoint__every=1))
+    good = lab / "runs/forms-sound/checkpoints/step-000002"
     for number, form in enumerate(forms):
         with pytest.raises(TuneloomError):
             open_rows(form)[0]

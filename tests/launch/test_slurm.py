@@ -151,10 +151,11 @@ def test_preemption_saves_and_requeues_then_term_saves_and_ends_with_75(bed: Slu
     rows = len(metrics(bed.base, "requeued"))
     bed.wait_job(job, {"RUNNING"})
     wait_for_steps(bed, job, "requeued", rows + 3)
-    assert f"resumed {saved} of requeued" in output(bed, job)
     bed.run("scancel", "--batch", "--signal=TERM", job)
     ended = bed.wait_job(job, ENDED)
-    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0"), output(bed, job)
+    said = output(bed, job)  # of the ranks, which Ray brings a moment later
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0"), said
+    assert f"resumed {saved} of requeued" in said, said
     steps = metrics(bed.base, "requeued", "step")
     assert steps == list(range(1, len(steps) + 1))
     assert left_behind(bed, job) == []

@@ -66,18 +66,18 @@ def test_padded_rows_recomputed_from_the_host_in_tiles_are_shared_too(
     lab: Path, one: Gang, four: Gang
 ) -> None:
     padded = {"batch__packing": False, "batch__sequences": 3}
-    one.fit(shared(lab, "padded", 1, 1, **padded))
+    one.fit(shared(lab, "padded1", 1, 1, **padded))
     long = {
         "model__checkpointing": "on", "model__checkpoint_offload": True, "model__tile_tokens": 40,
         "zero__stage": 3,
     }  # fmt: skip
     four.fit(shared(lab, "padded4", 4, 4, **padded, **long))
-    same_curve(lab, "padded4", "padded")
+    same_curve(lab, "padded4", "padded1")
 
 
 def test_the_fused_layers_are_shared_too(lab: Path, four: Gang, alone: str) -> None:
-    four.fit(shared(lab, "fused", 4, 4, model__kernels=True))
-    same_curve(lab, "fused", alone)
+    four.fit(shared(lab, "shared-fused", 4, 4, model__kernels=True))
+    same_curve(lab, "shared-fused", alone)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "by"), [(4, 1, 4), (6, 3, 2)])
@@ -99,17 +99,17 @@ def test_key_value_heads_that_ranks_cannot_share_evenly_are_repeated(
 def test_each_row_is_booked_once_and_the_receipt_counts_the_exchange(
     lab: Path, four: Gang, alone: str
 ) -> None:
-    four.fit(shared(lab, "booked", 4, 2))
+    four.fit(shared(lab, "shared-booked", 4, 2))
     kept = ["record_id", "step", "tokens", "target_tokens"]
     order = [(name, "ascending") for name in ("step", "record_id")]
     tables = [
         pq.read_table(lab / "runs" / run / "exposure.parquet", columns=kept).sort_by(order)
-        for run in ("booked", alone)
+        for run in ("shared-booked", alone)
     ]
     assert tables[0].equals(tables[1])
-    ranks = pq.read_table(lab / "runs/booked/exposure.parquet")["rank"].to_pylist()
+    ranks = pq.read_table(lab / "runs/shared-booked/exposure.parquet")["rank"].to_pylist()
     assert set(ranks) == {0, 2}  # the first of each two that share
-    effects = json.loads((lab / "runs/booked/effects.json").read_text(encoding="utf-8"))
+    effects = json.loads((lab / "runs/shared-booked/effects.json").read_text(encoding="utf-8"))
     (receipt,) = [r for r in effects["receipts"] if r["option"] == "batch.sequence_parallel=2"]
     evidence = receipt["evidence"]
     assert receipt["acted"]
@@ -119,16 +119,18 @@ def test_each_row_is_booked_once_and_the_receipt_counts_the_exchange(
 
 
 def test_a_resume_may_share_packs_otherwise(lab: Path, four: Gang, alone: str) -> None:
-    four.fit(shared(lab, "halfway", 4, 4, zero__stage=2, checkpoint__every=2))
-    half = lab / "runs/halfway/checkpoints/step-000002"
-    four.fit(shared(lab, "resumed", 4, 2, zero__stage=2, resume=str(half)))
-    assert len(metrics(lab, "resumed")) == 2
+    four.fit(shared(lab, "shared-halfway", 4, 4, zero__stage=2, checkpoint__every=2))
+    half = lab / "runs/shared-halfway/checkpoints/step-000002"
+    four.fit(shared(lab, "shared-otherwise", 4, 2, zero__stage=2, resume=str(half)))
+    assert len(metrics(lab, "shared-otherwise")) == 2
     digests = {
-        runs.digest(build(TrainConfig, shared(lab, "resumed", 4, by, batch__accumulation=1)))
+        runs.digest(
+            build(TrainConfig, shared(lab, "shared-otherwise", 4, by, batch__accumulation=1))
+        )
         for by in (2, 4)
     }
     assert len(digests) == 1  # nor does the same run.id refuse it
-    same_curve(lab, "resumed", alone)
+    same_curve(lab, "shared-otherwise", alone)
 
 
 def test_ranks_and_heads_that_cannot_be_shared_are_refused_by_name(lab: Path, four: Gang) -> None:
