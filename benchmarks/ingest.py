@@ -5,7 +5,7 @@ deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds sec
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
 index. `--datatrove PYTHON` and `--data-juicer PYTHON` run the peers of benchmarks/peers/ with an
 interpreter that has them, on the same files. Peak memory is of all processes, sampled ten times a
-second. Writes benchmarks/results/ingest.json.
+second. `--scale N` runs `core` on N rows first. Writes benchmarks/results/ingest.json.
 """
 
 import argparse
@@ -155,12 +155,18 @@ def run_peer(name: str, python: str, source: Path, out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--scale", type=int, default=0)
     for name in PEERS:
         parser.add_argument(f"--{name.replace('_', '-')}", help="an interpreter that has it")
     arguments = parser.parse_args()
     rows = arguments.rows
     result: dict[str, Any] = {"rows": rows, "machine": platform.platform(), "cores": os.cpu_count(),
                               "load_before": os.getloadavg()[0]}  # fmt: skip
+    if arguments.scale:
+        with tempfile.TemporaryDirectory() as folder:
+            write_rows(Path(folder) / "raw", arguments.scale)
+            result["scale"] = run(Path(folder) / "raw", Path(folder) / "ds", 2, **CASES["core"])
+            print("scale", result["scale"], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "raw"
         write_rows(source, rows)
