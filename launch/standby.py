@@ -1,8 +1,8 @@
 """A second gang that has imported everything and waits (`launch.standby`): after a lost worker the
 run goes on at once, where new processes first start and import for some ten seconds.
 
-It stands in the slots of the gang that trains, so it takes no processor and no GPU, only about
-0.6 GiB of host memory a rank; it starts after the gang's first step, not to compete with that.
+It stands in the slots of the gang that trains, asks Ray for no processor and no GPU, and holds
+about 0.6 GiB of host memory a rank (not seen on a GPU yet); it starts after the gang's first step, not to compete with that.
 Where one of it does not answer, because a whole host is gone, the next gang is placed anew.
 """
 

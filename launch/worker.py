@@ -29,7 +29,7 @@ class Worker:
         }
 
     def import_all(self) -> None:
-        """Import what training will, and go on waiting; touches no GPU."""
+        """Import what training will, and go on waiting; starts nothing on a GPU."""
         from tuneloom.train import distributed, loop
 
         distributed.choose_accelerator()
