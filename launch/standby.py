@@ -1,9 +1,10 @@
 """A second gang that has imported everything and waits (`launch.standby`): after a lost worker the
-run goes on at once, where new processes first start and import for some ten seconds.
+run goes on at once, where new processes first start and import for some five seconds.
 
 It stands in the slots of the gang that trains, asks Ray for no processor and no GPU, and holds
-about 0.6 GiB of host memory a rank (not seen on a GPU yet); it starts after the gang's first step, not to compete with that.
-Where one of it does not answer, because a whole host is gone, the next gang is placed anew.
+about 0.6 GiB of host memory a rank (not seen on a GPU yet). It starts after the gang's first step,
+not to compete with that. Where one of it does not answer, because a whole host is gone, the next
+gang is placed anew.
 """
 
 from dataclasses import dataclass, field
