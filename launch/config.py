@@ -11,6 +11,9 @@ from tuneloom.train.config import TrainConfig
 HEADER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 TIME = re.compile(r"\d{1,6}|(\d{1,3}-)?\d{1,2}(:\d{2}){1,2}")
 
+# Words of a shell variable that is split at blanks, so nothing that a shell would read otherwise.
+ContainerWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_./:=,@+%-]{1,256}$")]
+
 
 class LaunchConfig(Config):
     kind: Literal["local", "ray", "slurm", "inline"]
@@ -45,7 +48,13 @@ class LaunchConfig(Config):
     signal_seconds: Annotated[int, Field(gt=0)] = 180
     """Slurm: seconds before the time limit at which the run saves and goes back into the queue."""
     python: str | None = None
-    """Slurm: interpreter of the virtual environment that the nodes see; None is the one in use."""
+    """Slurm: interpreter of the virtual environment that the nodes see; None is the one in use, or
+    the container's `python`.
+    """
+    container: tuple[ContainerWord, ...] = ()
+    """Slurm: the command that enters a container, image last, such as [apptainer, exec, --nv,
+    tuneloom.sif]; Ray and the ranks of every node run in it. Empty: none.
+    """
     follow: bool = True
     """Slurm: show the job's output until it ends, and end with its exit code."""
     dry_run: bool = False
@@ -91,7 +100,7 @@ class LaunchConfig(Config):
 
 SLURM_ONLY = frozenset({
     "account", "partition", "time", "gpus_per_node", "cpus_per_worker", "memory", "signal_seconds",
-    "python", "follow", "dry_run",
+    "python", "container", "follow", "dry_run",
 })  # fmt: skip
 
 

@@ -42,7 +42,10 @@ def launch_slurm(job: JobConfig) -> int:
 def render(job: JobConfig) -> str:
     """The batch script of a job."""
     folder = folder_of(training_of(job))
-    python = job.launch.python or sys.executable
+    python = job.launch.python or ("python" if job.launch.container else sys.executable)
+    setup = [f"cd {shlex.quote(os.getcwd())} || exit 4", f"TUNELOOM_PYTHON={shlex.quote(python)}"]
+    if job.launch.container:
+        setup.append(f"TUNELOOM_CONTAINER={shlex.quote(' '.join(job.launch.container))}")
     arguments = [
         "--config-dir", str((folder / "slurm").absolute()), "experiment=job",
         f"run.id={job.run.id}", f"launch.workers={job.launch.workers}",
@@ -50,8 +53,7 @@ def render(job: JobConfig) -> str:
     return _template().render(
         usage="runs/<id>/slurm/finetune.sbatch",
         header=header(job.launch, name=job.run.name, output=str(output_of(folder, "%j"))),
-        setup=[f"cd {shlex.quote(os.getcwd())} || exit 4",
-               f"TUNELOOM_PYTHON={shlex.quote(python)}"],
+        setup=setup,
         arguments=shlex.join(arguments),
     )  # fmt: skip
 

@@ -4,6 +4,9 @@
 # The interpreter that every node sees: a virtual environment on the shared file system.
 TUNELOOM_PYTHON=${TUNELOOM_PYTHON:-$PWD/.venv/bin/python}
 
+# The command that enters a container on every node, image last; the interpreter above is then the image's.
+# TUNELOOM_CONTAINER="apptainer exec --nv /images/tuneloom.sif"
+
 # What your cluster needs goes below: module loads, caches on the shared file system, the network.
 # module load cuda/12.8
 # export HF_HOME=/shared/huggingface HF_HUB_OFFLINE=1

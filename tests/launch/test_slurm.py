@@ -4,6 +4,7 @@ left.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -212,3 +213,39 @@ def test_launch_slurm_submits_follows_and_ends_with_the_exit_code_of_the_run(bed
     assert done.returncode == 3, done.stdout + done.stderr
     assert "run submitted in runs/submitted" in done.stdout
     assert "is FAILED, exit 3" in done.stdout
+
+
+def image(folder: Path, *, shown: list[Path]) -> Path:
+    """A container image that holds a base model and nothing else; folders of the host to enter."""
+    for name in ("dev", "proc", "sys", "tmp", "var/tmp", "home", *(str(p)[1:] for p in shown)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (folder / name).symlink_to(f"usr/{name}")
+    for name in ("passwd", "group"):  # ch-run mounts its own over these
+        (folder / "etc" / name).touch()
+    tiny_model(folder / "only-in-the-image/base")
+    return folder
+
+
+@pytest.mark.slurm
+def test_ray_and_the_ranks_of_every_node_run_in_the_container(bed: SlurmBed) -> None:
+    """Charliecloud's; the base model is a folder that only the image has."""
+    if shutil.which("ch-run") is None:
+        assert os.environ.get("TUNELOOM_REQUIRE_SLURM") != "1", "no ch-run on this machine"
+        pytest.skip("no ch-run on this machine (apt-get install charliecloud-runtime)")
+    needed = (Path("/usr"), Path("/etc"), Path(sys.base_prefix), Path(sys.prefix), ROOT, bed.base)
+    shown = [p for p in needed if not any(q != p and p.is_relative_to(q) for q in needed)]
+    folder = image(bed.base / "image", shown=shown)
+    enter = ["ch-run", *(f"--bind={p}:{p}" for p in shown), f"--cd={bed.base}", str(folder), "--"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneloom", "train", *RUN, "run.id=contained",
+         "model.path=/only-in-the-image/base", "launch=slurm", "launch.nodes=2",
+         "launch.workers=2", "launch.gpus_per_worker=0", "launch.memory=3000M",
+         f"launch.container={json.dumps(enter)}", f"launch.python={sys.executable}"],
+        env=bed.environment() | {"PYTHONPATH": str(ROOT), "USER": "root"}, cwd=bed.base,
+        capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((bed.base / "runs/contained/run.json").read_text(encoding="utf-8"))
+    assert (facts["state"], facts["launcher"]["nodes"]) == ("done", 2)
+    assert not Path("/only-in-the-image").exists()
