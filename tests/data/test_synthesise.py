@@ -1,6 +1,9 @@
 """Synthetic rows, against a small endpoint on this machine that answers as OpenAI's API does."""
 
+import hashlib
 import json
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +18,7 @@ from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.records import content_id
 from tuneloom.data.synthesise import SynthesiseConfig, score_in, synthesise
-from tuneloom.errors import DataError
+from tuneloom.errors import ConfigError, DataError
 
 SEEDS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
 
@@ -26,7 +29,11 @@ class Endpoint(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Endpoint.asked.append(body)
-        said = self.say(body["messages"][0]["content"])
+        content = body["messages"][-1]["content"]  # a text, or a list of parts
+        said = self.say(content if isinstance(content, str) else content[0]["text"])
+        if said is None:
+            self.send_error(400)
+            return
         answer = json.dumps(
             {"choices": [{"message": {"role": "assistant", "content": said}}]}
         ).encode()
@@ -34,10 +41,14 @@ class Endpoint(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    def say(self, prompt: str) -> str:
+    def say(self, prompt: str) -> str | None:
         if prompt.startswith("Score"):
             return "Score: 3" if "question 1 " in prompt else "I give it 9 of 10."
-        number = prompt.removeprefix("Rephrase: question ")
+        if prompt.startswith("Triage"):
+            return '{"urgent": true}'
+        if prompt.startswith("Refuse") or "question 6 in" in prompt:
+            return None
+        number = prompt.removeprefix("Rephrase: question ").split(" ")[0]
         return {"2": "", "3": "question 4"}.get(number, f"what of {number}?")
 
     def log_message(self, *_: object) -> None:
@@ -109,6 +120,103 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path, url: str) -> None:
 def test_a_dead_endpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no answer from http://127\.0\.0\.1:9/v1"):
         synthesise(config(tmp_path, "http://127.0.0.1:9/v1"))
+
+
+DESIGN = """
+columns:
+- {name: tone, column_type: sampler, sampler_type: category, params: {values: [formal]}}
+- {name: text, column_type: llm-text, prompt: "Rephrase: {{ prompt }} in a {{ tone }} tone"}
+- name: judged
+  column_type: llm-structured
+  prompt: "Triage: {{ text }}"
+  output_format: {type: object, properties: {urgent: {type: boolean}}, required: [urgent]}
+"""
+DESIGNED = {"prompt": "{text}", "completion": "{tone} {completion} {judged.urgent}"}
+
+
+def designed(tmp_path: Path, url: str, design: str = DESIGN, **more: Any) -> SynthesiseConfig:
+    (tmp_path / "design.yaml").write_text(design)
+    given = {"prompt": None, "design": str(tmp_path / "design.yaml"), "record": DESIGNED,
+             "judge": "Score {prompt} as {text}"}  # fmt: skip
+    return config(tmp_path, url, **given | more)
+
+
+def test_a_design_of_data_designer_fills_rows_and_speaks_to_the_teacher_only(
+    tmp_path: Path, url: str
+) -> None:
+    reached: set[str] = set()
+
+    def hear(event: str, given: tuple[Any, ...]) -> None:
+        if event == "socket.connect" and isinstance(given[1], tuple):
+            reached.add(f"http://{given[1][0]}:{given[1][1]}/v1")
+        if event == "socket.getaddrinfo":
+            reached.add(f"http://{given[0]}:{given[1]}/v1")
+
+    sys.addaudithook(hear)
+    path, counts = synthesise(designed(tmp_path, url))
+    assert reached == {url}
+    assert counts == {"asked": 8, "empty": 2, "judged too low": 1, "a copy": 0, "written": 5}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["prompt"] == "what of 0?" and rows[0]["completion"] == "formal answer 0 true"
+    for row in rows:
+        origin = row["meta"]["synthetic"]
+        assert origin["prompt_digest"] == hashlib.sha256(DESIGN.encode()).hexdigest()
+        assert (origin["teacher"], origin["teacher_licence"]) == ("teacher-1", "Apache-2.0")
+        seed = next(s for s in SEEDS if content_id(s) == origin["seed"])
+        assert row["completion"] == f"formal {seed['completion']} true"
+
+
+def test_a_design_that_was_answered_is_not_asked_again(tmp_path: Path, url: str) -> None:
+    first, _ = synthesise(designed(tmp_path, url))
+    text, asked = first.read_text(), len(Endpoint.asked)
+    second, _ = synthesise(designed(tmp_path, url))
+    assert second.read_text() == text and len(Endpoint.asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("design", "why"),
+    [
+        ("columns: []\nmodel_configs: []", "has 'model_configs'; only columns and constraints"),
+        ("seeds: x", "has no list `columns`"),
+        ("columns: [{name: a, column_type: custom}]", "column of type 'custom'; use one of"),
+        ("columns: [{name: a, column_type: validation}]", "column of type 'validation'"),
+        ("columns: [{name: a, column_type: llm-text, prompt: p, model_alias: big}]", "model_alias"),
+        ("columns: [{name: a, column_type: llm-text, prompt: p, tool_alias: t}]", "no tools"),
+        ("columns: [{name: a, column_type: llm-text}]", "prompt"),
+        (
+            "columns: [{name: a, column_type: llm-text, prompt: '{{ nothing }}'}]",
+            "the reasons above",
+        ),
+    ],
+)
+def test_a_design_that_could_do_more_is_refused(
+    tmp_path: Path, url: str, design: str, why: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        synthesise(designed(tmp_path, url, design))
+    assert not Endpoint.asked and not (tmp_path / "raw" / "more.jsonl").exists()
+
+
+def test_a_teacher_that_refuses_a_design_is_named_and_leaves_no_file(
+    tmp_path: Path, url: str
+) -> None:
+    with pytest.raises(DataError, match="Data Designer made no rows"):
+        synthesise(designed(tmp_path, url, DESIGN.replace("Rephrase", "Refuse")))
+    assert not (tmp_path / "raw" / "more.jsonl").exists()
+
+
+@pytest.mark.parametrize("key", ["prompt", "judge", "record"])
+def test_a_field_that_no_seed_has_is_named(tmp_path: Path, url: str, key: str) -> None:
+    template = "of {nothing}"
+    given = {"prompt": template, "completion": "x"} if key == "record" else template
+    with pytest.raises(ConfigError, match=rf"{key}: no field 'nothing' among prompt, completion"):
+        synthesise(config(tmp_path, url, **{key: given}))
+
+
+def test_prompt_and_design_exclude_each_other(tmp_path: Path, url: str) -> None:
+    for given in ({"design": "design.yaml"}, {"prompt": None}):
+        with pytest.raises(ConfigError, match="set either prompt or design"):
+            config(tmp_path, url, **given)
 
 
 @pytest.mark.parametrize(

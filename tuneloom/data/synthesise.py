@@ -1,9 +1,10 @@
 """`tuneloom synthesise name=.. seeds=.. teacher.model=..`: rows by a teacher, each on the record.
 
-A teacher behind any OpenAI-style endpoint answers a prompt template filled with a seed row; a
-judge, if one is named, scores the answer. What comes out is raw JSONL for `tuneloom ingest`, each
-row with its teacher, the teacher's licence, the prompt's digest, the seed's id and the judge's
-score. The share of synthetic rows is capped, and a request that was answered is not made again.
+A teacher behind any OpenAI-style endpoint answers a prompt template filled with a seed row, or
+fills the columns of a design by NeMo Data Designer; a judge, if one is named, scores the answer.
+What comes out is raw JSONL for `tuneloom ingest`, each row with its teacher, the teacher's licence,
+the digest of the prompt or design, the seed's id and the judge's score. The share of synthetic rows
+is capped, and a request that was answered is not made again.
 """
 
 import hashlib
@@ -12,14 +13,17 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tuneloom.config import Config
-from tuneloom.data.fields import compile_template
+from tuneloom.data import designer
+from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import mapper
 from tuneloom.data.records import canonical, content_id, parse
 from tuneloom.data.rows import open_rows
@@ -45,13 +49,15 @@ class SynthesiseConfig(Config):
     seeds: str
     """A dataset folder or JSONL file whose rows fill the prompt."""
     split: str = "train"
-    prompt: str
-    """Template over the seed's content, such as 'Rephrase: {prompt}'."""
+    prompt: str | None = None
+    """Template over the seed's content, such as 'Rephrase: {prompt}'; or else a design."""
+    design: str | None = None
+    """YAML of columns for NeMo Data Designer (an extra), which sees the seed's content."""
     record: dict[str, Any]
-    """Templates of the new row over the seed's content and {answer}."""
+    """Templates of the new row over the seed's content and {answer}, or the design's columns."""
     teacher: TeacherConfig
     judge: str | None = None
-    """Template over seed and {answer} that asks for a score from 0 to 10; None asks for none."""
+    """Template over the same that asks for a score from 0 to 10; None asks for none."""
     min_score: Annotated[int, Field(ge=0, le=10)] = 7
     per_seed: Annotated[int, Field(gt=0)] = 1
     max_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
@@ -65,6 +71,12 @@ class SynthesiseConfig(Config):
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", value):
             raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
         return value
+
+    @model_validator(mode="after")
+    def one_source(self) -> "SynthesiseConfig":
+        if (self.prompt is None) == (self.design is None):
+            raise ValueError("set either prompt or design, and only one of them")
+        return self
 
 
 CONFIG = SynthesiseConfig
@@ -80,59 +92,94 @@ def main(config: SynthesiseConfig) -> int:
 
 
 def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
-    """Write the synthetic rows; returns the file and the counts, which add up."""
+    """Write the synthetic rows; returns the file, whole or not there, and the counts, which add up.
+
+    Raises ConfigError for a template or design that is wrong, DataError for an endpoint that does
+    not answer; what was answered is kept, so that the same command goes on from there.
+    """
     seeds = open_rows(config.seeds, config.split)
     most = int(config.max_share / (1.0 - config.max_share) * len(seeds))
+    wanted = [i for _ in range(config.per_seed) for i in range(len(seeds))][:most]
+    fields = [flat(seeds[i].content) for i in wanted]
     out = Path(config.out)
     teacher = Teacher(config.teacher, out / f".{config.name}.answers")
-    ask = compile_template(config.prompt, key="prompt")
-    judge = compile_template(config.judge, key="judge") if config.judge else None
-    build = mapper(config.record)
+    judge = _naming("judge", compile_template(config.judge, key="judge")) if config.judge else None
+    build = _naming("record", mapper(config.record))
+    if config.design is None:
+        made = _prompted(config, teacher, fields)
+    else:
+        made = designer.answers(
+            designer.read_design(Path(config.design)), fields, teacher=config.teacher,
+            parallel=config.parallel, cache=teacher.cache,
+        )  # fmt: skip
     counts = dict.fromkeys(("asked", "empty", "judged too low", "a copy", "written"), 0)
+    counts["asked"] = counts["empty"] = len(wanted)
     known = {seeds[i].id for i in range(len(seeds))}
-    wanted = [(i, n) for n in range(config.per_seed) for i in range(len(seeds))][:most]
+    source = config.prompt or Path(str(config.design)).read_text(encoding="utf-8")
+    origin = {
+        "teacher": config.teacher.model,
+        "teacher_licence": config.teacher.licence,
+        "prompt_digest": _digest(source),
+    }
 
-    def answer(place: tuple[int, int]) -> tuple[str, str, int | None]:
-        fields = flat(seeds[place[0]].content)
-        text = teacher.answer(ask(fields), place[1])
-        if judge is None or not text.strip():
-            return seeds[place[0]].id, text, None
-        return (
-            seeds[place[0]].id,
-            text,
-            score_in(teacher.answer(judge(fields | {"answer": text}), 0)),
-        )
+    def score(answer: tuple[int, dict[str, Any]]) -> tuple[int, dict[str, Any], int | None]:
+        position, columns = answer
+        if judge is None:
+            return position, columns, None
+        return position, columns, score_in(teacher.answer(judge(fields[position] | columns), 0))
 
-    with (
-        ThreadPoolExecutor(config.parallel) as pool,
-        (out / f"{config.name}.jsonl").open("w", encoding="utf-8") as file,
-    ):
-        for (index, _), (seed_id, text, score) in zip(
-            wanted, pool.map(answer, wanted), strict=True
-        ):
-            counts["asked"] += 1
-            if not text.strip():
-                counts["empty"] += 1
-                continue
-            if judge is not None and (score is None or score < config.min_score):
-                counts["judged too low"] += 1
-                continue
-            content = build(flat(seeds[index].content) | {"answer": text})
+    whole, part = out / f"{config.name}.jsonl", out / f".{config.name}.jsonl.part"
+    with ThreadPoolExecutor(config.parallel) as pool, part.open("w", encoding="utf-8") as file:
+        for position, columns, points in pool.map(score, filter(_answered, made)):
+            counts["empty"] -= 1
+            content = build(fields[position] | columns)
             row_id = content_id(parse(content, where="record").content)
-            if row_id in known:
+            if judge is not None and (points is None or points < config.min_score):
+                counts["judged too low"] += 1
+            elif row_id in known:
                 counts["a copy"] += 1
-                continue
-            known.add(row_id)
-            origin = {
-                "teacher": config.teacher.model,
-                "teacher_licence": config.teacher.licence,
-                "prompt_digest": _digest(config.prompt),
-                "seed": seed_id,
-                "score": score,
-            }
-            file.write(canonical(content | {"meta": {"synthetic": origin}}) + "\n")
-            counts["written"] += 1
-    return out / f"{config.name}.jsonl", counts
+            else:
+                known.add(row_id)
+                meta = origin | {"seed": seeds[wanted[position]].id, "score": points}
+                file.write(canonical(content | {"meta": {"synthetic": meta}}) + "\n")
+                counts["written"] += 1
+    part.replace(whole)
+    return whole, counts
+
+
+def _prompted(
+    config: SynthesiseConfig, teacher: "Teacher", fields: list[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The teacher's answer to the prompt for each seed, as (its position, {"answer": text})."""
+    ask = _naming("prompt", compile_template(str(config.prompt), key="prompt"))
+    attempts: Counter[str] = Counter()
+    asked = []
+    for position, seed in enumerate(fields):
+        prompt = ask(seed)
+        asked.append((position, prompt, attempts[prompt]))
+        attempts[prompt] += 1
+    with ThreadPoolExecutor(config.parallel) as pool:
+        yield from pool.map(lambda a: (a[0], {"answer": teacher.answer(a[1], a[2])}), asked)
+
+
+def _naming(key: str, fill: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`fill`, with a ConfigError in place of MissingField."""
+
+    def named(fields: dict[str, Any]) -> Any:
+        try:
+            return fill(fields)
+        except MissingField as missing:
+            raise ConfigError(
+                f"{key}: no field {missing.args[0]!r} among {', '.join(fields)}; write "
+                f"{{{missing.args[0]}?}} if it may be missing"
+            ) from None
+
+    return named
+
+
+def _answered(answer: tuple[int, dict[str, Any]]) -> bool:
+    """Whether no column is blank."""
+    return all(value.strip() for value in answer[1].values() if isinstance(value, str))
 
 
 def flat(content: dict[str, Any]) -> dict[str, Any]:
