@@ -194,7 +194,7 @@ def test_a_design_that_could_do_more_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(why)):
         synthesise(designed(tmp_path, url, design))
-    assert not Endpoint.asked and not (tmp_path / "raw" / "more.jsonl").exists()
+    assert not Endpoint.asked and not list((tmp_path / "raw").glob("*.jsonl*"))
 
 
 def test_a_teacher_that_refuses_a_design_is_named_and_leaves_no_file(
@@ -202,7 +202,7 @@ def test_a_teacher_that_refuses_a_design_is_named_and_leaves_no_file(
 ) -> None:
     with pytest.raises(DataError, match="Data Designer made no rows"):
         synthesise(designed(tmp_path, url, DESIGN.replace("Rephrase", "Refuse")))
-    assert not (tmp_path / "raw" / "more.jsonl").exists()
+    assert not list((tmp_path / "raw").glob("*.jsonl*"))
 
 
 @pytest.mark.parametrize("key", ["prompt", "judge", "record"])

@@ -129,21 +129,24 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
         return position, columns, score_in(teacher.answer(judge(fields[position] | columns), 0))
 
     whole, part = out / f"{config.name}.jsonl", out / f".{config.name}.jsonl.part"
-    with ThreadPoolExecutor(config.parallel) as pool, part.open("w", encoding="utf-8") as file:
-        for position, columns, points in pool.map(score, filter(_answered, made)):
-            counts["empty"] -= 1
-            content = build(fields[position] | columns)
-            row_id = content_id(parse(content, where="record").content)
-            if judge is not None and (points is None or points < config.min_score):
-                counts["judged too low"] += 1
-            elif row_id in known:
-                counts["a copy"] += 1
-            else:
-                known.add(row_id)
-                meta = origin | {"seed": seeds[wanted[position]].id, "score": points}
-                file.write(canonical(content | {"meta": {"synthetic": meta}}) + "\n")
-                counts["written"] += 1
-    part.replace(whole)
+    try:
+        with ThreadPoolExecutor(config.parallel) as pool, part.open("w", encoding="utf-8") as file:
+            for position, columns, points in pool.map(score, filter(_answered, made)):
+                counts["empty"] -= 1
+                content = build(fields[position] | columns)
+                row_id = content_id(parse(content, where="record").content)
+                if judge is not None and (points is None or points < config.min_score):
+                    counts["judged too low"] += 1
+                elif row_id in known:
+                    counts["a copy"] += 1
+                else:
+                    known.add(row_id)
+                    meta = origin | {"seed": seeds[wanted[position]].id, "score": points}
+                    file.write(canonical(content | {"meta": {"synthetic": meta}}) + "\n")
+                    counts["written"] += 1
+        part.replace(whole)
+    finally:
+        part.unlink(missing_ok=True)
     return whole, counts
 
 
