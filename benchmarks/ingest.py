@@ -4,13 +4,17 @@ Rows are chats of about 1 KB, one in fifty an exact copy. `core` reads, validate
 deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds secrets and personal
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
 index. `--datatrove PYTHON` and `--data-juicer PYTHON` run the peers of benchmarks/peers/ with an
-interpreter that has them, on the same files. Peak memory is of all processes, sampled ten times a
-second. `--scale N` runs `core` on N rows first. Writes benchmarks/results/ingest.json.
+interpreter that has them, on the same files. Peak memory is of all processes, sampled twenty times
+a second. `--scale N` runs `core` on N rows first. Writes benchmarks/results/ingest.json.
+
+`--memory N` runs `core` and `near` on N and on 4N rows of 150 bytes instead, each in a process of
+its own, for what memory grows by: benchmarks/results/ingest_memory.json.
 """
 
 import argparse
 import fileinput
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -18,6 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_rows(folder: Path, count: int) -> None:
+def write_rows(folder: Path, count: int, words_a_row: int = 140) -> None:
     """Two files of chats of words from a vocabulary of 5,000; every fiftieth row is a copy."""
+    asked = 3 * words_a_row // 7
     rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(rng.choices(letters, k=rng.randrange(2, 10))) for _ in range(5000)]
@@ -46,37 +52,48 @@ def write_rows(folder: Path, count: int) -> None:
     with (folder / "a.jsonl").open("w") as one, (folder / "b.jsonl").open("w") as two:
         for i in range(count):
             if i % 50 != 49:
-                turns = [("user", f"{i} {' '.join(rng.choices(words, k=60))}?"),
-                         ("assistant", " ".join(rng.choices(words, k=80)) + ".")]  # fmt: skip
+                question = f"{i} {' '.join(rng.choices(words, k=asked))}?"
+                answer = " ".join(rng.choices(words, k=words_a_row - asked)) + "."
+                turns = [("user", question), ("assistant", answer)]
                 line = json.dumps({"messages": [{"role": r, "content": t} for r, t in turns]})
             (one if i < count // 2 else two).write(line + "\n")
 
 
 class Peak:
-    """The most that this process and its children held together while it was open, in MiB (PSS: a
-    page that several share is counted once)."""
+    """The most that this process and its children held together while it was open, in MiB.
+
+    `pss`: all pages, of which one that several share is counted once; `anonymous`: those that no
+    file holds, and so the kernel cannot take back. The difference is mostly page cache.
+    """
 
     def __enter__(self) -> "Peak":
-        self.mib, self.open = 0.0, True
+        self.pss = self.anonymous = 0.0
+        self.open = True
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
-        me = psutil.Process()
         while self.open:
-            total = me.memory_full_info().pss
-            for child in me.children(recursive=True):
-                try:
-                    total += child.memory_full_info().pss
-                except psutil.NoSuchProcess:
-                    continue  # ended between the list and the look
-            self.mib = max(self.mib, total / 2**20)
-            time.sleep(0.1)
+            me = psutil.Process()
+            held = [_held(p.pid) for p in (me, *me.children(recursive=True))]
+            self.pss = max(self.pss, sum(pss for pss, _ in held))
+            self.anonymous = max(self.anonymous, sum(anonymous for _, anonymous in held))
+            time.sleep(0.05)
 
     def __exit__(self, *_: object) -> None:
         self.open = False
         self.thread.join()
+
+
+def _held(pid: int) -> tuple[float, float]:
+    """Pss and Anonymous of a process by the kernel's account, in MiB; nothing once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0, 0.0
+    said = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return said["Pss"] / 1024, said["Anonymous"] / 1024
 
 
 def run(source: Path, root: Path, workers: int, **data: Any) -> dict[str, Any]:
@@ -95,7 +112,8 @@ def run(source: Path, root: Path, workers: int, **data: Any) -> dict[str, Any]:
     rows = manifest["counts"]["in"]
     return {
         "workers": workers, "seconds": round(seconds, 2), "rows_per_second": round(rows / seconds),
-        "cpu_us_per_row": round((_cpu() - cpu) / rows * 1e6, 1), "peak_mib": round(peak.mib),
+        "cpu_us_per_row": round((_cpu() - cpu) / rows * 1e6, 1), "peak_mib": round(peak.pss),
+        "peak_anonymous_mib": round(peak.anonymous),
         "stages": json.loads((folder / "timing.json").read_text()), "id": manifest["id"],
         "kept": manifest["counts"]["kept"],
     }  # fmt: skip
@@ -152,13 +170,40 @@ def run_peer(name: str, python: str, source: Path, out: Path) -> dict[str, Any]:
     return said | {"rows_per_second": round(rows / said["seconds"])}
 
 
+def memory(rows: int) -> None:
+    """Peaks at `rows` and at four times as many, and bytes a row between them."""
+    result: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count()}
+    for name in ("core", "near"):
+        for count in (rows, 4 * rows):
+            with tempfile.TemporaryDirectory() as folder:
+                write_rows(Path(folder) / "raw", count, words_a_row=14)
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
+                    made = own.submit(run, Path(folder) / "raw", Path(folder), 2, **CASES[name])
+                    result[f"{name} {count}"] = made.result()
+                print(name, count, result[f"{name} {count}"], flush=True)
+        few, many = (result[f"{name} {n}"]["peak_anonymous_mib"] for n in (rows, 4 * rows))
+        result[f"{name} bytes_a_row"] = round((many - few) * 2**20 / (3 * rows), 1)
+        print(name, result[f"{name} bytes_a_row"], "bytes a row", flush=True)
+    write("ingest_memory", result)
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """benchmarks/results/NAME.json."""
+    out = Path(__file__).parent / "results" / f"{name}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--scale", type=int, default=0)
+    parser.add_argument("--memory", type=int, default=0)
     for name in PEERS:
         parser.add_argument(f"--{name.replace('_', '-')}", help="an interpreter that has it")
     arguments = parser.parse_args()
+    if arguments.memory:
+        return memory(arguments.memory)
     rows = arguments.rows
     result: dict[str, Any] = {"rows": rows, "machine": platform.platform(), "cores": os.cpu_count(),
                               "load_before": os.getloadavg()[0]}  # fmt: skip
@@ -186,9 +231,7 @@ def main() -> None:
     result["near_adds_times_rensa_cpu"] = round(added / result["rensa"]["cpu_us_per_row"], 2)
     result["load_after"] = os.getloadavg()[0]
     print(f"near-dedupe adds {result['near_adds_times_rensa_cpu']} x the CPU time of rensa alone")
-    out = Path(__file__).parent / "results" / "ingest.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write("ingest", result)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tuneloom.config import build
 from tuneloom.data.dedupe import NearConfig, clusters, shingles, signature
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.scratch import Scratch
 
 WORDS = [f"w{i}" for i in range(2000)]
 
@@ -71,7 +72,7 @@ def test_grouped_near_duplicates_share_a_split_and_all_stay(tmp_path: Path) -> N
     assert all(len(splits) == 1 for splits in side.values())
 
 
-def test_pairs_below_the_threshold_are_left_alone() -> None:
+def test_pairs_below_the_threshold_are_left_alone(tmp_path: Path) -> None:
     config = NearConfig(action="drop", threshold=0.8)
     rng = random.Random(2)
     base = rng.choices(WORDS, k=100)
@@ -81,11 +82,17 @@ def test_pairs_below_the_threshold_are_left_alone() -> None:
     signatures = np.array(
         [np.frombuffer(signature(" ".join(t), config), "<u4") for t in (base, half)]
     )
-    assert clusters(signatures, np.zeros(2, int), config).tolist() == [0, 1]
+    assert clusters(
+        Scratch(tmp_path), signatures, np.zeros(2, int), np.ones(2, bool), config
+    ).tolist() == [0, 1]
 
 
-def test_the_most_trusted_row_stands_for_its_cluster() -> None:
-    config = NearConfig(action="drop")
-    signatures = np.tile(np.arange(128, dtype=np.uint32), (3, 1))
-    assert clusters(signatures, np.array([-10, -90, -90]), config).tolist() == [1, 1, 1]
-    assert clusters(np.empty((0, 128), np.uint32), np.empty(0, int), config).tolist() == []
+def test_the_most_trusted_row_stands_for_its_cluster(tmp_path: Path) -> None:
+    config, scratch = NearConfig(action="drop"), Scratch(tmp_path)
+    signatures, kept = np.tile(np.arange(128, dtype=np.uint32), (3, 1)), np.ones(3, bool)
+    rank = np.array([-10, -90, -90])
+    assert clusters(scratch, signatures, rank, kept, config).tolist() == [1, 1, 1]
+    kept = np.array([True, False, True])
+    assert clusters(scratch, signatures, rank, kept, config).tolist() == [2, 1, 2]
+    none = np.empty((0, 128), np.uint32)
+    assert clusters(scratch, none, rank[:0], kept[:0], config).tolist() == []

@@ -32,11 +32,18 @@ class Written:
 
 
 def write_rows(
-    spill: Spill, draft: Path, decision: Decision, aside: pq.ParquetWriter, recipe: Recipe
+    spill: Spill,
+    draft: Path,
+    decision: Decision,
+    aside: pq.ParquetWriter,
+    recipe: Recipe,
+    ids: np.ndarray,
 ) -> Written:
-    """Third pass: kept rows into the shards of their splits, the others into set_aside.parquet."""
+    """Third pass: kept rows into the shards of their splits, the others into set_aside.parquet.
+
+    ids: (N,) S64, of all unique rows; empty where no near-duplicates were looked for.
+    """
     writers = {name: ShardWriter(draft, name, recipe.rows_per_shard) for name in SPLITS}
-    ids = _ids_of_leaders(spill, decision)
     lengths = np.zeros(len(LENGTHS), dtype=np.int64)
     start = 0
     for table in spill.unique():
@@ -52,25 +59,21 @@ def write_rows(
             kind, reason = decision.fates[code]
             if kind != "kept":
                 chosen = decision.fate[rows] == code
-                kept = [ids.get(int(i)) for i in decision.leader[rows][chosen]]
+                numbers = np.flatnonzero(chosen) + rows.start
+                kept = _kept_instead(ids, decision.leader, numbers)
                 part = table.filter(pa.array(chosen))
                 stored = kind == "quarantined" and reason != "held_out"
-                notes = [decision.notes.get(int(i)) for i in np.flatnonzero(chosen) + rows.start]
+                notes = [decision.notes.get(i) for i in numbers.tolist()]
                 aside.write_table(aside_rows(part, kind, reason, kept, records=stored, notes=notes))
     return Written({name: writer.close() for name, writer in writers.items()}, lengths)
 
 
-def _ids_of_leaders(spill: Spill, decision: Decision) -> dict[int, str]:
-    """The ids of rows that near-duplicates were dropped for."""
-    wanted = np.unique(decision.leader[decision.leader != np.arange(len(decision.leader))])
-    found: dict[int, str] = {}
-    start = 0
-    for table in spill.unique() if len(wanted) else ():
-        here = wanted[(wanted >= start) & (wanted < start + len(table))]
-        ids = table["id"].take(pa.array(here - start)).to_pylist()
-        found.update(zip(here.tolist(), ids, strict=True))
-        start += len(table)
-    return found
+def _kept_instead(ids: np.ndarray, leader: np.ndarray, rows: np.ndarray) -> list[str | None]:
+    """Of each row the id of the row that was kept for it; None where that is itself."""
+    kept: list[str | None] = [None] * len(rows)
+    for place in np.flatnonzero(leader[rows] != rows).tolist():
+        kept[place] = ids[leader[rows[place]]].decode()
+    return kept
 
 
 def aside_rows(

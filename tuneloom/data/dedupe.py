@@ -5,13 +5,14 @@ the order of their ids, so the clusters are the same for any number of processes
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from tuneloom.config import Config
+from tuneloom.data.scratch import Column, Lowest, Scratch, buckets, slices
 from tuneloom.errors import ConfigError
 
 PERMUTATIONS = 128
@@ -80,37 +81,83 @@ def rows_a_band(threshold: float) -> int:
     return max(fitting, default=1)
 
 
-def clusters(signatures: np.ndarray, rank: np.ndarray, config: NearConfig) -> np.ndarray:
+def clusters(
+    scratch: Scratch,
+    signatures: np.ndarray,
+    rank: np.ndarray,
+    kept: np.ndarray,
+    config: NearConfig,
+) -> np.ndarray:
     """(N,) int64: of each row the row that stands for its cluster; its own index where it has none.
 
-    signatures: (N, 128) uint32, may be a memory map; rank: (N,) int, the smallest stands for its
-    cluster, then the first. Within a band's bucket every row is compared with the bucket's first
-    and with the one before it.
+    signatures: (N, 128) uint32, may be mapped; rank: (N,) int, the smallest stands for its cluster,
+    then the first; kept: (N,) bool, other rows are in no cluster. Within a band's bucket every row
+    is compared with the bucket's first and with the one before it.
     """
-    count = len(signatures)
-    parent = np.arange(count)
-    width = rows_a_band(config.threshold)
-    for band in range(PERMUTATIONS // width):
-        hashes = np.zeros(count, dtype=np.uint64)
-        for column in range(band * width, (band + 1) * width):
-            hashes = (hashes ^ signatures[:, column]) * np.uint64(0x9E3779B97F4A7C15)
-            hashes ^= hashes >> np.uint64(29)
+    parent = scratch.numbers(len(signatures))
+    for hashes in _bands(scratch, signatures, rows_a_band(config.threshold)):
+        for bucket in buckets(scratch, hashes, kept):
+            for left, right in _candidates(bucket):
+                for a, b in _similar(signatures, left, right, config.threshold):
+                    _union(parent, a, b)
+    _flatten(parent)
+    return _leaders(scratch, parent, rank)
+
+
+def _bands(scratch: Scratch, signatures: np.ndarray, width: int) -> list[np.ndarray]:
+    """Of each band (N,) uint64, made in one pass over the signatures."""
+    columns = [Column(scratch, "u8") for _ in range(PERMUTATIONS // width)]
+    for rows in slices(len(signatures)):
+        for band, column in enumerate(columns):
+            hashes = np.zeros(rows.stop - rows.start, dtype=np.uint64)
+            for place in range(band * width, (band + 1) * width):
+                hashes = (hashes ^ signatures[rows, place]) * np.uint64(0x9E3779B97F4A7C15)
+                hashes ^= hashes >> np.uint64(29)
+            column.add(hashes)
+    return [column.whole() for column in columns]
+
+
+def _candidates(
+    bucket: list[tuple[np.ndarray, ...]],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each row with the row of its hash before it, and with the first, over chunks of a bucket."""
+    firsts, lasts = Lowest("i8"), Lowest("i8")
+    for rows, hashes in bucket:
+        # What earlier chunks know of a hash goes before its rows here: at most one row of each.
+        known = np.isin(lasts.keys, hashes)
+        rows = np.append(-lasts.numbers[known], rows)
+        hashes = np.append(lasts.keys[known], hashes)
+        firsts.add(hashes, rows)
+        lasts.add(hashes, -rows)
         order = np.argsort(hashes, kind="stable")
-        same = hashes[order][1:] == hashes[order][:-1]
-        starts = np.maximum.accumulate(np.where(np.append(True, ~same), np.arange(count), 0))
-        later = np.flatnonzero(np.append(False, same))
-        pairs = [(order[later], order[later - 1]), (order[later], order[starts[later]])]
-        for left, right in pairs:
-            for a, b in _similar(signatures, left, right, config.threshold):
-                _union(parent, int(a), int(b))
-    roots = parent
-    while (roots[roots] != roots).any():
-        roots = roots[roots]
-    best = np.lexsort((np.arange(count), rank, roots))
-    first = np.append(True, roots[best][1:] != roots[best][:-1]) if count else np.array([], bool)
-    leader = np.empty(count, dtype=np.int64)
-    leader[best] = best[np.maximum.accumulate(np.where(first, np.arange(count), 0))]
-    return leader
+        later = np.flatnonzero(np.append(False, hashes[order][1:] == hashes[order][:-1]))
+        left = rows[order[later]]
+        yield left, rows[order[later - 1]]
+        yield left, firsts.of(hashes[order[later]])
+
+
+def _flatten(parent: np.ndarray) -> None:
+    """Every row's parent becomes its root; parents come first, so one pass over the rows does."""
+    for rows in slices(len(parent)):
+        roots = parent[rows]
+        while (parent[roots] != roots).any():
+            roots = parent[roots]
+        parent[rows] = roots
+
+
+def _leaders(scratch: Scratch, roots: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """(N,) int64: of each row's tree the row of the smallest rank, and of those the first."""
+    count = len(roots)
+    least = scratch.array(count, "i8", np.iinfo(np.int64).max)
+    best = scratch.array(count, "i8", count)
+    for rows in slices(count):
+        np.minimum.at(least, roots[rows], rank[rows].astype(np.int64))
+    for rows in slices(count):
+        chosen = np.flatnonzero(rank[rows] == least[roots[rows]])
+        np.minimum.at(best, roots[rows][chosen], chosen + rows.start)
+    for rows in slices(count):
+        least[rows] = best[roots[rows]]
+    return least
 
 
 def _similar(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,6 +30,7 @@ from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.pool import Prepare, prepare_here
 from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.records import canonical
+from tuneloom.data.scratch import Column, Scratch
 from tuneloom.data.sources import find_sources
 from tuneloom.data.store import publish, read_manifest, write_json
 
@@ -76,12 +78,12 @@ def _make(
     refuse_over_budget(recipe, tally)
     clock.append(time.perf_counter())
     with pq.ParquetWriter(draft / "set_aside.parquet", ASIDE, compression="zstd") as aside:
-        columns, exact = _merge(Spill(spill), aside, recipe)
+        columns, ids, exact = _merge(Spill(spill), aside, recipe)
         clock.append(time.perf_counter())
         near = open_signatures(spill / "signatures") if recipe.near.action != "off" else None
-        decision = decide(columns, near, recipe, Spill(spill).questions)
+        decision = decide(columns, near, recipe, Spill(spill).questions, Scratch(spill))
         clock.append(time.perf_counter())
-        written = write_rows(Spill(spill), draft, decision, aside, recipe)
+        written = write_rows(Spill(spill), draft, decision, aside, recipe, ids)
     clock.append(time.perf_counter())
     manifest = make_manifest(recipe, tally, columns, decision, exact, written)
     refuse_blocked(recipe, manifest["licence"])
@@ -108,9 +110,15 @@ def _prepare(config: IngestConfig, prepare: Prepare, draft: Path, spill: Path) -
     return tally
 
 
-def _merge(spill: Spill, aside: pq.ParquetWriter, recipe: Recipe) -> tuple[Columns, int]:
-    """Second pass: unique rows in the order of ids; equal rows are listed and counted."""
-    collector, exact = Collector(), 0
+def _merge(
+    spill: Spill, aside: pq.ParquetWriter, recipe: Recipe
+) -> tuple[Columns, np.ndarray, int]:
+    """Second pass: unique rows in the order of ids; equal rows are listed and counted.
+
+    Returns the rows' numbers, their ids where near-duplicates will ask for them, the equal rows.
+    """
+    scratch, exact = Scratch(spill.folder), 0
+    collector, ids = Collector(scratch), Column(scratch, "S64")
     with (spill.folder / "signatures").open("wb") as signatures:
         for number, table in enumerate(spill.ranges()):
             fresh = first_of_each(table)
@@ -124,6 +132,7 @@ def _merge(spill: Spill, aside: pq.ParquetWriter, recipe: Recipe) -> tuple[Colum
             if recipe.near.action != "off":
                 for chunk in unique["signature"].chunks:
                     signatures.write(b"".join(chunk.to_pylist()))
+                ids.add(unique["id"].to_numpy().astype("S64"))
             spill.keep(number, unique.drop_columns(["signature"]))
             collector.add(unique)
-    return collector.columns(), exact
+    return collector.columns(), ids.whole(), exact

@@ -18,6 +18,8 @@ from tuneloom.errors import ConfigError, DataError
 
 FOLDS = 5
 """A label needs as many rows to be judged at all."""
+MOST_ROWS = 100_000
+"""Labelled rows judged together."""
 
 
 class LabelIssuesConfig(Config):
@@ -39,7 +41,17 @@ class Issues:
     checked: int
 
 
+def refuse_too_many(rows: int) -> None:
+    """Raise DataError where a model of all rows would not fit beside the rest of an ingest."""
+    if rows > MOST_ROWS:
+        raise DataError(
+            f"data.label_issues.action: {rows:,} labelled rows, at most {MOST_ROWS:,} are judged "
+            "together, since each takes 9 KB of memory; set it to off, or ingest sources apart"
+        )
+
+
 def find_issues(
+    rows: np.ndarray,
     labels: np.ndarray,
     names: list[str],
     inputs: Callable[[np.ndarray], list[str]],
@@ -47,17 +59,18 @@ def find_issues(
 ) -> Issues:
     """Suspected rows among those with a label.
 
-    labels: (N,) int32, index into `names`, -1 for none; `inputs` reads the texts of some rows.
+    rows: (N,) int64, rising; labels: (N,) int32, index into `names`; `inputs` reads their texts.
     """
-    counted = np.bincount(labels[labels >= 0], minlength=len(names))
+    counted = np.bincount(labels, minlength=len(names))
     judged = np.flatnonzero(counted >= FOLDS)
     if len(judged) < 2:
         raise DataError(
             f"data.label_issues.action: {len(judged)} labels have {FOLDS} rows or more, and two "
             "are needed; set data.label, or data.label_issues.action=off"
         )
-    rows = np.flatnonzero(np.isin(labels, judged))
-    classes = np.searchsorted(judged, labels[rows])
+    chosen = np.isin(labels, judged)
+    rows, labels = rows[chosen], labels[chosen]
+    classes = np.searchsorted(judged, labels)
     chances = held_out_probabilities(inputs(rows), classes, folds=FOLDS).round(6)
     given = chances[np.arange(len(rows)), classes]
     wrong = np.flatnonzero(
@@ -65,8 +78,8 @@ def find_issues(
     )
     likely = [names[judged[best]] for best in chances[wrong].argmax(axis=1)]
     notes = [
-        f"given {names[labels[row]]} ({given[i]:.2f}), likely {best} ({chances[i].max():.2f})"
-        for i, row, best in zip(wrong, rows[wrong], likely, strict=True)
+        f"given {names[label]} ({given[i]:.2f}), likely {best} ({chances[i].max():.2f})"
+        for i, label, best in zip(wrong, labels[wrong], likely, strict=True)
     ]
     return Issues(rows[wrong], notes, len(rows))
 

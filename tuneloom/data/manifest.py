@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tuneloom.data.aside import LENGTHS, Written
-from tuneloom.data.decide import Columns, Decision
+from tuneloom.data.decide import Columns, Decision, table_of
 from tuneloom.data.provenance import Provenance, summary
 from tuneloom.data.readers import Passed
 from tuneloom.data.recipe import Recipe
@@ -49,13 +49,14 @@ def make_manifest(
     if exact:
         fates["deduplicated"]["exact"] = exact
     fates["quarantined"].update(tally.dropped)
-    kept = decision.fate == 0
-    kept_of = {s: int((kept & (columns.source == i)).sum()) for i, s in enumerate(columns.sources)}
+    by_source = table_of(columns.source, len(columns.sources), (decision.fate, len(decision.fates)))
+    kept_of = dict(zip(columns.sources, by_source[:, 0].tolist(), strict=True))
+    kept = sum(kept_of.values())
     identity, provenance = recipe_identity(recipe), Provenance(recipe.provenance)
     manifest = {
         "name": recipe.name,
         "splits": written.splits,
-        "counts": {"in": tally.rows_of.total(), "kept": int(kept.sum()),
+        "counts": {"in": tally.rows_of.total(), "kept": kept,
                    "rejected": plain(tally.rejected), "deduplicated": plain(fates["deduplicated"]),
                    "quarantined": plain(fates["quarantined"])},
         "lengths": length_table(written.lengths),
@@ -72,7 +73,7 @@ def make_manifest(
         "mixture": [],
         "transforms": [
             {"step": "ingest", "version": VERSION, "in_digest": _sources_digest(tally),
-             "out_digest": digest_of(written.splits), "rows": int(kept.sum())},
+             "out_digest": digest_of(written.splits), "rows": kept},
         ],
         "against": [
             {"name": entry.name, "digest": open_rows(entry.path, entry.split).digest}
@@ -147,9 +148,10 @@ def refuse_leaks(recipe: Recipe, leaks: dict[str, int]) -> None:
 
 def _label_table(columns: Columns, split: np.ndarray) -> dict[str, dict[str, int]]:
     """Rows of each label in each split."""
+    counted = table_of(columns.label, len(columns.labels), (split, len(SPLITS))).tolist()
     return {
-        label: {s: int(((columns.label == i) & (split == c)).sum()) for c, s in enumerate(SPLITS)}
-        for i, label in enumerate(columns.labels)
+        label: dict(zip(SPLITS, by_split, strict=True))
+        for label, by_split in zip(columns.labels, counted, strict=True)
     }
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from tuneloom.errors import DataError
 
 ROWS_PER_SHARD = 50_000
+ROWS_PER_GROUP = 10_000
 COLUMNS = ("id", "record", "source", "meta")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 
@@ -43,7 +44,8 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, rows_per_shard: int) -> None:
         self.folder, self.split, self.rows_per_shard = folder, split, rows_per_shard
         self.waiting = SCHEMA.empty_table()
-        self.rows = 0
+        self.rows, self.in_shard = 0, 0
+        self.writer: pq.ParquetWriter | None = None
         self.shards: list[dict[str, Any]] = []
         self.digests = {column: ColumnDigest() for column in ("id", "source", "meta")}
 
@@ -54,25 +56,43 @@ class ShardWriter:
             digest.add(table[column])
         self.waiting = pa.concat_tables([self.waiting, table])
         self.rows += len(table)
-        while len(self.waiting) >= self.rows_per_shard:
-            self._cut(self.rows_per_shard)
+        while len(self.waiting) >= (wanted := self._group()):
+            self._write(wanted)
 
     def close(self) -> dict[str, Any]:
         """Write what is left; returns the manifest's entry of this split."""
         if len(self.waiting):
-            self._cut(len(self.waiting))
+            self._write(len(self.waiting))
+        self._cut()
         text = "".join(digest.hexdigest() for digest in self.digests.values())
         digest = hashlib.sha256(text.encode()).hexdigest()
         return {"rows": self.rows, "digest": digest, "shards": self.shards}
 
-    def _cut(self, count: int) -> None:
-        shard, self.waiting = (
-            self.waiting.slice(0, count).combine_chunks(),
-            self.waiting.slice(count),
-        )
-        path = self.folder / f"{self.split}-{len(self.shards):05d}.parquet"
-        pq.write_table(shard, path, compression="zstd", row_group_size=10_000)
-        self.shards.append({"file": path.name, "rows": len(shard), "sha256": file_digest(path)})
+    def _group(self) -> int:
+        """Rows of the next row group: as many as one holds, or as the shard still takes."""
+        return min(ROWS_PER_GROUP, self.rows_per_shard - self.in_shard)
+
+    def _write(self, count: int) -> None:
+        """One row group, in one chunk; a full shard is closed."""
+        group = self.waiting.slice(0, count).combine_chunks()
+        self.waiting = self.waiting.slice(count)
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self._path(), SCHEMA, compression="zstd")
+        self.writer.write_table(group, row_group_size=ROWS_PER_GROUP)
+        self.in_shard += count
+        if self.in_shard == self.rows_per_shard:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Close the shard that is open, if there is one."""
+        if self.writer is not None:
+            self.writer.close()
+            entry = {"file": self._path().name, "rows": self.in_shard}
+            self.shards.append(entry | {"sha256": file_digest(self._path())})
+            self.writer, self.in_shard = None, 0
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self.shards):05d}.parquet"
 
 
 def file_digest(path: Path) -> str:
@@ -140,4 +160,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_column(folder: Path, manifest: dict[str, Any], split: str, column: str) -> Iterator[str]:
     """One column of one split, in order."""
     for shard in manifest["splits"][split]["shards"]:
-        yield from pq.read_table(folder / shard["file"], columns=[column])[column].to_pylist()
+        with pq.ParquetFile(folder / shard["file"]) as file:
+            for batch in file.iter_batches(1_000, columns=[column]):
+                yield from batch[column].to_pylist()
