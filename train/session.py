@@ -2,6 +2,7 @@
 for.
 """
 
+import datetime
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tuneloom.data.consent import refuse_ended
 from tuneloom.data.guard import refuse_golden
 from tuneloom.data.tokenizer import load_tokenizer
 from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
@@ -144,6 +146,10 @@ class Session:
 
         # data; then the proof that packs are isolated, before a step is taken
         self.feed = Feed(config, self.tokenizer, world, accumulation)
+        today = datetime.datetime.now(datetime.UTC).date()
+        for line in self._on_first(lambda: refuse_ended(self.feed.rows, today)):
+            if world.first:
+                print(line, flush=True)
         self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, config.data.golden))
         self.validation = evaluation.Validation(config, self.tokenizer, world)
         if config.batch.packing and config.train.probe:

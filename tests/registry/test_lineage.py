@@ -1,5 +1,6 @@
 """Rows to models and back, and erasure proved: the new adapter never saw the rows."""
 
+import datetime
 import json
 import random
 import subprocess
@@ -11,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloom.config import build
+from tuneloom.data.consent import refuse_ended
 from tuneloom.data.erase import EraseConfig, execute, make_plan
 from tuneloom.data.erase import main as erase
 from tuneloom.data.ingest import ingest
+from tuneloom.data.mix import MixConfig, mix
 from tuneloom.data.questions import hash64
 from tuneloom.data.recipe import IngestConfig
-from tuneloom.data.rows import open_rows
+from tuneloom.data.rows import DatasetRows, open_rows
 from tuneloom.errors import ConfigError, DataError, RefusedError
 from tuneloom.registry.digests import weights_digest
 from tuneloom.registry.graph import Graph, subject_hash
@@ -201,6 +204,46 @@ def test_an_erased_row_takes_the_rows_of_its_key_in_derived_datasets(tmp_path: P
     assert derived.parents() == [d.name for d in after.values() if d.manifest["name"] == "d"]
     tombstone = json.loads((tmp_path / "datasets" / "tombstones.jsonl").read_text())
     assert tombstone["ids"] == plan.ids and tombstone["reason"] == "asked"
+
+
+def test_consent_that_ended_stops_a_run_and_its_rows_are_erased_by_that_day(tmp_path: Path) -> None:
+    ends = [{"match": "crm*", "consent_until": "2025-01-31"}, {"match": "forum*"}]
+    made = make(tmp_path / "datasets", write_raw(tmp_path / "raw"), provenance=ends)
+    tiny_model(tmp_path / "base")
+    with pytest.raises(AssertionError, match=r"consent for \d\d of \d\d rows of .* has ended"):
+        train(tmp_path, "first", made)
+    assert asked(tmp_path, consent="2025-02-01")[0]["rows"] == 40
+    with pytest.raises(DataError, match="consent: no dataset holds '2025-01-31'"):
+        asked(tmp_path, consent="2025-01-31")
+
+    command = [sys.executable, "-m", "tuneloom", "erase", "consent=2025-02-01", "execute=true",
+               "reason=ended", *(f"{k}={v}" for k, v in places(tmp_path).items())]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (left,) = graph(tmp_path).datasets.values()
+    assert [part["kept"] for part in left.manifest["created_from"]] == [0, 40]
+    rows = open_rows(left.folder)
+    assert isinstance(rows, DatasetRows) and set(rows.sources()) == {"forum.jsonl"}
+    train(tmp_path, "second", left.folder)
+
+
+def test_consent_is_looked_up_in_the_parts_of_a_mixture_and_a_near_end_is_said(
+    tmp_path: Path,
+) -> None:
+    ends = [{"match": "crm*", "consent_until": "2025-01-31"}]
+    made = make(tmp_path / "datasets", write_raw(tmp_path / "raw"), provenance=ends)
+    folder = mix(
+        build(MixConfig, {"name": "m", "parts": [{"dataset": str(made)}],
+                          "root": str(tmp_path / "datasets")})
+    )  # fmt: skip
+    rows = open_rows(folder)
+    of_crm = sum(rows.source(i) == "d/crm.jsonl" for i in range(len(rows)))
+    assert refuse_ended(rows, datetime.date(2025, 1, 1)) == [
+        f"data: consent for {of_crm} of {len(rows)} rows ends on 2025-01-31"
+    ]
+    assert refuse_ended(rows, datetime.date(2024, 12, 31)) == []
+    with pytest.raises(DataError, match=f"consent for {of_crm} of {len(rows)} rows .* has ended"):
+        refuse_ended(rows, datetime.date(2025, 2, 1))
 
 
 def test_a_running_run_is_not_pulled_away(house: Path) -> None:

@@ -1,11 +1,12 @@
-"""`tuneloom erase row=ID`, or subject=, source=, licence=: the plan; `execute=true` does it.
+"""`tuneloom erase row=ID`, or subject=, source=, licence=, consent=DAY: the plan, or what it says.
 
 The plan lists every dataset version that holds the rows (or, made from one that does, rows of
 their keys), every run that saw them, every run started from those, and what it took to make them.
-Executing writes a tombstone, rebuilds the versions without the rows, trains the runs again on them,
+`execute=true` writes a tombstone, rebuilds the versions without the rows, trains the runs again on them,
 checks that no exposure is left, and removes the old versions, the old runs and the token caches.
 """
 
+import datetime
 import json
 import shutil
 import subprocess
@@ -36,6 +37,8 @@ class EraseConfig(Config):
     """A raw file, by its name in the manifest."""
     licence: str | None = None
     """A licence, as the recipe gives it to sources."""
+    consent: datetime.date | None = None
+    """A day: rows of sources whose consent ended before it."""
     execute: bool = False
     """Do what the plan says; without it nothing is changed."""
     reason: str | None = None
@@ -50,7 +53,8 @@ class EraseConfig(Config):
         chosen = [kind for kind in ROW_KINDS if getattr(self, kind) is not None]
         if len(chosen) != 1:
             raise ValueError(
-                f"erase: expected one of row=, subject=, source=, licence=; got {chosen or 'none'}"
+                f"erase: expected one of {', '.join(f'{kind}=' for kind in ROW_KINDS)}; "
+                f"got {chosen or 'none'}"
             )
         if self.row is not None and len(self.row) < 8:
             raise ValueError("row: expected at least the first 8 digits of an id")
@@ -122,7 +126,7 @@ def make_plan(graph: Graph, config: EraseConfig) -> Plan:
     again = [*(graph.runs[run_id] for run_id in seen), *later]
     return Plan(
         kind=kind, value=value, ids=ids,
-        sources=whole_sources(found) if kind in ("source", "licence") else set(),
+        sources=whole_sources(found) if kind in ("source", "licence", "consent") else set(),
         datasets={name: len(t) for name, t in found.items()},
         runs=seen, descendants=[run.id for run in later],
         exports=[str(path) for run in again for path in run.exports()],

@@ -7,6 +7,7 @@ import bisect
 import hashlib
 import json
 import mmap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +119,7 @@ class DatasetRows:
 
     def __init__(self, path: Path, split: str, *, verify: bool = True) -> None:
         self.path = path
-        self.manifest = _manifest(path)
+        self.manifest = manifest_of(path)
         splits = self.manifest["splits"]
         if split not in splits:
             raise DataError(f"{path}: no split {split!r}; it has {sorted(splits)}")
@@ -150,6 +151,14 @@ class DatasetRows:
         table, row = self._locate(index)
         return str(table["source"][row].as_py())
 
+    def sources(self) -> dict[str, int]:
+        """Rows by source."""
+        found: Counter[str] = Counter()
+        for shard in self._shards:
+            counted = _columns(self.path / shard["file"])["source"].value_counts().to_pylist()
+            found.update({one["values"]: one["counts"] for one in counted})
+        return found
+
     def where(self, index: int) -> str:
         """path/shard:row, as messages name it."""
         number = bisect.bisect_right(self._first, index) - 1
@@ -175,7 +184,8 @@ def _columns(path: Path) -> dict[str, Any]:
     return {name: table[name].combine_chunks() for name in table.column_names}
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a dataset folder; raises DataError where it is not one."""
     file = path / "manifest.json"
     if not file.exists():
         raise DataError(f"{path}: no manifest.json, so not a dataset folder; run tuneloom ingest")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from tuneloom.errors import DataError
 
-Kind = Literal["row", "subject", "source", "licence"]
+Kind = Literal["row", "subject", "source", "licence", "consent"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Dataset:
             for shard in part["shards"]:
                 yield split, pq.read_table(self.folder / shard["file"], columns=columns)
 
-    def licences(self) -> dict[str, str | None]:
-        """Licence by source."""
+    def terms(self) -> dict[str, dict[str, Any]]:
+        """What the recipe says of each source: licence, consent_until and more."""
         return {
-            part["name"]: part["provenance"]["licence"]
+            part["name"]: part["provenance"]
             for part in self.manifest["created_from"]
             if "provenance" in part
         }
@@ -114,13 +114,13 @@ class Graph:
         found = [Run(path.parent, _json(path)) for path in sorted(Path(runs).glob("*/run.json"))]
         return cls({d.name: d for d in versions}, {r.id: r for r in found})
 
-    def licences(self, dataset: Dataset) -> dict[str, str | None]:
-        """Licence by source; the sources of a mixture are DATASET/SOURCE of its parts."""
-        found = dataset.licences()
+    def terms(self, dataset: Dataset) -> dict[str, dict[str, Any]]:
+        """Terms by source; the sources of a mixture are DATASET/SOURCE of its parts."""
+        found = dataset.terms()
         for name in dataset.parents():
             if parent := self.datasets.get(name):
                 prefix = parent.manifest["name"]
-                found |= {f"{prefix}/{s}": terms for s, terms in self.licences(parent).items()}
+                found |= {f"{prefix}/{s}": said for s, said in self.terms(parent).items()}
         return found
 
     def dataset_of(self, run: Run) -> tuple[Dataset, str] | None:
@@ -165,9 +165,9 @@ class Graph:
         """By dataset version, the rows meant: id, split, source, meta."""
         found = {}
         for dataset in self.datasets.values():
-            licences, tables = self.licences(dataset), []
+            terms, tables = self.terms(dataset), []
             for split, table in dataset.rows(["id", "source", "meta"]):
-                chosen = table.filter(_meant(table, kind, value, dataset, licences))
+                chosen = table.filter(_meant(table, kind, value, dataset, terms))
                 column = pa.array([split] * len(chosen), pa.string())
                 tables.append(chosen.append_column("split", column))
             joined = pa.concat_tables(tables) if tables else None
@@ -188,9 +188,9 @@ class Graph:
 
 
 def _meant(
-    table: pa.Table, kind: Kind, value: str, dataset: Dataset, licences: dict[str, str | None]
+    table: pa.Table, kind: Kind, value: str, dataset: Dataset, terms: dict[str, dict[str, Any]]
 ) -> Any:
-    """(N,) bool: the rows a selector means."""
+    """(N,) bool: the rows a selector means; consent= means those whose consent ended before."""
     if kind == "row":
         return pc.starts_with(table["id"], value)
     if kind == "source":
@@ -198,7 +198,10 @@ def _meant(
         return pc.is_in(table["source"], pa.array([value, *in_mixtures], pa.string()))
     if kind == "subject":
         return pc.match_substring(table["meta"], f'"subject":"{subject_hash(value)}"')
-    names = [source for source, licence in licences.items() if licence == value]
+    if kind == "consent":
+        names = [s for s, said in terms.items() if (said["consent_until"] or value) < value]
+    else:
+        names = [source for source, said in terms.items() if said["licence"] == value]
     return pc.is_in(table["source"], pa.array(names, pa.string()))
 
 

@@ -1,10 +1,12 @@
-"""`tuneloom lineage row=ID`, or subject=, source=, licence=, dataset=, run=, adapter=FOLDER.
+"""`tuneloom lineage row=ID`, or subject=, source=, licence=, consent=, dataset=, run=,
+adapter=FOLDER.
 
 From data to models: in which datasets the rows are, and which runs saw them, how often, at which
 steps. From models to data: every row that reached an optimizer step of a run, or of the run that an
 adapter came from, with source, licence and what was found in it.
 """
 
+import datetime
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,7 +21,7 @@ from tuneloom.config import Config
 from tuneloom.errors import DataError
 from tuneloom.registry.graph import Dataset, Graph, Kind, Run
 
-ROW_KINDS: tuple[Kind, ...] = ("row", "subject", "source", "licence")
+ROW_KINDS: tuple[Kind, ...] = ("row", "subject", "source", "licence", "consent")
 SHOWN = 20
 
 
@@ -32,6 +34,8 @@ class LineageConfig(Config):
     """A raw file, by its name in the manifest."""
     licence: str | None = None
     """A licence, as the recipe gives it to sources."""
+    consent: datetime.date | None = None
+    """A day: rows of sources whose consent ended before it."""
     dataset: str | None = None
     """A version, NAME@ID, or NAME for the newest."""
     run: str | None = None
@@ -78,7 +82,7 @@ def ask(graph: Graph, config: LineageConfig) -> tuple[dict[str, Any], pa.Table]:
     for kind in ROW_KINDS:
         value = getattr(config, kind)
         if value is not None:
-            return forward(graph, kind, value)
+            return forward(graph, kind, str(value))
     if config.dataset is not None:
         return of_dataset(graph, config.dataset)
     if config.run is not None:
@@ -218,12 +222,13 @@ def _facts(graph: Graph, run: Run) -> dict[str, tuple[str, str | None, list[str]
     if known is None:
         return {}
     dataset, split = known
-    licences, facts = graph.licences(dataset), {}
+    terms, facts = graph.terms(dataset), {}
     for name, table in dataset.rows(["id", "source", "meta"]):
         if name == split:
             for row in table.to_pylist():
                 found = [f["entity"] for f in json.loads(row["meta"]).get("pii", [])]
-                facts[row["id"]] = (row["source"], licences.get(row["source"]), sorted(set(found)))
+                licence = terms.get(row["source"], {}).get("licence")
+                facts[row["id"]] = (row["source"], licence, sorted(set(found)))
     return facts
 
 
