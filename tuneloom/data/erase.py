@@ -2,8 +2,8 @@
 
 The plan lists every dataset version that holds the rows (or, made from one that does, rows of
 their keys), every run that saw them, every run started from those, and what it took to make them.
-`execute=true` writes a tombstone, rebuilds the versions without the rows, trains again the runs that
-saw them, checks that no exposure is left, and removes old versions, old runs and the token caches.
+`execute=true` writes a tombstone, rebuilds the versions without the rows, trains again what saw
+them, checks that no exposure is left, and removes old versions, old runs and the token caches.
 """
 
 import datetime
