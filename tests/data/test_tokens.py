@@ -325,6 +325,10 @@ def test_the_ledger_adds_up_to_the_token(tmp_path: Path, rows: Rows, make_tokeni
         ledger.write(tmp_path / "ledger.json")
         written = json.loads((tmp_path / "ledger.json").read_text())
         assert written["total"]["trained"] == trained and written["padded"] == 11
+        kept = {name: a["trained"] + a["masked"] for name, a in written["sources"].items()}
+        for name, share in written["shares"].items():
+            assert share["tokens"] == round(kept[name] / sum(kept.values()), 6)
+            assert share["rows"] == round(written["sources"][name]["used"] / total.used, 6)
 
 
 @pytest.mark.parametrize("packing", [True, False])

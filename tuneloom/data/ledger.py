@@ -81,6 +81,16 @@ class Ledger:
                 total.dropped[reason] = total.dropped.get(reason, 0) + rows
         return total
 
+    def shares(self) -> dict[str, dict[str, float]]:
+        """By source, its part of the rows that were used and of the tokens in them, from 0 to 1."""
+        total = self.total
+        kept = max(1, total.trained + total.masked)
+        return {
+            name: {"rows": round(a.used / max(1, total.used), 6),
+                   "tokens": round((a.trained + a.masked) / kept, 6)}
+            for name, a in sorted(self.accounts.items())
+        }  # fmt: skip
+
     def state(self) -> dict[str, Any]:
         """JSON of everything counted."""
         sources = {name: asdict(account) for name, account in sorted(self.accounts.items())}
@@ -91,6 +101,7 @@ class Ledger:
         self.padded = state["padded"]
 
     def write(self, path: Path) -> None:
-        """ledger.json: the sources, their total, the padding."""
-        text = json.dumps({**self.state(), "total": asdict(self.total)}, indent=2)
+        """ledger.json: the sources, their total, what share of it each is, the padding."""
+        whole = {**self.state(), "total": asdict(self.total), "shares": self.shares()}
+        text = json.dumps(whole, indent=2)
         write_whole(path, text.encode())
