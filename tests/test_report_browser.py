@@ -115,8 +115,7 @@ def run(tmp_path: Path) -> Path:
         "run.json": {"run_id": "demo-1", "state": "done", "started": "2026-11-22T13:00:06Z",
                      "world_size": 2, "device": "cpu",
                      "dataset": {"path": EVIL, "digest": "e" * 64, "rows": 800}},
-        "ledger.json": {"sources": {EVIL: account}, "padded": 0, "total": account,
-                        "shares": {EVIL: {"rows": 1.0, "tokens": 1.0}}},
+        "ledger.json": {"sources": {EVIL: account}, "padded": 0, "total": account},
         "effects.json": {"step": 2, "receipts": [
             {"option": "method=lora", "acted": True, "evidence": {"with_gradient": 56}}]},
         "drill/drill.json": {"ok": True, "peft_max_diff": 1e-6, "merged_max_diff": 1e-5,

@@ -211,16 +211,15 @@ def ledger_rows(ledger: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A row a source and their total, with the reasons for what was dropped in words."""
     if ledger is None:
         return []
-    rows = [
-        {"source": name, **account, "shares": ledger["shares"][name]}
-        for name, account in ledger["sources"].items()
-    ]
+    total = ledger["total"]
+    rows = [{"source": name, **account} for name, account in ledger["sources"].items()]
     if len(rows) > 1:
-        rows.append(
-            {"source": "all sources", **ledger["total"], "shares": {"rows": 1, "tokens": 1}}
-        )
+        rows.append({"source": "all sources", **total})
+    kept = max(1, total["trained"] + total["masked"])
     for row in rows:
         dropped = row["dropped"]
+        row["shares"] = {"rows": row["used"] / max(1, total["used"]),
+                         "tokens": (row["trained"] + row["masked"]) / kept}  # fmt: skip
         row["reasons"] = ", ".join(f"{r} {n:,}" for r, n in dropped.items()) or "0"
     return rows
 
