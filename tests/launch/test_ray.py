@@ -172,6 +172,26 @@ def test_a_job_ends_with_the_exit_code_of_the_run(lab: Path, cluster: Cluster) -
     assert cluster.job("coded")["driver_exit_code"] == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "why"),
+    [
+        ("kept", ["root=datasets"], "root: 'datasets' would lie in the working_dir"),
+        ("wide", ["workers=99"], "workers: 99 tasks at once, but the Ray cluster has"),
+    ],
+)
+def test_an_ingest_that_the_cluster_cannot_run_is_refused(
+    cluster: Cluster, tmp_path: Path, name: str, words: list[str], why: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    said = cluster.submit(
+        name, "python", "-m", "tuneloom", "ingest", "data.name=d", f"source={tmp_path}",
+        f"root={tmp_path}", "launch=ray", *words, code=1,
+    )  # fmt: skip
+    assert why in said
+    assert cluster.job(name)["driver_exit_code"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
 def test_ray_job_stop_saves_and_the_same_command_resumes(lab: Path, cluster: Cluster) -> None:
     entry = ["python", "-m", "tuneloom", "train"]
     words = arguments(lab, "stopped", "launch=ray", "launch.workers=2", "steps=100000")
