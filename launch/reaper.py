@@ -3,8 +3,9 @@
 A driver that is killed takes its ranks with it within 4 s, but Ray's dashboard and runtime-env
 agents go on for more than 30 s (2.60.0), under names that say nothing of whose they are. So this
 process notes what descends from the driver while it lives. Its standard input ends when the driver
-does, however that ended; what is still there 5 s later is killed, and copies of the run's state in
-memory go (`checkpoint.memory_every`).
+does, however that ended; what is still there a second later is killed, so that ranks of a killed
+driver do no more steps that nobody asked for, and copies of the run's state in memory go
+(`checkpoint.memory_every`).
 """
 
 import os
@@ -17,8 +18,8 @@ import psutil
 
 from tuneloom.train import shm
 
-GRACE_SECONDS = 5.0
-"""What Ray may take to end by itself."""
+GRACE_SECONDS = 1.0
+"""What Ray may take to end by itself; after `ray.shutdown` it has all but ended already."""
 NOTE_SECONDS = 2.0
 
 

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -29,11 +30,13 @@ class Worker:
         }
 
     def import_all(self) -> None:
-        """Import what training will, and go on waiting; starts nothing on a GPU."""
-        from tuneloom.train import distributed, loop
+        """Import what training will, and go on waiting; starts nothing on a GPU.
 
-        distributed.choose_accelerator()
-        loop.import_all()
+        In a thread of the lowest priority, as the gang that trains needs its processors: Linux
+        keeps priorities by thread, so the one that will train has its own still.
+        """
+        with ThreadPoolExecutor(1, initializer=lambda: os.nice(19)) as aside:
+            aside.submit(_import_all).result()
 
     def examine(self, config: dict[str, Any], rank: int, host: str) -> dict[str, Any]:
         """Preflight: `preflight.Facts` as a mapping."""
@@ -71,6 +74,13 @@ class Worker:
         except TuneloomError as error:
             return {"class": type(error).__name__, "message": str(error)}
         return None
+
+
+def _import_all() -> None:
+    from tuneloom.train import distributed, loop
+
+    distributed.choose_accelerator()
+    loop.import_all()
 
 
 def _training(config: dict[str, Any]) -> Any:
