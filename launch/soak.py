@@ -1,6 +1,9 @@
 """`python -m tuneloom.launch.soak [--minutes 30] [--seed 0]`: drill F22, one run under a random
-fault each 30 to 60 s for so long, then on to its last step; its figures against the uninterrupted
-run.
+fault each 30 to 60 s up to its last step, with `launch.standby` and copies in memory; then the same
+run uninterrupted, for the bits and for what a step takes.
+
+`--minutes` are those of the whole command: a short run tells how many steps fit. Goodput is the
+seconds that the uninterrupted run needs for all steps, over the wall time of the soak.
 
 Faults: kill -9 of a rank (between saves and inside one) or of the driver, SIGTERM to either,
 SIGSTOP of a rank, a full disk. What ends the command is answered by the same command. Between two
@@ -13,10 +16,10 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +27,16 @@ from tuneloom.errors import DONE, STOPPED, TRAINING, TrainingError, TuneloomErro
 from tuneloom.launch.drill import REPORT, book
 from tuneloom.launch.drill_lab import PATIENCE, Figures, Lab, Run
 from tuneloom.launch.faults import tmpfs
+from tuneloom.train import shm
 
-STEPS_A_MINUTE = 600
-"""More than the run makes under these faults on two busy cores, so that faults come to the end."""
-EVERY = 100
+UNINTERRUPTED = 0.38
+"""Of the time, for the uninterrupted run: the soak then has room for a goodput of 0.38 / 0.62."""
+PACE_STEPS = 500
+"""Of the short run."""
+EVERY, MEMORY_EVERY = 100, 50
+"""Steps between checkpoints, and copies: one of these takes as long as a step of so small a model,
+so `checkpoint.memory_every=1`, which is for large ones, would double every step.
+"""
 PAUSE_SECONDS = (30.0, 60.0)
 STEPPING_SECONDS = 10.0
 """How long the run makes steps between two faults, however long it needed to start again."""
@@ -41,17 +50,17 @@ class Soak:
 
     def __init__(self, lab: Lab, root: Path, rng: random.Random) -> None:
         self.lab, self.root, self.rng = lab, root, rng
-        self.struck: Counter[str] = Counter()
         self.surprises: list[str] = []
-        self.redone, self.commands = 0, 0
+        self.redone = 0
+        self.downtimes: dict[str, list[float]] = {}
         self._inode = self._seen = self._struck_inode = 0
         self.run = self._command()
 
     def _command(self) -> Run:
-        self.commands += 1
         return Run(
             self.lab, "soak", f"train.hang_seconds={HANG_SECONDS}", "launch.max_restarts=1000",
-            "checkpoint.keep=1", root=self.root,
+            "checkpoint.keep=1", "launch.standby=true", f"checkpoint.memory_every={MEMORY_EVERY}",
+            root=self.root,
         )  # fmt: skip
 
     def look(self) -> bool:
@@ -79,8 +88,8 @@ class Soak:
                 tail = self.run.log.read_text(errors="replace")[-1500:]
                 raise TrainingError(f"soak: no {what} in {seconds:.0f} s; its log: {tail}")
 
-    def fault(self) -> None:
-        """One, at random; then the command again where it ended."""
+    def fault(self) -> float:
+        """One, at random; then the command again where it ended. Returns the seconds to a step."""
         kind, strike, code = self.rng.choice([
             ("kill -9 of a rank", self._rank(signal.SIGKILL), None),
             ("kill -9 of a rank in a save", self._in_a_save, None),
@@ -92,10 +101,17 @@ class Soak:
         ])  # fmt: skip
         at, self._struck_inode = self.run.step, self.run.inode()
         strike()
-        self.struck[kind] += 1
-        print(f"soak: {kind} at step {at}", flush=True)
-        if code is None:
-            return
+        struck = time.monotonic()
+        if code is not None:
+            self._again(kind, code)
+        self.until(self.goes_on, "new step")
+        seconds = time.monotonic() - struck
+        self.downtimes.setdefault(kind, []).append(seconds)
+        print(f"soak: {kind} at step {at}: {seconds:.1f} s to the next new step", flush=True)
+        return seconds
+
+    def _again(self, kind: str, code: int) -> None:
+        """The command ends; what it left, and the same command once more."""
         self.until(lambda: False, "end of the command")
         if self.run.process.returncode != code:
             self.surprises.append(f"{kind}: exit {self.run.process.returncode}, not {code}")
@@ -121,52 +137,74 @@ class Soak:
         (self.root / "ballast").write_bytes(bytes(max(0, free - FULL_BYTES)))
 
 
-def soak(lab: Lab, root: Path, rng: random.Random, minutes: float) -> Figures:
-    """Strike for `minutes`, then let it reach its last step."""
+def soak(lab: Lab, root: Path, rng: random.Random, until: float) -> Figures:
+    """Strike until the last step, at most to `until` (monotonic); compare."""
     started = time.monotonic()
     it = Soak(lab, root, rng)
-    while it.run.process.poll() is None and time.monotonic() < started + 60 * minutes:
-        due = time.monotonic() + rng.uniform(*PAUSE_SECONDS)
-        it.until(it.goes_on, "new step")
-        due = max(due, time.monotonic() + STEPPING_SECONDS)
+    it.until(it.goes_on, "first step")
+    down = 0.0
+    while True:
+        due = time.monotonic() + max(STEPPING_SECONDS, rng.uniform(*PAUSE_SECONDS) - down)
         it.until(lambda due=due: time.monotonic() > due, "time")  # type: ignore[misc]
-        if it.run.process.poll() is None:
-            it.fault()
+        if time.monotonic() > until or it.run.step > lab.steps - 2 * lab.every:
+            break
+        down = it.fault()
     it.until(lambda: False, "end", PATIENCE + lab.steps)
     wall = time.monotonic() - started
     run, code = it.run, it.run.process.returncode
     if code != DONE:
         it.surprises.append(f"the run ended with exit {code}")
-    facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
-    productive = facts["time"]["productive"] * facts["seconds"]
     orphans = lab.orphans()
+    if left := list(shm.ROOT.glob(f"tuneloom-{(run.folder / shm.TOKEN).read_text()}")):
+        it.surprises.append(f"{left[0]} is left in memory")
     for surprise in it.surprises:
         print(f"soak: {surprise}", flush=True)
-    faults = ", ".join(f"{count} x {kind}" for kind, count in sorted(it.struck.items()))
-    print(f"soak: goodput {productive / wall:.1%} of {wall / 60:.1f} min; its ledger: "
-          + ", ".join(f"{k} {v:.1%}" for k, v in facts["time"].items()), flush=True)  # fmt: skip
     bits, samples = lab.bits_off(run), lab.samples_off(run)
+    goodput = stepping_seconds(lab.reference) / wall
+    facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    print("soak: its ledger: " + ", ".join(f"{k} {v:.1%}" for k, v in facts["time"].items()))
+    faults = ", ".join(
+        f"{len(seconds)} x {kind} ({statistics.mean(seconds):.1f} s)"
+        for kind, seconds in sorted(it.downtimes.items())
+    )
     what = (
-        f"soak of {wall / 60:.1f} min, {lab.steps} steps, a checkpoint every {lab.every}: "
-        f"{it.struck.total()} faults ({faults}), goodput {productive / wall:.1%}"
+        f"soak of {wall / 60:.1f} min, {lab.steps} steps, a checkpoint every {lab.every}, copies "
+        f"in memory every {MEMORY_EVERY}, launch.standby: {sum(map(len, it.downtimes.values()))} "
+        f"faults (to the next new step: {faults}), goodput {goodput:.1%}"
     )
     held = not (bits or samples or orphans or it.surprises) and run.step == lab.steps
     return Figures("F22", what, str(code), it.redone, wall, bits, samples, orphans, held)
 
 
+def stepping_seconds(run: Run) -> float:
+    """From the first row to the last one."""
+    rows = run.rows()
+    return float(rows[-1]["at"]) - float(rows[0]["at"])
+
+
+def pace(folder: Path) -> float:
+    """Steps a second of a short run."""
+    lab = Lab(folder, steps=PACE_STEPS, every=EVERY)
+    return (PACE_STEPS - 1) / stepping_seconds(lab.reference)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Soak, and put the row into docs/faults.md."""
     parser = argparse.ArgumentParser(prog="python -m tuneloom.launch.soak")
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long faults come")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of the whole command")
     parser.add_argument("--seed", type=int, default=0, help="decides faults, times and ranks")
     parser.add_argument("--out", type=Path, default=REPORT, help="the table (docs/faults.md)")
     given = parser.parse_args(argv)
-    steps = round(given.minutes * STEPS_A_MINUTE)
+    ends = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        lab = Lab(Path(folder), steps=steps, every=EVERY)
+        lab = Lab(Path(folder), every=EVERY)
         try:
+            (lab.folder / "pace").mkdir()
+            undisturbed = UNINTERRUPTED * 60 * given.minutes
+            lab.steps = round(undisturbed * pace(lab.folder / "pace"))
+            print(f"soak: {lab.steps} steps", flush=True)
             with tmpfs(lab.folder / "small", 256 << 20) as root:
-                figure = soak(lab, root, random.Random(given.seed), given.minutes)
+                figure = soak(lab, root, random.Random(given.seed), ends - undisturbed)
         except TuneloomError as error:
             print(f"soak: {error}", file=sys.stderr)
             return error.exit_code
