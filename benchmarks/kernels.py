@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import record
-from tuneloom.kernels import linear_cross_entropy, rms_norm, rope, swiglu
+from tuneloom.kernels import fp8, linear_cross_entropy, rms_norm, rope, swiglu
 from tuneloom.kernels.jit import Kernel
 
 TARGETS = {"sm_80": 80, "sm_90a": 90, "sm_100": 100}
@@ -45,8 +45,11 @@ class Case:
     """Pointers that are not bf16."""
     spilled: int = 0
     """Bytes of stack a thread may use: none, but where the case says why."""
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
+HOPPER = ("sm_90a", "sm_100")
+"""What has e4m3 in its instructions."""
 TURN = {"WIDTH": 128, "HALF": 64, "Q_HEADS": 32, "K_HEADS": 8, "HALF_BLOCK": 64, "REST_BLOCK": 1}
 CASES = {
     "cross entropy, V 128256": Case(
@@ -111,6 +114,16 @@ CASES = {
         swiglu._backward_kernel, {"ACTIVATION": 2, "BLOCK": 2048}, 8, 64,
         ("dh", "gate", "up", "dgate", "dup"),
     ),
+    "FP8 of a row, D 4096": Case(
+        fp8._quantise_kernel, {"COLUMNS": False, "BLOCK": 4096}, 8, 64,
+        ("x", "numbers", "scale", "columns"), (),
+        (("numbers", "fp8e4nv"), ("scale", "fp32"), ("columns", "fp32")), targets=HOPPER,
+    ),
+    "FP8 of a scaled row, D 14336": Case(
+        fp8._quantise_kernel, {"COLUMNS": True, "BLOCK": 16384}, 16, 128,
+        ("x", "numbers", "scale", "columns"), (),
+        (("numbers", "fp8e4nv"), ("scale", "fp32"), ("columns", "fp32")), targets=HOPPER,
+    ),
 }  # fmt: skip
 
 
@@ -153,8 +166,8 @@ def table() -> dict[str, dict[str, dict[str, int]]]:
     """Kernel -> target -> registers, bytes spilled, bytes of shared memory."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for name, case in CASES.items():
-        for target, capability in TARGETS.items():
-            binary = compiled(case, capability)
+        for target in case.targets:
+            binary = compiled(case, TARGETS[target])
             used = resources(binary.asm["cubin"])
             row = {"registers": used["REG"], "spilled": used["STACK"]}
             found.setdefault(name, {})[target] = {**row, "shared": binary.metadata.shared}

@@ -13,9 +13,9 @@ of ranks, is padded to a multiple of 64 so that rows stay 128-byte aligned.
 `augment(model)` lays the frozen weights of every patched layer out so: W_i becomes a view into M,
 so the weight is held once. `separate(model)` gives each weight its own memory back, which saving
 needs. Adapters are copied into M in every forward (R (D + O) numbers), because optimizers write
-parameters in ways that leave no trace. Not taken: linears with dropout, bias, NF4 or trained
-weights. No GPU has measured it yet (`python -m benchmarks.gpu lora_block` does), so it is nobody's
-default: the trainer runs lora_linear.py's separate products.
+parameters in ways that leave no trace. Not taken: linears with dropout, bias, quantised or
+trained weights. No GPU has measured it yet (`python -m benchmarks.gpu lora_block` does), so it is
+nobody's default: the trainer runs lora_linear.py's separate products.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _augment(modules: list[Any], expected: int) -> str:
         if linear.dropout or linear.bias is not None:
             return "not augmented: dropout or a bias"
         if linear.weight.dtype == torch.uint8 or linear.weight.requires_grad:
-            return "not augmented: 4-bit or trained weights"
+            return "not augmented: quantised or trained weights"
     group = _lay_out(linears)
     for module in modules:
         module.__dict__[GROUP] = group

@@ -4,7 +4,7 @@
     dx = sum_i dy_i W_i + drop_i'(s_i dy_i B_i A_i)    dA_i = (s_i dy_i B_i)^T drop_i(x)
     dB_i = s_i dy_i^T (drop_i(x) A_i^T)    dW_i = dy_i^T x, db_i = sum_t dy_i, if trained
 
-x: (..., D) fp32, bf16, fp16; W_i: (O_i, D), or bitsandbytes NF4, dequantised in each pass; A_i:
+x: (..., D) fp32, bf16, fp16; W_i: (O_i, D), or NF4, dequantised in each pass, or fp8.py's; A_i:
 (R, D); B_i: (O_i, R); s_i: alpha / R, or alpha / sqrt(R) for rsLoRA. Adapter terms are accumulated
 into y and dx by the matrix product itself (beta = 1): no (T, O) temporaries as in PEFT. A dropout
 mask is drawn from a seed, and drawn again in backward: 8 bytes kept a linear (PEFT keeps the mask
@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from tuneloom.kernels import fp8
 
 GROUP = "_tuneloom_group"
 """Attribute of a module whose linear sits in an augmented matrix (augmented_lora.py)."""
@@ -85,6 +87,8 @@ def _magnitude(layer: Any, name: str, dropout: float) -> Tensor | None:
         return None
     if variant != "DoraLinearVariant":
         raise Unsupported(variant)
+    if fp8.is_held(layer.base_layer.weight):
+        raise Unsupported("DoRA on FP8 weights")
     if dropout:
         raise Unsupported("DoRA with dropout")  # PEFT drops the base's input, too: a third product
     magnitude: Tensor = layer.lora_magnitude_vector[name].weight
@@ -92,12 +96,13 @@ def _magnitude(layer: Any, name: str, dropout: float) -> Tensor | None:
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    if type(module).__name__ not in ("Linear", "Linear4bit"):
+    if type(module).__name__ not in ("Linear", "Linear4bit", "Fp8Linear"):
         raise Unsupported(f"{type(module).__name__} in place of a linear")
     weight: Any = module.weight
     _refuse_shards(weight)
     refuse_hooks(module)
-    if weight.dtype == torch.uint8 and getattr(weight, "quant_state", None) is None:
+    packed = weight.dtype == torch.uint8 and not fp8.is_held(weight)
+    if packed and getattr(weight, "quant_state", None) is None:
         raise Unsupported("4-bit weights that are not quantised yet")
     return weight, module.bias  # type: ignore[return-value]
 
@@ -184,8 +189,8 @@ def project(x: Tensor, linears: tuple[Linear, ...]) -> tuple[list[Tensor], Kept]
     ys, products, seeds = [], [], []
     for linear in linears:
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        weight = dense(linear.weight, x.dtype)
-        y = functional.linear(x, weight, bias if linear.magnitude is None else None)
+        weight = _operand(linear.weight, x.dtype)
+        y = _base(x, weight, bias if linear.magnitude is None else None)
         seed = draw_seed() if linear.dropout else 0
         if linear.a is not None and linear.b is not None:
             product = dropped(x, linear.dropout, seed) @ linear.a.to(x.dtype).t()
@@ -231,8 +236,7 @@ def project_backward(
                 dm = torch.linalg.vecdot(dy, scaled, dim=0) / linear.magnitude
             dy = dy * gain
         if wants_x:
-            weight = dense(linear.weight, dy.dtype)
-            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            dx = _add_base(dx, dy, _operand(linear.weight, dy.dtype))
         dweight = dy.t() @ x if wants_weight else None
         da = db = None
         if product is not None and linear.b is not None:
@@ -246,6 +250,27 @@ def project_backward(
         pairs = zip((dweight, dbias, da, db, dm), linear.tensors(), strict=True)
         gradients += [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
     return dx, gradients
+
+
+def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a product takes: a matrix of `dtype`, or the weight itself where it is held in FP8."""
+    return weight if fp8.is_held(weight) else dense(weight, dtype)
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, (T, O)."""
+    if not fp8.is_held(weight):
+        return functional.linear(x, weight, bias)
+    y = fp8.product(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
+def _add_base(dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+    """dx + dy W, (T, D), in dx's memory."""
+    if not fp8.is_held(weight):
+        return dy @ weight if dx is None else dx.addmm_(dy, weight)
+    part = fp8.product_backward(dy, weight)
+    return part if dx is None else dx.add_(part)
 
 
 def _add_adapter_(dx: Tensor, dproduct: Tensor, linear: Linear, seed: int) -> None:

@@ -107,12 +107,16 @@ def copies_kept(config: TrainConfig, *, several_hosts: bool) -> int:
 
 
 def weight_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
-    """The whole model: base in `model.dtype` (QLoRA: its linears in NF4) and adapters beside it."""
+    """The whole model: base in `model.dtype` (its linears in NF4 for QLoRA, in FP8 where asked) and
+    adapters beside it.
+    """
     width = BYTES[config.model.dtype]
     adapters = 0 if config.method.kind == "full" else anatomy.trainable
+    rest = anatomy.base - anatomy.linear
+    if config.model.fp8:  # a scale of 4 bytes a row is less than a thousandth
+        return anatomy.linear + width * (rest + adapters)
     if config.method.kind != "qlora":
         return width * (anatomy.base + adapters)
-    rest = anatomy.base - anatomy.linear
     return nf4_bytes(anatomy.linears, config.method) + width * (rest + adapters)
 
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERDICT = "drill.json"
-TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2, "fp8": 0.5}
 """Largest |difference| in standard deviations of the live logits: bf16 keeps 8 bits, so a logit
-of 8 standard deviations is rounded by 3 %, and other kernels than the trainer's round elsewhere."""
+of 8 standard deviations is rounded by 3 %, and other kernels than the trainer's round elsewhere.
+FP8 keeps 4 bits of each product's operands: it moves the logits of the shipped base by 0.18."""
 MERGED_FACTOR = 2.0
 """Merging rounds W + BA once more, in the base's precision."""
 
@@ -69,7 +70,7 @@ def drill(folder: Path) -> Verdict:
             base, loaded, merged = adapter_logits(folder, facts, ids)
         else:
             base, loaded, merged = None, model_logits(folder, facts, ids), None
-    tolerance = TOLERANCE[facts["dtype"]]
+    tolerance = TOLERANCE["fp8" if facts.get("fp8") else facts["dtype"]]
     opened = distance(loaded, live)
     after = None if merged is None else distance(merged, live)
     effect = None if base is None else distance(base, live)
@@ -113,11 +114,19 @@ def adapter_logits(
         quantised=quantised,
         double_quantisation=bool(facts.get("double_quantisation")),
     )
+    if facts.get("fp8"):
+        from tuneloom.train.fp8 import hold_linears
+
+        hold_linears(base, facts["extra_modules"])
     bare = logits(base, ids)
     model: Any = PeftModel.from_pretrained(base, folder)
     through_peft = logits(model, ids)
     if quantised:
         model = PeftModel.from_pretrained(model.unload().dequantize(), folder)
+    if facts.get("fp8"):  # merging takes the base as it is on disk
+        options = {"quantised": False, "double_quantisation": False}
+        whole = load_base(Path(facts["base"]), dtype=facts["dtype"], **options)
+        model = PeftModel.from_pretrained(whole, folder)
     return bare, through_peft, logits(model.merge_and_unload(safe_merge=True), ids)
 
 

@@ -41,6 +41,8 @@ class FirstCheckpoint:
                 "dtype": session.config.model.dtype,
                 "method": session.config.method.kind,
                 "double_quantisation": session.config.method.double_quantisation,
+                "fp8": session.config.model.fp8,
+                "extra_modules": session.config.method.extra_modules,
             }
             weights.store_probe(self.folder, ids, logits, facts)
             self._process = subprocess.Popen(

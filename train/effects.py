@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
-from tuneloom.kernels import attention, jit, loss_head
+from tuneloom.kernels import attention, fp8, jit, loss_head
 from tuneloom.train import masters, offload, sequence, tiles
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
@@ -190,6 +190,12 @@ class Witness:
         if model.kernels:
             ran = dict(jit.CALLS)
             yield Receipt("model.kernels", bool(ran), {"calls": ran})
+        if model.fp8:
+            evidence = {
+                "linears": sum(isinstance(m, fp8.Fp8Linear) for m in self.network.modules()),
+                "products_forward": jit.CALLS["fp8"],
+            }
+            yield Receipt("model.fp8", all(evidence.values()), evidence)
         if model.checkpointing != "off":
             network: Any = self.network
             layers = network.config.get_text_config().num_hidden_layers

@@ -46,6 +46,13 @@ class Feed:
             self.ledger.count(self.plan.dropped, self.store)
         return bins
 
+    def peek(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the run's first step, none of it consumed."""
+        before = self.plan.state()
+        micros = self.mine(self.plan.next_step())
+        self.plan.restore(before)
+        return micros
+
     def mine(self, bins: list[np.ndarray]) -> list[MicroBatch]:
         """This rank's micro-batches on its device, whole: `Session.part` cuts them."""
         world = self.world

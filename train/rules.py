@@ -102,6 +102,23 @@ RULES: tuple[Rule, ...] = (
         "what is moved is the input of recomputed layers; set model.checkpointing=on",
     ),
     Rule(
+        ("model.fp8", "method.kind", "method.dora"),
+        lambda c: c.model.fp8 and (c.method.kind != "lora" or c.method.dora),
+        "FP8 holds what is frozen: full weights move in every step, QLoRA's are in NF4, DoRA needs "
+        "each row's norm; set method=lora with method.dora=false, or model.fp8=false",
+    ),
+    Rule(
+        ("model.fp8", "zero.stage"),
+        lambda c: c.model.fp8 and c.zero.stage == 3,
+        "rows are scaled from whole weights, which partitioned init never holds; set zero.stage=2 "
+        "(the FP8 base is replicated)",
+    ),
+    Rule(
+        ("model.fp8", "model.dtype"),
+        lambda c: c.model.fp8 and c.model.dtype != "bf16",
+        "a row-wise FP8 product on a GPU writes bf16 only; set model.dtype=bf16",
+    ),
+    Rule(
         ("model.tile_tokens", "model.kernels"),
         lambda c: c.model.tile_tokens is not None and c.model.kernels,
         "the fused layers compute their MLPs whole, and the loss in tiles already; set "

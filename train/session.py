@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ from tuneloom.train import (
     effects,
     evaluation,
     flops,
+    fp8,
     method,
     model,
     probe,
@@ -96,7 +97,7 @@ class Session:
         self.spikes = Spikes(config.train.spike_z)
 
     def prepare(self) -> None:
-        """Seed, run folder, tokenizer, model, method, engine, data, resume, metrics."""
+        """Seed, run folder, tokenizer, data, model, method, engine, resume, metrics."""
         config = self.config
         world = self.world = self.world.sharing(config.batch.sequence_parallel)
         distributed.seed_everything(config.seed)
@@ -128,12 +129,17 @@ class Session:
             largest=model.largest_parameter(base, config.model) if self._swaps() else None,
         )  # fmt: skip
 
-        # model and method; adapters are made after the seed, alike on every rank
+        # data first: a base in FP8 is held against bf16 on the first batch
         self.tokenizer = load_tokenizer(str(base))
+        self.feed = Feed(config, self.tokenizer, world, accumulation)
+
+        # model and method; adapters are made after the seed, alike on every rank
         with zero.partitioned_init(settings):
             network = model.load(base, config.model, config.method, world.device, seed=config.seed)
             self._share_sequences(network)
             self.patched = _patch(network) if config.model.kernels else {}
+            first = self.feed.peek() if config.model.fp8 else []
+            self.fp8 = fp8.hold(network, config, first, world)
             self.tiled = tiles.install(network, config.model, config.batch)
             self.recomputing = model.checkpoint_activations(network, config.model)
             torch.manual_seed(config.seed)
@@ -144,8 +150,6 @@ class Session:
         self.network: nn.Module = self.engine.module
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
 
-        # data; then the proof that packs are isolated, before a step is taken
-        self.feed = Feed(config, self.tokenizer, world, accumulation)
         today = datetime.datetime.now(datetime.UTC).date()
         for line in self._on_first(lambda: refuse_ended(self.feed.rows, today)):
             if world.first:
@@ -369,6 +373,7 @@ class Session:
             extra = {
                 "step": self.step + 1, "kernels": self.patched,
                 "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
+                "fp8": asdict(self.fp8) if self.fp8 else None,
             }  # fmt: skip
             runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
         effects.refuse_idle(receipts)

@@ -79,6 +79,30 @@ def test_qlora_and_the_8_bit_optimizer_train(lab: Path) -> None:
     assert metrics(lab, "nf4")[-1] < metrics(lab, "nf4")[0]
 
 
+@pytest.mark.parametrize("kernels", ["false", "true"])
+def test_a_base_in_fp8_gives_the_curve_of_bf16(lab: Path, kernels: str) -> None:
+    options = ("model.dtype=bf16", "optim.lr=1e-3", f"model.kernels={kernels}")
+    train(lab, f"whole-{kernels}", *options)
+    train(lab, f"fp8-{kernels}", "model.fp8=true", *options)
+    assert metrics(lab, f"fp8-{kernels}") == pytest.approx(
+        metrics(lab, f"whole-{kernels}"), rel=1e-2
+    )
+    assert effects(lab, f"fp8-{kernels}")["model.fp8"]["linears"] == 14
+
+
+def test_fp8_rounds_and_multiplies_on_the_gpu_as_on_the_cpu() -> None:
+    from tuneloom.kernels import fp8
+
+    torch.manual_seed(0)
+    x, w, dy = (torch.randn(shape).bfloat16() for shape in ((300, 1024), (512, 1024), (300, 512)))
+    here, there = fp8.hold(w), fp8.hold(w.cuda())
+    for mine, theirs in zip(fp8.quantise(x), fp8.quantise(x.cuda()), strict=True):
+        assert torch.equal(mine.float(), theirs.cpu().float())
+    for op, operand in ((fp8.product, x), (fp8.product_backward, dy)):
+        mine, theirs = op(operand, here).float(), op(operand.cuda(), there).cpu().float()
+        assert (mine - theirs).norm() <= 1e-2 * mine.norm()
+
+
 def test_the_fused_ops_give_the_curve_of_the_plain_ones(lab: Path) -> None:
     train(lab, "plain", "model.dtype=bf16")
     train(lab, "fused", "model.dtype=bf16", "model.kernels=true")

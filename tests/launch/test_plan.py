@@ -13,7 +13,7 @@ from tuneloom.config import build, compose
 from tuneloom.errors import DataError, RefusedError
 from tuneloom.launch.anatomy import anatomy, saved_activations
 from tuneloom.launch.config import JobConfig, training_of
-from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, traffic
+from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, traffic, weight_bytes
 from tuneloom.launch.plan import (
     Device,
     PlanConfig,
@@ -283,6 +283,15 @@ def test_nf4_bytes_are_those_bitsandbytes_takes(double: bool) -> None:
     assert (
         nf4_bytes((weight.numel(),), MethodConfig(kind="qlora", double_quantisation=double)) == size
     )
+
+
+def test_an_8b_base_in_fp8_takes_a_byte_a_weight_of_its_linears() -> None:
+    def gigabytes(*overrides: str) -> float:
+        config = shaped("meta-llama/Meta-Llama-3-8B", *overrides)
+        return weight_bytes(config, anatomy(config)) / 1e9
+
+    assert gigabytes() == pytest.approx(16.14, abs=0.01)
+    assert gigabytes("model.fp8=true") == pytest.approx(9.16, abs=0.01)  # embeddings, head: bf16
 
 
 def test_an_8b_step_moves_a_sixth_of_a_gigabyte_replicated_and_thirty_two_under_zero_3() -> None:

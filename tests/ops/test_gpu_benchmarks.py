@@ -36,7 +36,9 @@ def test_the_lora_block_and_the_low_precision_step_run() -> None:
     block = lora_block.run(ONCE, dry=True)
     assert {"PEFT", "ours", "ours, augmented"} <= set(block["linears"][0]["overhead"])
     assert set(block["elementwise"][0]["times"]) == {"rms_norm", "add_rms_norm", "rope", "swiglu"}
-    assert "ours, NF4" in lora_step.run_low_precision(ONCE, dry=True)["rows"]
+    low = lora_step.run_low_precision(ONCE, dry=True)
+    assert {"ours, NF4", "ours, FP8"} <= set(low["rows"])
+    assert low["parity"]["ours, FP8"]["passed"], low["parity"]
 
 
 def test_reach_finds_the_largest_micro_batch_that_fits() -> None:

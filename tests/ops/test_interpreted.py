@@ -15,6 +15,7 @@ FAMILY = "test_patch.py::test_a_patched_family_has_the_same_loss_and_gradients"
 NUMERICS = [
     "test_linear_cross_entropy.py",
     "test_elementwise.py",
+    "test_fp8.py",
     *(f"{FAMILY}[{name}]" for name in ("Llama", "Gemma2", "Phi3")),
 ]
 
