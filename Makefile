@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 # B1; B2; B3; B5; and what is beside them
 BENCHMARKS := activation_diet kernels packing balance_parity first_step checkpoint recovery estimator \
-	ingest pii
+	ingest pii compile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:

@@ -65,6 +65,10 @@ class ModelConfig(Config):
     """
     kernels: bool = False
     """Put the fused ops of kernels/ into the model; what was patched stands in effects.json."""
+    compile: bool = False
+    """Decoder layers through torch.compile, each by itself; seconds and graphs of the cold start
+    stand in effects.json.
+    """
     fp8: bool = False
     """LoRA: hold the frozen linears in FP8 (e4m3, a scale a row and a token) and multiply so; the
     loss of the first batch must stay within 1 % of that in bf16, or the run is refused.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
 from tuneloom.kernels import attention, fp8, jit, loss_head
-from tuneloom.train import masters, offload, sequence, tiles
+from tuneloom.train import compiled, masters, offload, sequence, tiles
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
@@ -50,6 +50,7 @@ class Witness:
         jit.CALLS.clear()
         sequence.SEEN.clear()
         tiles.SEEN.clear()
+        compiled.SEEN.clear()
         offload.MOVED.clear()
 
     def saw_micro_batches(self, documents: list[int]) -> None:
@@ -190,6 +191,16 @@ class Witness:
         if model.kernels:
             ran = dict(jit.CALLS)
             yield Receipt("model.kernels", bool(ran), {"calls": ran})
+        if model.compile:
+            spent = compiled.cost()
+            layers_run = compiled.SEEN["forwards"]
+            if self.world.first:
+                print(f"model.compile: {spent.graphs} graphs in {spent.seconds:.1f} s", flush=True)
+            yield Receipt(
+                "model.compile",
+                layers_run > 0 and spent.graphs > 0,
+                {"compiled_forwards": layers_run} | asdict(spent),
+            )
         if model.fp8:
             evidence = {
                 "linears": sum(isinstance(m, fp8.Fp8Linear) for m in self.network.modules()),

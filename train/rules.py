@@ -102,6 +102,32 @@ RULES: tuple[Rule, ...] = (
         "what is moved is the input of recomputed layers; set model.checkpointing=on",
     ),
     Rule(
+        ("model.compile", "model.kernels", "model.checkpointing", "model.tile_tokens", "model.fp8"),
+        lambda c: (
+            c.model.compile
+            and (
+                c.model.kernels
+                or c.model.fp8
+                or c.model.tile_tokens is not None
+                or c.model.checkpointing != "off"
+            )
+        ),
+        "each puts code of its own into the layers, which a compiled layer would leave or break "
+        "into many graphs; set model.compile=false, or leave them off",
+    ),
+    Rule(
+        ("model.compile", "zero.stage", "batch.sequence_parallel"),
+        lambda c: c.model.compile and (c.zero.stage == 3 or c.batch.sequence_parallel > 1),
+        "ZeRO-3 gathers weights by hooks in the layers, and sequence parallelism exchanges heads "
+        "in them; set zero.stage=2 and batch.sequence_parallel=1",
+    ),
+    Rule(
+        ("model.compile", "method.kind", "method.dropout"),
+        lambda c: c.model.compile and (c.method.kind == "qlora" or c.method.dropout > 0),
+        "NF4 is unpacked by a library of its own, and compiled dropout draws other masks than a "
+        "resumed run would; set method=lora with method.dropout=0",
+    ),
+    Rule(
         ("model.fp8", "method.kind", "method.dora"),
         lambda c: c.model.fp8 and (c.method.kind != "lora" or c.method.dora),
         "FP8 holds what is frozen: full weights move in every step, QLoRA's are in NF4, DoRA needs "

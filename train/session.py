@@ -24,6 +24,7 @@ from tuneloom.registry.digests import weights_digest
 from tuneloom.train import (
     background,
     checkpoint,
+    compiled,
     copies,
     distributed,
     effects,
@@ -144,6 +145,7 @@ class Session:
             self.recomputing = model.checkpoint_activations(network, config.model)
             torch.manual_seed(config.seed)
             network = method.apply(network, config.method)
+            self.compiled = compiled.install(network, config.model, world.device)
         network.train()
         self.shape = flops.shape_of(network, frozen=config.method.kind != "full")
         self.engine = zero.build_engine(network, config, settings)
@@ -373,6 +375,7 @@ class Session:
             extra = {
                 "step": self.step + 1, "kernels": self.patched,
                 "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
+                "layers_compiled": self.compiled,
                 "fp8": asdict(self.fp8) if self.fp8 else None,
             }  # fmt: skip
             runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
