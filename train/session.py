@@ -130,9 +130,14 @@ class Session:
             largest=model.largest_parameter(base, config.model) if self._swaps() else None,
         )  # fmt: skip
 
-        # data first: a base in FP8 is held against bf16 on the first batch
+        # data first: what may not be trained on, and the batch that lets a base in FP8 in
         self.tokenizer = load_tokenizer(str(base))
         self.feed = Feed(config, self.tokenizer, world, accumulation)
+        today = datetime.datetime.now(datetime.UTC).date()
+        for line in self._on_first(lambda: refuse_ended(self.feed.rows, today)):
+            if world.first:
+                print(line, flush=True)
+        self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, config.data.golden))
 
         # model and method; adapters are made after the seed, alike on every rank
         with zero.partitioned_init(settings):
@@ -152,11 +157,7 @@ class Session:
         self.network: nn.Module = self.engine.module
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
 
-        today = datetime.datetime.now(datetime.UTC).date()
-        for line in self._on_first(lambda: refuse_ended(self.feed.rows, today)):
-            if world.first:
-                print(line, flush=True)
-        self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, config.data.golden))
+        # the proof that packs are isolated, before a step is taken
         self.validation = evaluation.Validation(config, self.tokenizer, world)
         if config.batch.packing and config.train.probe:
             probe.isolation(self.network, self.vocabulary, world, seed=config.seed)
