@@ -1,119 +1,128 @@
-"""One dirty export in which every fault was planted: each count is known and met exactly."""
-# ruff: noqa: E501 - sentences in six languages
+"""One ingest of a dirty export, as typed: each count is known in advance and met exactly."""
 
+import gzip
 import json
-import random
+import os
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data import dirty
+from tests.data.dirty import chat
+from tuneloom import cli
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 
-WORDS = [f"word{i}" for i in range(3000)]
-# Ten types in six languages, one a row.
-PERSONAL = [
-    ("email", "Please write to anna.k@example.com about it"), ("phone", "Meine Handynummer ist +49 151 23456789"),
-    ("card", "Paid with 4111 1111 1111 1111 yesterday"), ("iban", "Mon compte est FR76 3000 6000 0112 3456 7890 189"),
-    ("ip", "The request came from 203.0.113.77 at night"), ("us_ssn", "His number is 536-22-1234 on the form"),
-    ("es_dni", "Mi DNI es 12345678Z desde siempre"), ("it_cf", "Il codice è RSSMRA85T10A562S per tutti"),
-    ("nl_bsn", "Mijn BSN is 111222333 zoals altijd"), ("pl_pesel", "Mój PESEL to 44051401359 i koniec"),
-]  # fmt: skip
-REJECTS = [
-    "{",
-    "[1]",
-    '{"text": ""}',
-    '{"a": 1}',
-    '{"text": "a", "text": "b"}',
-    '{"text": "\\ud800"}',
-]
 
-
-def chat(question: str, answer: str) -> str:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return json.dumps({"messages": turns})
-
-
-def corpus(folder: Path) -> Path:
-    rng = random.Random(11)
-
-    def words(n: int) -> str:
-        return " ".join(rng.choices(WORDS, k=n))
-
-    good = [chat(f"{words(40)}?", words(12)) for _ in range(900)]
-    crm = good[:600] + [
-        chat(f"{text} {words(3)}", words(9)) for _, text in PERSONAL for _ in range(3)
-    ]
-    forum = good[600:] + good[:50]  # 50 rows stand in both
-    for _ in range(20):  # clusters of four that differ in a word
-        base = words(60)
-        forum += [chat(f"{base} {i}", "the same answer") for i in range(4)]
-    for i in range(5):  # five questions with two answers each
-        forum += [
-            chat(f"Is planted question {i} true?", "yes"),
-            chat(f"Is planted question {i} true?", "no"),
-        ]
-    forum += [chat(f"The key is ghp_{'a1B2' * 9} for {words(9)}", words(5)) for _ in range(4)]
-    forum += [chat(f"Placeholder {i} {words(20)}", "N/A") for i in range(3)]
-    crm += [chat(f"Mojibake {i} cafÃ© {words(20)}", words(6)) for i in range(7)]
-    crm += REJECTS
-    folder.mkdir()
-    for name, lines in (("crm.jsonl", crm), ("forum.jsonl", forum)):
-        rng.shuffle(lines)
-        (folder / name).write_text("\n".join(lines) + "\n")
-    return folder
-
-
-RECIPE: dict[str, Any] = {
-    "name": "support",
-    "near": {"action": "drop"},
-    "conflicts": "quarantine",
-    "privacy": {"actions": {"us_ssn": "drop"}},
-    "provenance": [
-        {"match": "crm*", "owner": "Example Ltd", "licence": "LicenseRef-contract", "commercial": True,
-         "consent": "contract", "consent_until": "2027-01-01", "trust": 90},
-        {"match": "forum*", "owner": "The forum's users", "licence": "CC-BY-SA-4.0", "consent": "public", "trust": 30},
-    ],
-    "as_of": "2026-06-01",
-}  # fmt: skip
+def words(*more: str) -> list[str]:
+    return ["ingest", "--config-dir", "recipes", "data=dirty", *more]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tmp = tmp_path_factory.mktemp("dirty")
-    source = str(corpus(tmp / "raw"))
-    mapping = {"data": RECIPE, "source": source, "root": str(tmp / "datasets"), "workers": 1}
-    return ingest(build(IngestConfig, mapping))
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dirty")
+    dirty.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(export: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(export)
+        assert cli.main(words("source=raw", "workers=1")) == 0
+    return export / "datasets" / "support"
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "manifest.json").read_text()))
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "timing.json"}
+
+
 def test_every_count_is_the_one_that_was_planted(made: Path) -> None:
-    counts = manifest(made)["counts"]
-    assert counts == {
-        "in": 900 + 30 + 50 + 80 + 10 + 4 + 3 + 7 + 6,
-        "rejected": {"duplicate_key": 1, "empty": 1, "invalid_json": 1, "lone_surrogate": 1,
-                     "not_an_object": 1, "unknown_shape": 1},
-        "deduplicated": {"exact": 50, "near": 60},
-        "quarantined": {"label_conflict": 10, "placeholder": 3, "privacy_us_ssn": 3},
-        "kept": 900 + 27 + 20 + 4 + 7,
-    }  # fmt: skip
-    assert manifest(made)["found"] == {
-        **{entity: 3 for entity, _ in PERSONAL if entity != "us_ssn"}, "secret": 4
-    }  # fmt: skip
-    assert manifest(made)["sanitised"] == {"mojibake": 7}
+    said = manifest(made)
+    assert said["counts"] == dirty.COUNTS
+    assert said["found"] == dirty.FOUND
+    assert said["sanitised"] == dict.fromkeys(dirty.SANITISED, 2)
+    counts = said["counts"]
+    fates = (counts["rejected"], counts["deduplicated"], counts["quarantined"])
+    assert counts["in"] == counts["kept"] + sum(sum(fate.values()) for fate in fates)
+
+
+def test_every_reject_has_its_line_and_every_copy_the_row_that_was_kept(
+    made: Path, export: Path
+) -> None:
+    lines = (export / "raw" / "crm.jsonl").read_bytes().split(b"\n")
+    rejected = [json.loads(line) for line in (made / "rejected.jsonl").open()]
+    assert {(r["source"], r["reason"], lines[r["line"] - 1]) for r in rejected} == {
+        ("crm.jsonl", reason, line) for reason, line in dirty.SHAPES
+    }
+    aside = pq.read_table(made / "set_aside.parquet").to_pylist()
+    copies = [row for row in aside if row["reason"] == "exact"]
+    assert {row["source"] for row in copies} == {"forum.jsonl.gz"}, "crm is the more trusted"
+    ids = {row["id"] for split in ("train", "validation", "test")
+           for row in pq.read_table(made / f"{split}-00000.parquet").to_pylist()}  # fmt: skip
+    near = [row for row in aside if row["reason"] == "near"]
+    assert len({row["kept"] for row in near}) == dirty.CLUSTERS
+    assert {row["kept"] for row in near} <= ids and len(ids) == dirty.COUNTS["kept"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "order", "more"),
+    [
+        (2, ["forum.jsonl.gz", "more.zip", "crm.jsonl"], {"TZ": "Asia/Kathmandu", "LC_ALL": "C"}),
+        (4, ["more.zip", "crm.jsonl", "forum.jsonl.gz"], {"PYTHONHASHSEED": "7", "LANG": "tr_TR"}),
+    ],
+)
+def test_the_same_bytes_whatever_the_workers_the_order_the_time_zone_and_the_locale(
+    made: Path, export: Path, workers: int, order: list[str], more: dict[str, str]
+) -> None:
+    source = ",".join(f"raw/{name}" for name in order)
+    typed = words(f"source=[{source}]", f"workers={workers}", f"root=again{workers}")
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneloom", *typed], cwd=export, env=os.environ | more,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = export / f"again{workers}" / "support"
+    assert again.resolve().name == made.resolve().name
+    assert tree(again) == tree(made)
+
+
+def test_a_bomb_among_the_files_stops_the_ingest_and_leaves_nothing(
+    export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(export / "raw", tmp_path / "raw")
+    shutil.copytree(export / "recipes", tmp_path / "recipes")
+    shutil.copy(export / "exam.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    bomb = tmp_path / "raw" / "bomb.zip"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", bytes(1 << 26))
+    assert cli.main(words("source=raw")) == 3
+    assert "bomb.zip" in capsys.readouterr().err
+    bomb.unlink()
+    (tmp_path / "raw" / "bomb.jsonl.gz").write_bytes(gzip.compress(bytes(1 << 28)))
+    assert cli.main(words("source=raw")) == 3
+    assert "bomb.jsonl.gz" in capsys.readouterr().err
+    assert not list((tmp_path / "datasets").iterdir())
 
 
 def test_nothing_that_was_to_go_is_left_in_any_file(made: Path) -> None:
-    values = [b"anna.k@", b"23456789", b"4111 1111", b"FR76", b"203.0.113", b"536-22", b"12345678Z",
-              b"RSSMRA", b"111222333", b"44051401359", b"ghp_"]  # fmt: skip
+    values = [value.encode() for value in (*dirty.PERSONAL.values(), *dirty.SECRETS)]
+    values += [b"23456789", b"4111 1111", b"111222333", b"44051401359", b"\xe2\x80\xae"]
     for path in made.iterdir():
         texts = [path.read_bytes()]
         if path.suffix == ".parquet":
@@ -128,7 +137,9 @@ def test_no_question_and_no_text_is_on_two_sides_of_the_split(made: Path) -> Non
     sides: dict[str, set[str]] = {}
     for split in ("train", "validation", "test"):
         for row in pq.read_table(made / f"{split}-00000.parquet").to_pylist():
-            sides.setdefault(json.loads(row["record"])["messages"][0]["content"], set()).add(split)
+            record = json.loads(row["record"])
+            question = record["prompt"] if "prompt" in record else record["messages"][0]["content"]
+            sides.setdefault(question, set()).add(split)
     assert all(len(side) == 1 for side in sides.values())
 
 
@@ -140,10 +151,10 @@ def test_the_report_shows_every_count_and_runs_no_script(made: Path) -> None:
         "Example Ltd",
         "CC-BY-SA-4.0",
         "No source stands in the way",
-        "crm.jsonl (634 rows): consent ends on 2027-01-01 (as of 2026-06-01).",
-        "6 rows (0.55%) were no records; the recipe allows 1.00%.",
-        "No golden or evaluation set was held against the rows",
-        "958",
+        "crm.jsonl (569 rows): consent ends on 2027-01-01 (as of 2026-06-01).",
+        f"17 rows ({17 / dirty.COUNTS['in']:.2%}) were no records; the recipe allows 2.00%.",
+        "Compared with exam",
+        f"{dirty.COUNTS['kept']:,}",
     ):
         assert text in page
     assert "<script" not in page and "src=" not in page and "url(" not in page
