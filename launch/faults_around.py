@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from tuneloom.errors import CONFIGURATION, DONE, REFUSED, TRAINING
+from tuneloom.errors import CONFIGURATION, DONE, REFUSED, STOPPED, TRAINING
 from tuneloom.launch.drill_lab import (
     EVERY,
     Figures,
@@ -37,7 +37,7 @@ MOST_ADDED = 2.0
 
 
 def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
-    """F16: Ray's control store dies; the run ends with a reason or goes on, the command resumes."""
+    """F16: Ray's control store dies; the ranks save and stop, and the command resumes."""
     run = Run(lab, "f16")
     run.wait_for_step(rng.randrange(EVERY + 2, 2 * EVERY))
     store = [pid for pid in standing_in(lab.folder) if b"gcs_server" in command_of(pid)]
@@ -50,7 +50,7 @@ def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
     end = again.end()
     lost = last - again.resumed_from()
     return [figures(lab, again, "F16", "kill -9 of Ray's head process; seconds to the exit",
-                    [code, end], [TRAINING, DONE], lost=lost, seconds=seconds, orphans=orphans,
+                    [code, end], [STOPPED, DONE], lost=lost, seconds=seconds, orphans=orphans,
                     held=said)]  # fmt: skip
 
 

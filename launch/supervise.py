@@ -24,6 +24,7 @@ from typing import Any
 from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.launch import elastic
 from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.head import Watch
 from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.standby import Gang, Standby
@@ -66,6 +67,7 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(ray.shutdown)
         connect(launch, run=folder)
         keeps_its_folder(config)
+        stack.callback(Watch(ray.get_runtime_context().gcs_address, folder).close)
         with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
             attempts(config, launch, signals)
 
@@ -92,18 +94,21 @@ def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> N
 
 @cache
 def private_token() -> tempfile.TemporaryDirectory[str]:
-    """A token for the embedded Rays of this process, in a file that only its owner reads.
+    """The embedded Rays of this process: on loopback, behind a token that only its owner reads.
 
     Ray makes one by itself, but as ~/.ray/auth_token, readable by all (2.60.0). It reads the
     variables once, at import, so a sweep's next job keeps the token; the folder goes with the
-    process.
+    process. On Linux it takes the host's address for 127.0.0.1, and its servers then listen on
+    every interface, unless it is told that it makes no cluster, as on Windows and macOS
+    (`get_node_ip_address` in ray/_private/services.py).
     """
     folder = tempfile.TemporaryDirectory(prefix="tuneloom-")  # 0700
     path = Path(folder.name) / "token"
     path.touch(0o600)
     path.write_text(secrets.token_hex(32), encoding="utf-8")
     os.environ.pop("RAY_AUTH_TOKEN", None)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path),
+                   "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # fmt: skip
     return folder
 
 
