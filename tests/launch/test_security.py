@@ -6,6 +6,7 @@ import pickle
 import random
 import resource
 import shlex
+import shutil
 import string
 import subprocess
 import sys
@@ -439,6 +440,11 @@ def test_no_planted_secret_is_in_any_byte_that_a_run_writes(lab: Path, tmp_path:
     assert [secret for secret in shapes if essence(secret).encode() in written] == []
 
 
+def session_of(pid: int) -> Path:
+    """Where the embedded Ray of a driver wrote; pids come again, so the newest."""
+    return max(Path("/tmp/ray").glob(f"session_*_{pid}"), key=lambda path: path.stat().st_mtime)
+
+
 def test_no_planted_secret_is_in_any_byte_that_ray_writes(lab: Path, tmp_path: Path) -> None:
     """25 shapes in the environment and the rows, one in the config, of a run under Ray (S10)."""
     shapes = secret_shapes()
@@ -459,9 +465,41 @@ def test_no_planted_secret_is_in_any_byte_that_ray_writes(lab: Path, tmp_path: P
     )  # fmt: skip
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said.decode()
-    (session,) = Path("/tmp/ray").glob(f"session_*_{process.pid}")
+    session = session_of(process.pid)
     files = [p for f in (session, tmp_path / "runs") for p in f.rglob("*") if p.is_file()]
     assert any(path.name.startswith("raylet") for path in files)
+    written = b"".join(path.read_bytes() for path in files) + said
+    assert [secret for secret in shapes if essence(secret).encode() in written] == []
+
+
+@pytest.mark.parametrize("way", ["an error of ours", "an error of a library"])
+def test_no_planted_secret_is_in_what_a_failed_run_under_ray_writes(
+    lab: Path, tmp_path: Path, way: str
+) -> None:
+    """25 shapes in the text of an exception that a rank raises (S10)."""
+    shapes = secret_shapes()
+    base = shutil.copytree(lab / "base", tmp_path / "base")
+    if way == "an error of ours":  # a chat template that quotes the row
+        (base / "chat_template.jinja").write_text("{{ raise_exception(messages[0]['content']) }}")
+    else:  # transformers raises KeyError with the name of an activation that it does not know
+        known = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(known | {"hidden_act": " ".join(shapes)}))
+    rows = [
+        {"messages": [{"role": "user", "content": secret}, {"role": "assistant", "content": "no"}]}
+        for secret in [*shapes, " ".join(shapes)]
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuneloom", "train", f"run.root={tmp_path}/runs", "run.id=ray",
+         f"model.path={base}", "model.dtype=fp32", "steps=2", f"data.path={tmp_path}/rows.jsonl",
+         "data.validation=null", "tracker.mode=offline", "launch=local", "launch.workers=1",
+         "launch.max_restarts=0", "train.drill=false"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode in (3, 5) and b"[secret]" in said, said.decode()
+    session = session_of(process.pid)
+    files = [p for f in (session, tmp_path / "runs") for p in f.rglob("*") if p.is_file()]
     written = b"".join(path.read_bytes() for path in files) + said
     assert [secret for secret in shapes if essence(secret).encode() in written] == []
 

@@ -23,6 +23,7 @@ from tuneloom.data import shards
 from tuneloom.data.render import Renderer
 from tuneloom.data.rows import Rows
 from tuneloom.errors import DataError
+from tuneloom.redact import redact
 
 FIRST_SHARD, SHARD = 64, 1024
 """Rows. Shards double from the first size to the second; larger datasets get larger shards."""
@@ -229,7 +230,8 @@ class TokenStore:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        report = {"data": isinstance(error, DataError), "message": str(error) or repr(error)}
+        message = redact(str(error) or repr(error))
+        report = {"data": isinstance(error, DataError), "message": message}
         with self._changed:
             self._error = error
             self._changed.notify_all()
