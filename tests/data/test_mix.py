@@ -2,17 +2,19 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from tuneloom.config import build
+from tuneloom.config import build, compose
 from tuneloom.data.erase import EraseConfig, execute, make_plan
 from tuneloom.data.ingest import ingest
-from tuneloom.data.mix import MixConfig, mix
+from tuneloom.data.mix import MixConfig, main, mix
 from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.render import Renderer
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError
 from tuneloom.registry.graph import Graph
@@ -59,6 +61,41 @@ def test_weights_are_shares_of_the_rows(tmp_path: Path, parts: list[str]) -> Non
     assert [part["share"] for part in manifest["mixture"]] == [0.75, 0.25]
     small = manifest["mixture"][1]
     assert small["epochs"] == pytest.approx(100 / sizes(parts)[1], abs=1e-6)
+
+
+def test_shares_of_tokens_are_those_of_a_tokenizer_that_is_named(
+    tmp_path: Path,
+    parts: list[str],
+    make_tokenizer: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw = tmp_path / "chats.jsonl"
+    row = {"prompt": "a long question " * 9, "completion": "yes"}
+    raw.write_text("".join(json.dumps(row | {"prompt": f"{row['prompt']}{i}"}) + "\n"
+                           for i in range(50)))  # fmt: skip
+    recipe = {"data": {"name": "chats"}, "source": str(raw), "root": str(tmp_path / "datasets")}
+    parts.append(str(ingest(build(IngestConfig, recipe))))
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.save_pretrained(tmp_path / "tok")
+    listed = ",".join(f"{{dataset: {p}, epochs: {1 + i}}}" for i, p in enumerate(parts))
+    words = [f"parts=[{listed}]", "name=m", f"root={tmp_path / 'datasets'}"]
+
+    assert main(build(MixConfig, compose("mix", words))) == 0
+    without = capsys.readouterr().out
+    assert "tokens: not counted" in without and "ledger.json" in without
+    assert main(build(MixConfig, compose("mix", [*words, f"model.path={tmp_path / 'tok'}"]))) == 0
+    said = capsys.readouterr().out
+    assert said.split("m@")[1].split()[0] == without.split("m@")[1].split()[0]
+
+    expected = Counter[str]()
+    rows = open_rows(tmp_path / "datasets" / "m")
+    for i in range(len(rows)):
+        renderer = Renderer(tokenizer, "pretrain" if rows[i].kind == "text" else "sft")
+        expected[rows.source(i).split("/")[0]] += renderer.render(rows[i]).tokens
+    lines = [line.split() for line in said.splitlines() if " tokens " in line]
+    assert {name: int(n.replace(",", "")) for name, n, *_ in lines} == expected
+    shares = [f"{n / expected.total():.2%}" for _, n in sorted(expected.items())]
+    assert [line[-1] for line in lines] == shares
 
 
 def test_epochs_repeat_each_row_so_often(tmp_path: Path, parts: list[str]) -> None:

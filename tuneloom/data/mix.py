@@ -3,7 +3,8 @@
 A part's rows are taken in the order of a hash, again from the start where more are wanted than
 there are, so a larger mixture holds the smaller one. Rows that stand in any part's validation or
 test split, by id or by split key, are left out of train. `source` becomes DATASET/SOURCE, so the
-ledger of a run reports what each part gave, in rows and in tokens.
+ledger of a run reports what each part gave, in rows and in tokens; `model.path=..` counts the
+tokens here already.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ from tuneloom.data.store import (
     publish,
     read_manifest,
 )
+from tuneloom.data.token_shares import TokenCounter
 from tuneloom.errors import DataError
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -57,6 +59,13 @@ class Rehearsal(Config):
     """Of the whole mixture. LoRA on a small base fell from 0.92 to 0.00 on general rows without."""
 
 
+class MixModelConfig(Config):
+    path: str | None = None
+    """Folder or hub id whose tokenizer counts the tokens of each dataset; the mixture is the same
+    without."""
+    revision: str | None = None
+
+
 class MixConfig(Config):
     name: str
     parts: Annotated[list[Part], Field(min_length=1)]
@@ -66,6 +75,7 @@ class MixConfig(Config):
     """Without weights a part counts for its rows to the power of 1/temperature: 1 is by size."""
     rehearsal: Rehearsal | None = None
     seed: int = 0
+    model: MixModelConfig = MixModelConfig()
     root: str = "datasets"
 
     @field_validator("name")
@@ -89,19 +99,37 @@ class MixConfig(Config):
 
 
 CONFIG = MixConfig
+NOT_COUNTED = (
+    "tokens: not counted, since they depend on the tokenizer; add model.path=..., or see shares in "
+    "ledger.json of a run"
+)
 
 
 def main(config: MixConfig) -> int:
     """Mix, print the shares and the next command."""
+    model = config.model
+    counter = TokenCounter(model.path, model.revision) if model.path else None
     folder = mix(config)
     manifest = read_manifest(folder)
     for part in manifest["mixture"]:
         print(f"  {part['dataset']:<32}{part['rows']:>10,} rows {part['share']:>8.2%}"
               f"{part['epochs']:>8.2f} epochs")  # fmt: skip
+    print(folder, flush=True)
+    print("\n".join(_token_lines(counter.of(folder)) if counter else [NOT_COUNTED]))
     print(
-        f"{folder}\nnext: tuneloom train data.path={Path(config.root) / config.name} model.path=..."
+        f"next: tuneloom train data.path={Path(config.root) / config.name} "
+        f"model.path={model.path or '...'}"
     )
     return 0
+
+
+def _token_lines(tokens: dict[str, int]) -> list[str]:
+    """A line for each dataset, of the length of its line of rows."""
+    total = max(1, sum(tokens.values()))
+    return [
+        f"  {name:<32}{number:>10,} tokens {number / total:>6.2%}"
+        for name, number in tokens.items()
+    ]
 
 
 def mix(config: MixConfig) -> Path:
@@ -214,7 +242,12 @@ def _write(
             licences[name] += round(number / max(1, part.manifest["counts"]["kept"]) * len(rows))
     (draft / "rejected.jsonl").write_text("", encoding="utf-8")
     pq.write_table(ASIDE.empty_table(), draft / "set_aside.parquet")
-    places: Any = {"root": True, "parts": {"__all__": {"dataset"}}, "rehearsal": {"dataset"}}
+    places: Any = {
+        "root": True,
+        "model": True,
+        "parts": {"__all__": {"dataset"}},
+        "rehearsal": {"dataset"},
+    }
     identity = config.model_dump(mode="json", exclude=places)
     lengths = np.bincount(
         np.searchsorted(LENGTHS[:-1], [len(record) for record in train["record"].to_pylist()]),
