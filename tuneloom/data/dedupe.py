@@ -121,6 +121,9 @@ def _candidates(
     bucket: list[tuple[np.ndarray, ...]],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Each row with the row of its hash before it, and with the first, over chunks of a bucket."""
+    if len(bucket) == 1:
+        yield from _candidates_of_one(*bucket[0])
+        return
     firsts, lasts = Lowest("i8"), Lowest("i8")
     for rows, hashes in bucket:
         # What earlier chunks know of a hash goes before its rows here: at most one row of each.
@@ -134,6 +137,18 @@ def _candidates(
         left = rows[order[later]]
         yield left, rows[order[later - 1]]
         yield left, firsts.of(hashes[order[later]])
+
+
+def _candidates_of_one(
+    rows: np.ndarray, hashes: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same of a bucket in one piece, as most are: one sort does."""
+    order = np.argsort(hashes, kind="stable")
+    fresh = np.append(True, hashes[order][1:] != hashes[order][:-1])
+    later, rows = np.flatnonzero(~fresh), rows[order]
+    first = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
+    yield rows[later], rows[later - 1]
+    yield rows[later], rows[first[later]]
 
 
 def _flatten(parent: np.ndarray) -> None:

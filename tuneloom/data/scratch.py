@@ -101,22 +101,26 @@ def buckets(
     chunk is the rows' numbers, rising, and their hashes and columns.
     """
     bits = max(0, (len(hashes) - 1) // CHUNK).bit_length()
+    if not bits:
+        rows = np.flatnonzero(wanted)
+        yield [(rows, hashes[rows], *(c[rows] for c in columns))] if len(rows) else []
+        return
     sizes = np.zeros(1 << bits, np.int64)
-    for rows in slices(len(hashes)):
-        sizes += np.bincount(_codes(hashes[rows][wanted[rows]], bits), minlength=1 << bits)
+    for part in slices(len(hashes)):
+        sizes += np.bincount(_codes(hashes[part][wanted[part]], bits), minlength=1 << bits)
     ends = np.cumsum(sizes)
     free, carried = ends - sizes, (hashes, *columns)
     kinds = [np.dtype("i8"), *(column.dtype for column in carried)]
     grouped = [scratch.array(int(ends[-1]), kind) for kind in kinds]
-    for rows in slices(len(hashes)):
-        chosen = np.flatnonzero(wanted[rows])
-        codes = _codes(hashes[rows][chosen], bits)
+    for part in slices(len(hashes)):
+        chosen = np.flatnonzero(wanted[part])
+        codes = _codes(hashes[part][chosen], bits)
         order = np.argsort(codes, kind="stable")
         codes, chosen = codes[order], chosen[order]
         here = np.bincount(codes, minlength=1 << bits)
         places = free[codes] + np.arange(len(codes)) - (np.cumsum(here) - here)[codes]
         for into, values in zip(
-            grouped, (chosen + rows.start, *(c[rows][chosen] for c in carried)), strict=True
+            grouped, (chosen + part.start, *(c[part][chosen] for c in carried)), strict=True
         ):
             into[places] = values
         free += here
@@ -126,6 +130,4 @@ def buckets(
 
 def _codes(hashes: np.ndarray, bits: int) -> np.ndarray:
     """The first `bits` bits of each hash."""
-    if not bits:
-        return np.zeros(len(hashes), np.int64)
     return (hashes >> np.uint64(64 - bits)).astype(np.int64)
