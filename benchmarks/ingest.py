@@ -8,7 +8,8 @@ interpreter that has them, on the same files. Peak memory is of all processes, s
 a second. `--scale N` runs `core` on N rows first. Writes benchmarks/results/ingest.json.
 
 `--memory N` runs `core` and `near` on N and on 4N rows of 150 bytes instead, each in a process of
-its own, for what memory grows by: benchmarks/results/ingest_memory.json.
+its own, for what memory grows by: benchmarks/results/ingest_memory.json. N should be over a chunk
+of tuneloom/data/scratch.py (262,144), up to which memory still fills.
 """
 
 import argparse
