@@ -1,5 +1,6 @@
 """inspect: the mask and the cuts as a person and as a program see them, with no torch."""
 
+import datetime
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from tuneloom.config import build, compose
+from tuneloom.data.ingest import ingest
 from tuneloom.data.inspect import CONFIG, main
+from tuneloom.data.recipe import IngestConfig
 
 Maker = Callable[..., Any]
 
@@ -52,6 +55,26 @@ def test_json_holds_masks_counts_cuts_and_the_template(
     assert second["dropped"] == "over_length" and second["cut"] == second["tokens"] > 30
     assert found["scan"]["over_length"] == 1 and found["scan"]["rows"] == 10
     assert 0 < found["scan"]["lost_targets"] < found["scan"]["targets"]
+
+
+@pytest.mark.parametrize(
+    ("days", "said"),
+    [(-1, "10 of 10 rows ended on {day}; tuneloom erase"), (29, "10 of 10 rows ends on {day}"),
+     (40, None)],
+)  # fmt: skip
+def test_consent_that_ends_within_a_month_or_has_ended_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], days: int, said: str | None
+) -> None:
+    day = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=days)
+    recipe = {"name": "d", "split": {"train": 1.0, "validation": 0.0, "test": 0.0},
+              "provenance": [{"match": "*", "consent_until": str(day)}]}  # fmt: skip
+    mapping = {"data": recipe, "source": str(folder / "rows.jsonl"), "root": str(folder / "sets")}
+    made = ingest(build(IngestConfig, mapping))
+    assert inspect(folder, f"data.path={made}") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("consent")]
+    assert len(lines) == (said is not None) and (said or "").format(day=day) in "".join(lines)
+    assert inspect(folder, f"data.path={made}", "json=true") == 0
+    assert json.loads(capsys.readouterr().out)["consent"] == lines
 
 
 def test_truncation_shows_where_it_cuts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

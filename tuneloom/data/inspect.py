@@ -3,9 +3,11 @@
 `tuneloom inspect data.path=rows.jsonl model.path=examples/tiny-base rows=5 [json=true]`
 
 Green is trained, grey is masked, red is cut by batch.max_length. A larger sample is scanned for
-the share of answer tokens that the length limit would lose.
+the share of answer tokens that the length limit would lose. Consent for rows of the split that ends
+within 30 days, or has ended, is said in a line.
 """
 
+import datetime
 import json
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -15,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from tuneloom.config import Config
+from tuneloom.data.consent import ends_soon
 from tuneloom.data.records import Format
 from tuneloom.data.render import Example, Objective, OverLength, Renderer
 from tuneloom.data.rows import Rows, open_rows
@@ -110,11 +113,14 @@ def main(config: InspectConfig) -> int:
     shown = [show(rows, i, renderer, config.batch) for i in range(min(config.rows, len(rows)))]
     sample = scan(rows, renderer, config)
     template = _template(renderer, rows[0].kind)
+    consent = ends_soon(rows, datetime.datetime.now(datetime.UTC).date())
     if config.as_json:
-        whole = {"template": template, "rows": [asdict(s) for s in shown], "scan": asdict(sample)}
+        whole = {"template": template, "rows": [asdict(s) for s in shown], "scan": asdict(sample),
+                 "consent": consent}  # fmt: skip
         print(json.dumps(whole, ensure_ascii=False, indent=2))
     else:
         _print(template, shown, sample, config)
+        print("".join(f"{line}\n" for line in consent), end="")
     return 0
 
 
