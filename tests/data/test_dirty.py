@@ -193,6 +193,8 @@ def test_the_report_shows_every_count_and_runs_no_script(made: Path) -> None:
         f"crm.jsonl ({crm['kept']:,} rows): consent ends on 2027-01-01 (as of 2026-06-01).",
         f"{rejected} rows ({rejected / counts['in']:.2%}) were no records",
         f"{counts['kept']:,}",
+        '<td>us_ssn</td><td class="n">36</td><td>drop: these rows are left out</td>',
+        "10 rows answer a question that another row answers differently; they are set aside.",
     ):
         assert text in page
     assert "<script" not in page and "src=" not in page and "url(" not in page
