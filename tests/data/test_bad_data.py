@@ -136,6 +136,22 @@ def test_an_id_of_digits_alone_is_an_id(tmp_path: Path, capsys: Capture, verb: s
     assert "no dataset holds '00000042'" in said(capsys, main([verb, "subject=00000042", *where]))
 
 
+@pytest.mark.parametrize("verb", ["lineage", "erase"])
+def test_a_dataset_that_cannot_be_read_is_named_before_a_row_is_said_to_be_nowhere(
+    tmp_path: Path, capsys: Capture, verb: str
+) -> None:
+    (tmp_path / "raw.jsonl").write_bytes(GOOD)
+    assert ingest(tmp_path, tmp_path / "raw.jsonl") == 0
+    call = [verb, "row=abcdef12", f"datasets={tmp_path}/sets", f"runs={tmp_path}/runs"]
+    folder = (tmp_path / "sets" / "d").resolve()
+    for shard in folder.glob("t*-00000.parquet"):
+        shard.write_bytes(shard.read_bytes()[:-20])
+    assert "cannot be read" in said(capsys, main(call))
+    for text in ("{}", "[1]", "{"):
+        (folder / "manifest.json").write_text(text)
+        assert "manifest.json" in said(capsys, main(call))
+
+
 DECISIONS = [
     b"{", b"[", b"[1]", b'{"id": 1}', b'"x"', b"\xff\xfe", b'[{"fields": 1}]',
     b'[{"annotations": 3}]', b"[" * 20_000, b'{"id": 5, "decision": "approve", "by": "b"}',
