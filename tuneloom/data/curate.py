@@ -50,9 +50,15 @@ class Golden:
         self.head = ""
         folder.mkdir(parents=True, exist_ok=True)
         for number, line in enumerate(self._lines(), 1):
-            event = json.loads(line)
-            if event["previous"] != self.head:
-                raise DataError(f"{self.log}:{number}: the log was edited; restore it from a copy")
+            try:
+                event = json.loads(line)
+                followed = event["previous"] == self.head
+            except (ValueError, KeyError, TypeError):  # cut off, or no event
+                followed = False
+            if not followed:
+                raise DataError(
+                    f"{self.log}:{number}: the log was edited or cut off; restore it from a copy"
+                )
             self.head = digest(line)
             self._apply(event)
 

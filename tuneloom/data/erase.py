@@ -64,6 +64,8 @@ class EraseConfig(Config):
 
 
 CONFIG = EraseConfig
+TEXT_KEYS = ("row", "subject", "source")
+"""An id of digits alone, such as 12345678, is no number."""
 
 
 @dataclass

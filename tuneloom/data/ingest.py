@@ -33,6 +33,7 @@ from tuneloom.data.records import canonical
 from tuneloom.data.scratch import Column, Scratch
 from tuneloom.data.sources import find_sources
 from tuneloom.data.store import publish, read_manifest, write_json
+from tuneloom.errors import ConfigError, DataError
 
 STAGES = ("prepare", "merge", "decide", "write")
 
@@ -55,8 +56,7 @@ def main(config: IngestConfig, prepare: Prepare) -> int:
 def ingest(config: IngestConfig, prepare: Prepare = prepare_here) -> Path:
     """Make the dataset; returns its folder NAME@ID."""
     root = Path(config.root)
-    root.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
+    draft = _draft(root)
     try:
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=root) as spill:
             manifest, seconds = _make(config, prepare, draft, Path(spill))
@@ -64,8 +64,20 @@ def ingest(config: IngestConfig, prepare: Prepare = prepare_here) -> Path:
         folder = publish(draft, root, manifest)
         write_json(folder / "timing.json", seconds)
         return folder
+    except OSError as error:  # full, or gone: what readers meet is a DataError already
+        place = error.filename or root
+        raise DataError(f"root: {place} cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft(root: Path) -> Path:
+    """A folder in `root` to write in, unseen until it is whole."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
+    except OSError as error:
+        raise ConfigError(f"root: {root} cannot be written ({error.strerror})") from None
 
 
 def _make(

@@ -27,6 +27,7 @@ from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import effective
 from tuneloom.data.recipe import NAME
 from tuneloom.data.records import canonical
+from tuneloom.data.rows import verify_shard
 from tuneloom.data.splits import SPLITS, place_of
 from tuneloom.data.store import (
     ROWS_PER_SHARD,
@@ -187,6 +188,8 @@ class Loaded:
 
     def _read(self, split: str) -> pa.Table:
         shards = self.manifest["splits"].get(split, {"shards": []})["shards"]
+        for shard in shards:
+            verify_shard(self.folder / shard["file"], shard["sha256"])
         tables = [pq.read_table(self.folder / shard["file"]) for shard in shards]
         rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
         sources = [f"{self.manifest['name']}/{source}" for source in rows["source"].to_pylist()]

@@ -29,7 +29,7 @@ from tuneloom.data.readers import Block
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.redact import DropRow, Redactor, excerpt_redactor
 from tuneloom.data.sanitise import CONTROLS, sanitise
-from tuneloom.data.schema import Reject, check, is_plain
+from tuneloom.data.schema import Reject, check, is_plain, unique
 from tuneloom.data.tenant_schema import refuse_unlike, schema_check
 from tuneloom.errors import DataError
 
@@ -303,20 +303,11 @@ def parse_slowly(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, or Reject: JSON readers differ in which of two equal keys they keep."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise Reject("duplicate_key", f"the key {twice[:40]!r} stands twice")
-    return made
-
-
 def _finite(constant: str) -> float:
     raise Reject("not_finite", f"{constant} is no JSON number")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_finite)
+DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_finite)
 
 
 def excerpt(

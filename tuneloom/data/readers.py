@@ -17,7 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from tuneloom.data.archives import parts_of
-from tuneloom.data.schema import Reject
+from tuneloom.data.schema import Reject, unique
 from tuneloom.data.sources import Source
 from tuneloom.data.streams import Counted
 from tuneloom.errors import DataError
@@ -120,8 +120,9 @@ def _csv(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     csv.field_size_limit(64 << 20)
     reader = csv.reader(itertools.chain([start], text), delimiter=max(",;\t|", key=start.count))
     header = next(reader, [])
-    if len(set(header)) < len(header):
-        raise DataError(f"{source.name}: a column stands twice in the header {header}; rename one")
+    _refuse_twice(source, header)
+    if any(map(_undecoded, header)):
+        raise DataError(f"{source.name}: the header {header} is not UTF-8; save the file as UTF-8")
     while True:
         try:
             cells = next(reader)
@@ -146,18 +147,45 @@ def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     if len(data) > LARGEST_JSON:
         raise DataError(f"{source.name}: over {LARGEST_JSON >> 20} MiB for one JSON; write JSONL")
     try:
-        value = json.loads(data.removeprefix(codecs.BOM_UTF8))
+        value = json.loads(
+            data.removeprefix(codecs.BOM_UTF8), object_pairs_hook=_object, parse_constant=_constant
+        )
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source.name}: not JSON ({error})") from None
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         value = lists[0] if len(lists) == 1 and "messages" not in value else [value]
     for row in value if isinstance(value, list) else [value]:
-        yield (
-            row
-            if isinstance(row, dict)
-            else Reject("not_an_object", f"expected an object, got {type(row).__name__}")
-        )
+        if isinstance(row, dict):
+            yield _fault(row) or row
+        elif isinstance(row, Reject):
+            yield row
+        else:
+            yield Reject("not_an_object", f"expected an object, got {type(row).__name__}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row | Reject:
+    """An object, or in its place what is wrong with it, for its row to be rejected by."""
+    try:
+        return unique(pairs)
+    except Reject as fault:
+        return fault
+
+
+def _constant(name: str) -> Reject:
+    return Reject("not_finite", f"{name} is no JSON number")
+
+
+def _fault(row: Row) -> Reject | None:
+    """The first fault in a row, however deep it lies."""
+    left: list[Any] = [row]
+    while left:
+        value = left.pop()
+        if isinstance(value, Reject):
+            return value
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+    return None
 
 
 def _parquet(stream: Counted, source: Source) -> Iterator[Row | Reject]:
@@ -165,7 +193,9 @@ def _parquet(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     import pyarrow.parquet as pq
 
     with _seekable(stream, source) as file:
-        for batch in pq.ParquetFile(file).iter_batches(BLOCK_ROWS):
+        parquet = pq.ParquetFile(file)
+        _refuse_twice(source, parquet.schema_arrow.names)
+        for batch in parquet.iter_batches(BLOCK_ROWS):
             yield from batch.to_pylist()
 
 
@@ -179,6 +209,7 @@ def _arrow(stream: Counted, source: Source) -> Iterator[Row | Reject]:
             whole = pa.ipc.open_file(file)
             reader = (whole.get_batch(i) for i in range(whole.num_record_batches))
         for batch in reader:
+            _refuse_twice(source, batch.schema.names)
             for start in range(0, len(batch), BLOCK_ROWS):
                 yield from batch.slice(start, BLOCK_ROWS).to_pylist()
 
@@ -192,6 +223,12 @@ def _seekable(stream: Counted, source: Source) -> IO[bytes]:
         copy.write(piece)
     copy.seek(0)
     return copy
+
+
+def _refuse_twice(source: Source, columns: list[str]) -> None:
+    """Raise DataError where one of two columns would be lost."""
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{source.name}: a column stands twice in the header {columns}; rename one")
 
 
 def _undecoded(text: str) -> bool:

@@ -33,6 +33,7 @@ p { margin: .35rem 0 } .soft { color: var(--soft) } code, pre { font: 13px/1.5 u
 table { border-collapse: collapse; max-width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: break-word; padding-right: 1.6rem; white-space: pre-line }
+td code { overflow-wrap: anywhere }
 table + table { margin-top: 1rem }
 th { font-weight: 600; color: var(--soft) } .n { text-align: right; white-space: nowrap }
 .flow { display: flex; height: 1.5rem; border-radius: 4px; overflow: hidden; margin: .8rem 0 }
@@ -132,8 +133,9 @@ def _flow(manifest: Mapping[str, Any]) -> str:
         )
         extra = f"<p>Compared with {names}: {'' if hits else 'no row is known there.'}</p>{hits}"
     if manifest["label_conflicts"]:
+        fate = "set aside" if "label_conflict" in counts["quarantined"] else "kept"
         extra += (f"<p>{manifest['label_conflicts']:,} rows answer a question that another row answers "
-                 "differently.</p>")  # fmt: skip
+                 f"differently; they are {fate}.</p>")  # fmt: skip
     if issues := manifest.get("label_issues"):
         extra += (f"<p>Labels held against the words of their rows: {issues['suspected']:,} of "
                   f"{issues['checked']:,} look wrong; {issues['unchecked']:,} rows could not be judged.</p>")  # fmt: skip
@@ -161,6 +163,8 @@ def _privacy(manifest: Mapping[str, Any]) -> str:
     privacy = manifest["recipe"]["privacy"]
     rows = [(entity, number, (privacy["actions"] or {}).get(entity, privacy["default"]))
             for entity, number in manifest["found"].items()]  # fmt: skip
+    rows += [(why.removeprefix("privacy_"), number, "drop: these rows are left out")
+             for why, number in manifest["counts"]["quarantined"].items() if why.startswith("privacy_")]  # fmt: skip
     found = table(["found", "times", "action"], rows) if rows else "<p>Nothing was found.</p>"
     changed = (
         table(["repaired text", "rows"], manifest["sanitised"].items())

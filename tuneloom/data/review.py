@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tuneloom.config import Config
 from tuneloom.data import argilla
 from tuneloom.data.curate import Golden, Row, Status
+from tuneloom.data.recipe import NAME
 from tuneloom.data.review_page import page, text_of
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError
@@ -47,8 +48,16 @@ class GoldenConfig(Config):
     """decide: names of the users that the file knows by another one, as Argilla's UUIDs."""
     note: str = ""
 
+    @field_validator("name")
+    @classmethod
+    def safe(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
+        return value
+
 
 CONFIG = GoldenConfig
+TEXT_KEYS = ("id", "by", "note")
 Decided = tuple[str, Literal["approve", "refuse"], str, str]
 
 
@@ -124,7 +133,23 @@ ACTIONS = {"propose": propose, "queue": queue, "decide": decide, "retire": retir
 
 def read_decisions(path: Path, by: str, *, people: Mapping[str, str]) -> list[Decided]:
     """Id, decision, reviewer, note: from our page's JSONL, Label Studio's or Argilla's JSON."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        return [
+            (str(row_id), word, name, note)
+            for row_id, word, name, note in _decisions(path.read_text("utf-8"), by, people)
+        ]
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"decisions: {path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"decisions: {path} is not what the page, Label Studio or Argilla saves ({error!r})"
+        ) from None
+
+
+def _decisions(text: str, by: str, people: Mapping[str, str]) -> list[Decided]:
+    """The same, of a file's text; whatever it lacks raises."""
     if text.lstrip().startswith("["):
         tasks = json.loads(text)
         if tasks and "fields" in tasks[0]:

@@ -126,7 +126,7 @@ class DatasetRows:
         self._shards: list[dict[str, Any]] = splits[split]["shards"]
         if verify:
             for shard in self._shards:
-                _verify(path / shard["file"], shard["sha256"])
+                verify_shard(path / shard["file"], shard["sha256"])
         self._first = np.cumsum([0, *(shard["rows"] for shard in self._shards)]).tolist()
         shas = " ".join(shard["sha256"] for shard in self._shards)
         self.digest = hashlib.sha256(f"dataset {shas}".encode()).hexdigest()
@@ -198,7 +198,8 @@ def manifest_of(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _verify(path: Path, sha256: str) -> None:
+def verify_shard(path: Path, sha256: str) -> None:
+    """Raise DataError unless the shard is the one that the manifest tells of."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """Is this content a record a model can learn from? Each fault has a code to be counted by."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,15 @@ class Reject(ValueError):
     def __init__(self, code: str, sentence: str) -> None:
         super().__init__(code, sentence)
         self.code, self.sentence = code, sentence
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, or Reject: JSON readers differ in which of two equal keys they keep."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise Reject("duplicate_key", f"the key {twice[:40]!r} stands twice")
+    return made
 
 
 def check(content: Mapping[str, Any]) -> None:

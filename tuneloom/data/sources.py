@@ -49,6 +49,8 @@ def find_sources(patterns: list[str]) -> list[Source]:
 
 def _expand(pattern: str) -> list[str]:
     """Files of a folder (those of a known kind), of a glob, or the one file, as full addresses."""
+    if not pattern.strip():
+        raise ConfigError("source: empty, which would be this whole folder; name a file or folder")
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern)
     except (ImportError, ValueError) as error:  # fsspec says which package the protocol needs
@@ -97,6 +99,10 @@ def _long(path: str) -> str:
 
 def _source(path: str, common: str) -> Source:
     kind = kind_of(path)
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"source: {path!a} has a name that is not UTF-8; rename the file") from None
     if kind is None:
         raise DataError(
             f"source: {path} is of no kind that is read here ({', '.join(FORMATS)}, .tar, each "

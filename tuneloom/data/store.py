@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuneloom.data.rows import manifest_of
 from tuneloom.errors import DataError
 
 ROWS_PER_SHARD = 50_000
@@ -123,7 +124,9 @@ def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
     name, identity = manifest["name"], manifest["id"]
     write_json(draft / "manifest.json", manifest)
     draft.chmod(0o755)  # mkdtemp made it private
-    folder = root / f"{name}@{identity}"
+    folder, link = root / f"{name}@{identity}", root / name
+    if link.exists() and not link.is_symlink():
+        raise DataError(f"{link}: a folder stands where the link to the newest version belongs")
     if (
         folder.exists()
     ):  # the same dataset again: whatever happened to the old copy, this one is whole
@@ -131,9 +134,6 @@ def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
         folder.rename(old)
         shutil.rmtree(old)
     draft.rename(folder)
-    link = root / name
-    if link.exists() and not link.is_symlink():
-        raise DataError(f"{link}: a folder stands where the link to the newest version belongs")
     fresh = root / f".{name}.{os.getpid()}"
     fresh.symlink_to(folder.name)
     fresh.replace(link)
@@ -153,8 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder}: no dataset here (no manifest.json); make one with tuneloom ingest"
         )
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
+    return manifest_of(folder)
 
 
 def read_column(folder: Path, manifest: dict[str, Any], split: str, column: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ def schema_check(path: str) -> Callable[[dict[str, Any]], None]:
     """A function that raises Reject for a row that breaks the schema; references stay local."""
     try:
         conforms = _checker(Path(path).read_text(encoding="utf-8"))
-    except (OSError, NoSchema) as error:
+    except (OSError, UnicodeDecodeError, NoSchema) as error:
         raise ConfigError(f"data.json_schema: {path} is no JSON Schema ({error})") from None
 
     def check(row: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ def _checker(text: str, *, bounded: bool = False) -> Callable[[Any, str], None]:
         schema = json.loads(text)
         cls = jsonschema.validators.validator_for(schema)
         cls.check_schema(schema)
-    except (ValueError, jsonschema.SchemaError) as error:
+    except (ValueError, RecursionError, jsonschema.SchemaError) as error:
         raise NoSchema(str(getattr(error, "message", error))) from None
     bounds = Bounds()
     if bounded:

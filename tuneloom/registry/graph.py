@@ -44,7 +44,11 @@ class Dataset:
         """Split and table of every shard."""
         for split, part in self.manifest["splits"].items():
             for shard in part["shards"]:
-                yield split, pq.read_table(self.folder / shard["file"], columns=columns)
+                path = self.folder / shard["file"]
+                try:
+                    yield split, pq.read_table(path, columns=columns)
+                except (OSError, pa.ArrowException) as error:
+                    raise DataError(f"{path}: cannot be read ({error}); ingest again") from None
 
     def terms(self) -> dict[str, dict[str, Any]]:
         """What the recipe says of each source: licence, consent_until and more."""
@@ -108,7 +112,7 @@ class Graph:
     def load(cls, datasets: str | Path, runs: str | Path) -> "Graph":
         """Read the manifests and run records; missing roots are empty."""
         versions = [
-            Dataset(path.parent, _json(path))
+            Dataset(path.parent, _manifest(path))
             for path in sorted(Path(datasets).glob("*@*/manifest.json"))
         ]
         found = [Run(path.parent, _json(path)) for path in sorted(Path(runs).glob("*/run.json"))]
@@ -210,8 +214,16 @@ def subject_hash(subject: str) -> str:
     return hashlib.sha256(subject.encode("utf-8")).hexdigest()[:16]
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a dataset says of itself; without all of it no row could be followed."""
+    manifest = _json(path)
+    if missing := [key for key in ("name", "id", "splits", "created_from") if key not in manifest]:
+        raise DataError(f"{path}: not a dataset manifest (no {missing[0]!r}); ingest again")
+    return manifest
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from None

@@ -64,6 +64,8 @@ class LineageConfig(Config):
 
 
 CONFIG = LineageConfig
+TEXT_KEYS = ("row", "subject", "source")
+"""An id of digits alone, such as 12345678, is no number."""
 
 
 def main(config: LineageConfig) -> int:
