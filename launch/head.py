@@ -1,0 +1,69 @@
+"""Is Ray's head still there? Without it the ranks train on, but nothing can be placed or ended, and
+Ray's client ends this process with its own exit 1 once the head is silent for long.
+
+So ranks are asked to save and stop before that: their answers come to the launcher directly.
+"""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from tuneloom.errors import TrainingError
+from tuneloom.launch.embedded import CLIENT_PATIENCE
+
+SILENT_SECONDS = 10.0
+"""A head that is this long away does not come back; one restarted with its store does sooner."""
+CLIENT_SECONDS = 60.0
+"""Ray's own patience (gcs_rpc_server_reconnect_timeout_s, 2.60.0)."""
+MARGIN_SECONDS = 15.0
+"""Before the client's end, for the ranks' answers and our own."""
+
+
+class Head:
+    """Asked about once a second; touches `stop` once Ray's control store no longer answers."""
+
+    def __init__(self, stop: Path) -> None:
+        import ray
+
+        self.lost = False
+        self.address = str(ray.get_runtime_context().gcs_address)
+        self._stop, self._heard = stop, time.monotonic()
+        patience = float(os.environ.get(CLIENT_PATIENCE, CLIENT_SECONDS))
+        self._limit = max(patience - MARGIN_SECONDS, SILENT_SECONDS)
+
+    def look(self) -> None:
+        """Raises TrainingError when the ranks did not save before Ray's client gives up."""
+        if not self.lost and self._answers():
+            self._heard = time.monotonic()
+        silent = time.monotonic() - self._heard
+        if silent > self._limit:
+            raise self.error(f"the ranks did not stop in {silent:.0f} s and end with Ray")
+        if silent > SILENT_SECONDS and not self.lost:
+            self.lost = True
+            print(
+                f"launch: Ray's head at {self.address} is gone; saving, then stopping", flush=True
+            )
+            self._stop.touch()
+
+    def gone(self) -> bool:
+        """True when it stays silent; for a worker that was lost may have been lost with it."""
+        while not (self.lost or self._answers()):
+            self.lost = time.monotonic() - self._heard > SILENT_SECONDS
+            time.sleep(0.5)
+        return self.lost
+
+    def error(self, ranks: str) -> TrainingError:
+        """What to say of the run; `ranks` is what became of them."""
+        return TrainingError(
+            f"launch: Ray's head at {self.address} answers no more; {ranks}; look at "
+            "gcs_server.out in Ray's logs, and give the same command again to resume"
+        )
+
+    def _answers(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+        except OSError:
+            return False
+        return True
