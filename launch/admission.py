@@ -76,6 +76,24 @@ class Admission:
             self.left_out[node] = f"{name}: {reasons[0]}"
         return False
 
+    def _reasons(self, probe: Any, actor: Any, config: TrainConfig) -> list[str]:
+        """Why a worker's node may not take ranks; empty when it may."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        assert self._reference is not None, "no gang was examined yet"
+        try:
+            facts = Facts(**ray.get(probe))
+        except RayTaskError as error:
+            return [f"its examination failed: {str(error.cause).strip()}"]
+        # What it wrote must be seen where the launcher is, as what rank 0 wrote was.
+        seen = (probe_folder(config) / str(facts.rank)).is_file()
+        facts = dataclasses.replace(facts, clock_skew=skew(actor), unseen=() if seen else (0,))
+        # The share of the batch changes with the number of ranks, and with it the digest.
+        reference = dataclasses.replace(self._reference, config=digest(config))
+        need = needed_bytes(config, reference)
+        return verdict([reference, facts], gpus_per_rank=self._gpus, need_bytes=need)
+
 
 def ask(actor: Any, rank: int, host: str, config: TrainConfig) -> Any:
     """Have a worker examine its node; what it says is awaited by `Admission.judge_all`."""
@@ -90,7 +108,7 @@ class Probes:
         """One for each of `ranks` that would stand there, `share` of them in a bundle."""
         import ray
 
-        self._actors = [
+        self._actors: list[Any] = [
             ray.remote(Worker).options(
                 num_cpus=1, num_gpus=gpus, placement_group=slots,
                 placement_group_bundle_index=rank // share, max_restarts=0,
