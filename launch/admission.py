@@ -5,12 +5,14 @@ one's place or lets a shrunken run grow, is compared with what rank 0 said then;
 is left out for the rest of the run, with one line that says why.
 """
 
+import dataclasses
 import shutil
 from typing import Any
 
-from tuneloom.launch.preflight import Facts, probe_folder
+from tuneloom.launch.preflight import Facts, needed_bytes, probe_folder, skew, verdict
 from tuneloom.launch.worker import Worker, environment
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.runs import digest
 
 NODE_LABEL = "ray.io/node-id"
 
@@ -35,9 +37,10 @@ class Admission:
         """True once a first gang agreed."""
         return self._reference is not None
 
-    def selector(self) -> dict[str, str]:
-        """Labels that a node must have to take ranks."""
-        return {NODE_LABEL: f"!in({','.join(sorted(self.left_out))})"} if self.left_out else {}
+    def selector(self, apart: frozenset[str]) -> dict[str, str]:
+        """Labels of the nodes that may take ranks, `apart` from these."""
+        nodes = apart | self.left_out.keys()
+        return {NODE_LABEL: f"!in({','.join(sorted(nodes))})"} if nodes else {}
 
     def admits(self, actors: list[Any], places: list[dict[str, Any]], config: TrainConfig) -> bool:
         """Examine the nodes of a gang that are new; False when one of them is left out now."""
@@ -52,9 +55,10 @@ class Admission:
         config: TrainConfig,
     ) -> bool:  # fmt: skip
         """True when every node passed; each that did not is left out."""
+        before = frozenset(self._passed)
         try:
             verdicts = [
-                self._judge(place, probe, actor, config)
+                place["node"] in before or self._judge(place, probe, actor, config)
                 for place, probe, actor in zip(places, probes, actors, strict=True)
             ]
         finally:

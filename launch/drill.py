@@ -48,8 +48,9 @@ F13: the right ranks are named within the timeout and 5 s. F14: the slow rank is
 F15: at most 2 s, no row missing. F17: one holder of the run folder. F22: to the last step,
 bit-equal; its lost steps and seconds are of the whole soak (`python -m tuneloom.launch.soak`).
 
-F16 ends with Ray's own exit 1, 60 s after the store died, where the contract says 5: Ray's client
-ends the driver itself. The ranks trained on meanwhile; the same command resumes.
+F16: once the store has been silent for 10 s the ranks, which train on without it, are asked to save
+and stop; then the launcher ends. Until they did they hold the lock of the run folder, so a second
+command is refused. Ray's client alone would end the launcher with exit 1 (after 60 s; measured).
 
 Not struck here: a disk full of W&B's own files (F15); a Ray whose store is kept in Redis (F16); a
 slow NFS (F20: no kernel of this machine delays writes to a mount); NCCL, GPUs out of memory, ECC.

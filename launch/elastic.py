@@ -86,19 +86,25 @@ def _placed(launch: LaunchConfig, gpus: int, seconds: float, admission: Admissio
     """A placement group that is ready within `seconds`, or None."""
     from ray.util.placement_group import remove_placement_group
 
-    strategy = "STRICT_SPREAD" if launch.nodes > 1 else "PACK"
-    group = slots(bundles(launch, gpus), strategy, admission)
+    group = slots(bundles(launch, gpus), admission, spread=launch.nodes > 1)
     if group.wait(seconds):
         return group
     remove_placement_group(group)
     return None
 
 
-def slots(wanted: list[dict[str, float]], strategy: str, admission: Admission) -> Any:
-    """A placement group of these bundles, on nodes that are not left out."""
+def slots(
+    wanted: list[dict[str, float]], admission: Admission, *, spread: bool,
+    apart: frozenset[str] = frozenset(),
+) -> Any:  # fmt: skip
+    """A placement group of these bundles on nodes that are not left out, nor among `apart`;
+    `spread`: each on a node of its own.
+    """
     from ray.util.placement_group import placement_group
 
-    chosen = [admission.selector()] * len(wanted) if admission.left_out else None
+    selector = admission.selector(apart)
+    chosen = [selector] * len(wanted) if selector else None
+    strategy = "STRICT_SPREAD" if spread else "PACK"
     return placement_group(wanted, strategy=strategy, bundle_label_selector=chosen)
 
 
@@ -133,26 +139,26 @@ class Growth:
 
     def __init__(
         self, stop: Path, full: LaunchConfig, now: LaunchConfig, gpus: int, config: TrainConfig,
-        admission: Admission,
+        admission: Admission, nodes: frozenset[str],
     ) -> None:  # fmt: skip
+        """`nodes` are those that the gang stands on."""
         self.asked = False
         self._stop, self._full, self._now, self._gpus = stop, full, now, gpus
         self._config, self._admission = config, admission
+        self._apart = nodes if full.nodes > 1 else frozenset()
         self._wish()
 
     def _wish(self) -> None:
         lacking = (self._full.workers - self._now.workers) // ranks_a_bundle(self._full)
         wanted = bundles(self._full, self._gpus)[:lacking]
-        self._slots: Any = slots(wanted, "PACK", self._admission)
+        self._slots: Any = slots(
+            wanted, self._admission, spread=self._full.nodes > 1, apart=self._apart
+        )
         self._probes: Probes | None = None
 
     def look(self) -> None:
         """Called now and then while the gang runs."""
-        if (
-            self.asked
-            or not self._slots.wait(0)
-            or fitting_nodes(self._full, self._gpus, self._admission) < self._full.nodes
-        ):
+        if self.asked or not self._slots.wait(0):
             return
         sound = self._sound()
         if sound is None:
@@ -190,16 +196,3 @@ class Growth:
         if self._probes:
             self._probes.end()
         remove_placement_group(self._slots)
-
-
-def fitting_nodes(launch: LaunchConfig, gpus: int, admission: Admission) -> int:
-    """Live nodes that are large enough for a bundle, and not left out."""
-    import ray
-
-    bundle = bundles(launch, gpus)[0]
-    return sum(
-        node["Alive"]
-        and node["NodeID"] not in admission.left_out
-        and all(node["Resources"].get(k, 0) >= v for k, v in bundle.items())
-        for node in ray.nodes()
-    )

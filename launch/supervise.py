@@ -198,7 +198,6 @@ def run_gang(
     size, actors, growth, head = gang.size, gang.actors, None, Head(folder / "stop")
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)
-        growth = elastic.Growth(folder / "stop", launch, size, gpus, config, admission)
     try:
         places = ray.get([actor.place.remote() for actor in actors])
         if launch.kind == "ray" and not admission.started:
@@ -206,6 +205,11 @@ def run_gang(
             places = ray.get([actor.place.remote() for actor in actors])  # ports not used yet
         elif admission.started and not admission.admits(actors, places, config):
             return LEFT_OUT
+        if size.workers < launch.workers:
+            nodes = frozenset(place["node"] for place in places)
+            growth = elastic.Growth(
+                folder / "stop", launch, size, gpus, config, admission, nodes
+            )  # fmt: skip
         calls = [
             actor.run.remote(
                 config.model_dump(mode="json"), size.model_dump(mode="json"),
