@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import random
-import re
 import sys
 import tempfile
 import time
@@ -48,6 +47,10 @@ twice, no process left after 10 s, exit codes of the contract. F11: all named, n
 F13: the right ranks are named within the timeout and 5 s. F14: the slow rank is named, no other.
 F15: at most 2 s, no row missing. F17: one holder of the run folder. F22: to the last step,
 bit-equal; its lost steps and seconds are of the whole soak (`python -m tuneloom.launch.soak`).
+
+F16: once the store has been silent for 10 s the ranks, which train on without it, are asked to save
+and stop; then the command ends with 75. Until they did they hold the lock of the run folder, so a
+second command is refused. Ray's client alone would end it with exit 1 (after 60 s; measured).
 
 Not struck here: a disk full of W&B's own files (F15); a Ray whose store is kept in Redis (F16); a
 slow NFS (F20: no kernel of this machine delays writes to a mount); NCCL, GPUs out of memory, ECC.
@@ -89,21 +92,15 @@ def drill(names: list[str], seed: int) -> Iterator[Figures]:
 
 
 def book(out: Path, figure: Figures, seed: int) -> None:
-    """Put a figure in place of the last one of its kind, beside the table and in it; the kind is
-    what comes before the first number.
-    """
+    """Put a figure in place of the last one of its kind, beside the table and in it."""
     store = out.with_suffix(".json")
     kept: list[dict[str, Any]] = json.loads(store.read_text("utf-8")) if store.exists() else []
-    kept = [k for k in kept if (k["fault"], kind(k["what"])) != (figure.fault, kind(figure.what))]
+    kept = [k for k in kept if (k["fault"], k["what"]) != (figure.fault, figure.what)]
     date = time.strftime("%d %b %Y %H:%M", time.gmtime())
     kept.append({**asdict(figure), "seed": seed, "date": date})
     kept.sort(key=lambda k: (int(k["fault"][1:]), k["what"]))
     store.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     out.write_text(table(kept), encoding="utf-8")
-
-
-def kind(what: str) -> str:
-    return re.split(r"\d", what, maxsplit=1)[0]
 
 
 def table(kept: list[dict[str, Any]]) -> str:

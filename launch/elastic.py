@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneloom.errors import RefusedError
+from tuneloom.launch.admission import Admission, Probes
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
@@ -58,18 +59,18 @@ def smaller(launch: LaunchConfig, group: int, sequence: int = 1) -> Iterator[Lau
 
 
 def place(
-    launch: LaunchConfig, gpus: int, group: int, sequence: int = 1
+    launch: LaunchConfig, gpus: int, group: int, sequence: int, admission: Admission
 ) -> tuple[Any, LaunchConfig]:
     """Reserve a slot for every rank at once; returns the placement group and the size it holds.
 
     With `launch.nodes` above 1 each node takes an equal share, ranks in order; else nodes are
     filled one by one. Raises RefusedError when not even the smallest size finds room.
     """
-    placed = _placed(launch, gpus, launch.wait_seconds)
+    placed = _placed(launch, gpus, launch.wait_seconds, admission)
     if placed is not None:
         return placed, launch
     for size in smaller(launch, group, sequence):
-        placed = _placed(size, gpus, SMALLER_SECONDS)
+        placed = _placed(size, gpus, SMALLER_SECONDS, admission)
         if placed is not None:
             print(
                 f"launch.min_workers: no room for {launch.workers} workers in "
@@ -78,30 +79,46 @@ def place(
                 flush=True,
             )
             return placed, size
-    raise RefusedError(_no_room(launch, gpus))
+    raise RefusedError(_no_room(launch, gpus, admission))
 
 
-def _placed(launch: LaunchConfig, gpus: int, seconds: float) -> Any:
+def _placed(launch: LaunchConfig, gpus: int, seconds: float, admission: Admission) -> Any:
     """A placement group that is ready within `seconds`, or None."""
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import remove_placement_group
 
-    strategy = "STRICT_SPREAD" if launch.nodes > 1 else "PACK"
-    group = placement_group(bundles(launch, gpus), strategy=strategy)
+    group = slots(bundles(launch, gpus), admission, spread=launch.nodes > 1)
     if group.wait(seconds):
         return group
     remove_placement_group(group)
     return None
 
 
-def _no_room(launch: LaunchConfig, gpus: int) -> str:
+def slots(
+    wanted: list[dict[str, float]], admission: Admission, *, spread: bool,
+    apart: frozenset[str] = frozenset(),
+) -> Any:  # fmt: skip
+    """A placement group of these bundles on nodes that are not left out, nor among `apart`;
+    `spread`: each on a node of its own.
+    """
+    from ray.util.placement_group import placement_group
+
+    selector = admission.selector(apart)
+    chosen = [selector] * len(wanted) if selector else None
+    strategy = "STRICT_SPREAD" if spread else "PACK"
+    return placement_group(wanted, strategy=strategy, bundle_label_selector=chosen)
+
+
+def _no_room(launch: LaunchConfig, gpus: int, admission: Admission) -> str:
     import ray
 
     have, wanted = ray.cluster_resources(), bundles(launch, gpus)
+    out = "".join(f"; left out: {reason}" for reason in admission.left_out.values())
     least = "" if launch.min_workers is None else f" (nor {launch.min_workers} workers)"
     return (
         f"launch.workers: {len(wanted)} x {wanted[0]} cannot be placed{least}; the cluster has "
         f"{have.get('CPU', 0):.0f} CPU and {have.get('GPU', 0):.0f} GPU on "
-        f"{sum(node['Alive'] for node in ray.nodes())} nodes; free some, or lower launch.workers"
+        f"{sum(node['Alive'] for node in ray.nodes())} nodes{out}; free some, or lower "
+        "launch.workers"
     )
 
 
@@ -113,27 +130,42 @@ def with_group(config: TrainConfig, workers: int, group: int) -> TrainConfig:
 
 
 class Growth:
-    """Watches for room for the ranks that a shrunken gang lacks, then asks it to save and stop.
+    """Watches for room for the ranks that a shrunken gang lacks, has it examined, then asks the
+    gang to save and stop.
 
     The missing slots are asked of Ray as a placement group, so an autoscaler sees the wish and
     other people's use counts.
     """
 
-    def __init__(self, stop: Path, full: LaunchConfig, now: LaunchConfig, gpus: int) -> None:
-        from ray.util.placement_group import placement_group
-
+    def __init__(
+        self, stop: Path, full: LaunchConfig, now: LaunchConfig, gpus: int, config: TrainConfig,
+        admission: Admission, nodes: frozenset[str],
+    ) -> None:  # fmt: skip
+        """`nodes` are those that the gang stands on."""
         self.asked = False
-        self._stop, self._full, self._gpus = stop, full, gpus
-        lacking = (full.workers - now.workers) // ranks_a_bundle(full)
-        self._slots: Any = placement_group(bundles(full, gpus)[:lacking], strategy="PACK")
+        self._stop, self._full, self._now, self._gpus = stop, full, now, gpus
+        self._config, self._admission = config, admission
+        self._apart = nodes if full.nodes > 1 else frozenset()
+        self._wish()
+
+    def _wish(self) -> None:
+        lacking = (self._full.workers - self._now.workers) // ranks_a_bundle(self._full)
+        wanted = bundles(self._full, self._gpus)[:lacking]
+        self._slots: Any = slots(
+            wanted, self._admission, spread=self._full.nodes > 1, apart=self._apart
+        )
+        self._probes: Probes | None = None
 
     def look(self) -> None:
         """Called now and then while the gang runs."""
-        if (
-            self.asked
-            or not self._slots.wait(0)
-            or fitting_nodes(self._full, self._gpus) < (self._full.nodes)
-        ):
+        if self.asked or not self._slots.wait(0):
+            return
+        sound = self._sound()
+        if sound is None:
+            return
+        if not sound:  # ask for other nodes
+            self.close()
+            self._wish()
             return
         self.asked = True
         print(
@@ -143,19 +175,24 @@ class Growth:
         )
         self._stop.touch()
 
+    def _sound(self) -> bool | None:
+        """Whether the nodes of the slots passed preflight; None while they are examined."""
+        from ray.exceptions import RayActorError
+
+        if self._probes is None:
+            self._probes = Probes(
+                self._slots, self._full.workers - self._now.workers,
+                share=ranks_a_bundle(self._full), gpus=self._gpus,
+            )  # fmt: skip
+        try:
+            return self._probes.agree(self._admission, self._config, self._now.workers)
+        except RayActorError:  # the node went again
+            return False
+
     def close(self) -> None:
         """Give the slots back, so that the full gang can take them."""
         from ray.util.placement_group import remove_placement_group
 
+        if self._probes:
+            self._probes.end()
         remove_placement_group(self._slots)
-
-
-def fitting_nodes(launch: LaunchConfig, gpus: int) -> int:
-    """Live nodes that are large enough for a bundle."""
-    import ray
-
-    bundle = bundles(launch, gpus)[0]
-    return sum(
-        node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in bundle.items())
-        for node in ray.nodes()
-    )

@@ -36,8 +36,17 @@ MOST_ADDED = 2.0
 """Seconds that an unreachable W&B may cost."""
 
 
+LONG_STEPS = 3000
+"""More than two ranks make in half a minute here."""
+
+
 def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
-    """F16: Ray's control store dies; the ranks save and stop, and the command resumes."""
+    """F16: Ray's control store dies; the ranks save and stop, and the command resumes.
+
+    A run of its own, long enough to go on when the store has been silent for long.
+    """
+    (lab.folder / "f16").mkdir()
+    lab = Lab(lab.folder / "f16", steps=LONG_STEPS)
     run = Run(lab, "f16")
     run.wait_for_step(rng.randrange(EVERY + 2, 2 * EVERY))
     store = [pid for pid in standing_in(lab.folder) if b"gcs_server" in command_of(pid)]

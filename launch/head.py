@@ -1,76 +1,71 @@
-"""A Ray whose control store is gone: the ranks save and stop, and the command ends by its contract.
+"""Is Ray's head still there? Without it the ranks train on, but nothing can be placed or ended, and
+Ray's client ends this process with its own exit 1 once the head is silent for long.
 
-Ray's client ends the driver with exit 1 when its control store (GCS) has not answered for 60 s
-(2.60.0, gcs_rpc_server_reconnect_timeout_s), from C++, past every handler. The ranks need no store
-to train, so a thread asks them to save before that.
+So ranks are asked to save and stop before that: their answers come to the launcher directly.
 """
 
-import json
 import os
 import socket
-import sys
-import threading
 import time
 from pathlib import Path
 
-from tuneloom.errors import DONE, STOPPED, TRAINING
+from tuneloom.errors import TrainingError
+from tuneloom.launch.embedded import CLIENT_PATIENCE
 
-GONE_SECONDS = 10.0
-"""A store that restarts (with Redis behind it) may take as long."""
-SAVE_SECONDS = 40.0
-"""From then on; the client would end the driver 10 s later."""
-
-
-class Watch:
-    """Looks once a second whether anything listens where the store did, until it is closed."""
-
-    def __init__(self, address: str, folder: Path) -> None:
-        self.address, self.folder = address, folder
-        self.closed = threading.Event()
-        self.thread = threading.Thread(target=self._look, name="ray head", daemon=True)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.closed.set()
-        self.thread.join()
-
-    def _look(self) -> None:
-        seen = time.monotonic()
-        while not self.closed.wait(1.0):
-            if listens(self.address):
-                seen = time.monotonic()
-            elif time.monotonic() - seen > GONE_SECONDS:
-                self._leave()
-
-    def _leave(self) -> None:
-        """Past Ray, of which every call would wait for the store."""
-        print(f"launch: Ray's head at {self.address} is gone: saving, then stopping", flush=True)
-        (self.folder / "stop").touch()
-        asked, deadline = time.time(), time.monotonic() + SAVE_SECONDS
-        while (state := self._ended_since(asked)) is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        code = {"stopped": STOPPED, "done": DONE}.get(str(state), TRAINING)
-        said = {STOPPED: "the ranks saved and stopped; the same command resumes",
-                DONE: "the run was done by then"}  # fmt: skip
-        print(f"tuneloom train: Ray's head at {self.address} has been gone for {GONE_SECONDS:.0f} "
-              f"s; {said.get(code, 'the same command resumes from the last checkpoint')}",
-              file=sys.stderr, flush=True)  # fmt: skip
-        os._exit(code)
-
-    def _ended_since(self, moment: float) -> str | None:
-        """How run.json says the run ended; None while it says so of an earlier time, or nothing."""
-        path = self.folder / "run.json"
-        if not path.exists() or path.stat().st_mtime < moment:
-            return None
-        state = str(json.loads(path.read_text(encoding="utf-8"))["state"])
-        return None if state == "running" else state
+SILENT_SECONDS = 10.0
+"""A head that is this long away does not come back; one restarted with its store does sooner."""
+CLIENT_SECONDS = 60.0
+"""Ray's own patience (gcs_rpc_server_reconnect_timeout_s, 2.60.0)."""
+MARGIN_SECONDS = 15.0
+"""Before the client's end, for the ranks' answers and our own."""
 
 
-def listens(address: str) -> bool:
-    """Whether a connection to HOST:PORT is taken."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
-    except OSError:
-        return False
-    return True
+class Head:
+    """Asked about once a second; touches `stop` once Ray's control store no longer answers."""
+
+    def __init__(self, stop: Path) -> None:
+        import ray
+
+        self.lost = False
+        self.address = str(ray.get_runtime_context().gcs_address)
+        self._stop, self._heard = stop, time.monotonic()
+        patience = float(os.environ.get(CLIENT_PATIENCE, CLIENT_SECONDS))
+        self._limit = max(patience - MARGIN_SECONDS, SILENT_SECONDS)
+
+    def look(self) -> None:
+        """Raises TrainingError when the ranks did not save before Ray's client gives up."""
+        if not self.lost and self._answers():
+            self._heard = time.monotonic()
+        silent = time.monotonic() - self._heard
+        if silent > self._limit:
+            raise TrainingError(
+                self.sentence(f"the ranks did not stop in {silent:.0f} s and end with Ray")
+            )
+        if silent > SILENT_SECONDS and not self.lost:
+            self.lost = True
+            print(
+                f"launch: Ray's head at {self.address} is gone; saving, then stopping", flush=True
+            )
+            self._stop.touch()
+
+    def gone(self) -> bool:
+        """True when it stays silent; for a worker that was lost may have been lost with it."""
+        while not (self.lost or self._answers()):
+            self.lost = time.monotonic() - self._heard > SILENT_SECONDS
+            time.sleep(0.5)
+        return self.lost
+
+    def sentence(self, ranks: str) -> str:
+        """What to say of the run; `ranks` is what became of them."""
+        return (
+            f"launch: Ray's head at {self.address} answers no more; {ranks}; look at "
+            "gcs_server.out in Ray's logs, and give the same command again to resume"
+        )
+
+    def _answers(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+        except OSError:
+            return False
+        return True

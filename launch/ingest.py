@@ -55,12 +55,13 @@ def main(config: IngestJob) -> int:
 def cluster(config: IngestJob) -> Iterator[None]:
     """The Ray cluster of RAY_ADDRESS, or a Ray of this machine alone, with a token of its own."""
     # Imported here, for it brings torch: 3 s that launch=local does without.
+    from tuneloom.launch.embedded import keep_private
     from tuneloom.launch.reaper import after_us
-    from tuneloom.launch.supervise import READ_AT_IMPORT, private_token
+    from tuneloom.launch.supervise import READ_AT_IMPORT
 
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        private_token()
+        keep_private()
     os.environ |= READ_AT_IMPORT
     import ray
 

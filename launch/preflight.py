@@ -270,8 +270,9 @@ def slow_links(all_facts: list[Facts], seconds: list[float], size: float) -> tup
 
 
 def conduct(actors: list[Any], places: list[dict[str, Any]], config: TrainConfig, *,
-            gpus_per_rank: int, group: list[dict[str, str]]) -> None:  # fmt: skip
-    """Ask all ranks, compare, print one line; raises RefusedError with every reason.
+            gpus_per_rank: int, group: list[dict[str, str]]) -> Facts:  # fmt: skip
+    """Ask all ranks, compare, print one line, return rank 0's facts; raises RefusedError with every
+    reason.
 
     `group` is each rank's environment for a process group of its own. An error that all ranks give
     alike is the run's own (exit 2 or 3), not one of this cluster.
@@ -288,7 +289,7 @@ def conduct(actors: list[Any], places: list[dict[str, Any]], config: TrainConfig
         unseen = ray.get([actor.unseen_by.remote(content, len(actors)) for actor in actors])
     finally:
         shutil.rmtree(probe_folder(config), ignore_errors=True)
-    skews = [_skew(actor) for actor in actors]
+    skews = [skew(actor) for actor in actors]
     all_facts = [
         Facts(**answer | {"unseen": ranks, "clock_skew": skew})
         for answer, ranks, skew in zip(answers, unseen, skews, strict=True)
@@ -311,9 +312,10 @@ def conduct(actors: list[Any], places: list[dict[str, Any]], config: TrainConfig
         f"{time.monotonic() - started:.0f} s",
         flush=True,
     )
+    return all_facts[0]
 
 
-def _skew(actor: Any) -> float:
+def skew(actor: Any) -> float:
     """Seconds by which an actor's clock is ahead of ours, from the fastest of three questions."""
     import ray
 

@@ -115,6 +115,12 @@ class Standby:
         gang.free()
         return None
 
+    def abandon(self) -> None:
+        """End what waits; its slots went with Ray's head."""
+        if self._gang is not None:
+            self._gang.end()
+            self._gang = None
+
     def close(self) -> None:
         """End what waits."""
         if self._gang is not None:

@@ -10,33 +10,30 @@ step
 
 import math
 import os
-import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.launch import elastic
+from tuneloom.launch.admission import Admission
 from tuneloom.launch.config import LaunchConfig
-from tuneloom.launch.head import Watch
+from tuneloom.launch.embedded import keep_private
+from tuneloom.launch.head import Head
 from tuneloom.launch.machine import killed_for_memory
+from tuneloom.launch.preflight import Facts, conduct
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.standby import Gang, Standby
+from tuneloom.launch.worker import environment
 from tuneloom.train import shm
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
 from tuneloom.train.watchdog import last_report
 
-INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OFFLINE", "HF_HOME",
-             "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
-             "CUDA_HOME", "PATH")  # fmt: skip
-"""Variables that ranks get from the driver; secrets are not among them, W&B reads its own netrc."""
 READ_AT_IMPORT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
@@ -45,6 +42,8 @@ READ_AT_IMPORT = {
 """Every line of every rank, as it was written: Ray drops lines that repeat across workers."""
 GROWS = "nodes returned"
 """How a gang ended that was asked to make room for a larger one."""
+LEFT_OUT = "a node left out"
+"""How a gang ended that stood on a node that did not pass preflight, before it trained."""
 NODES_SECONDS = 120.0
 """How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
 
@@ -55,7 +54,7 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
     Raises the error a rank raised, Stopped after a signal, TrainingError when workers kept dying.
     """
     if launch.kind == "local":
-        private_token()
+        keep_private()
     os.environ |= READ_AT_IMPORT
     import ray
 
@@ -67,18 +66,20 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(ray.shutdown)
         connect(launch, run=folder)
         keeps_its_folder(config)
-        stack.callback(Watch(ray.get_runtime_context().gcs_address, folder).close)
         with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
             attempts(config, launch, signals)
 
 
 def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> None:
-    """Gang after gang until one is done; those that only grow are no restarts."""
+    """Gang after gang until one is done; those that only grow or change nodes are no restarts."""
     restarts = grown = 0
     standby = Standby() if launch.standby else None
+    admission = Admission(gpus_per_worker(launch))
     try:
-        while (ending := run_gang(config, launch, restarts + grown, signals, standby)) is not None:
-            if ending == GROWS:
+        while (
+            ending := run_gang(config, launch, restarts + grown, signals, standby, admission)
+        ) is not None:
+            if ending in (GROWS, LEFT_OUT):
                 grown += 1
                 continue
             if restarts == launch.max_restarts:
@@ -90,26 +91,6 @@ def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> N
     finally:
         if standby:
             standby.close()
-
-
-@cache
-def private_token() -> tempfile.TemporaryDirectory[str]:
-    """The embedded Rays of this process: on loopback, behind a token that only its owner reads.
-
-    Ray makes one by itself, but as ~/.ray/auth_token, readable by all (2.60.0). It reads the
-    variables once, at import, so a sweep's next job keeps the token; the folder goes with the
-    process. On Linux it takes the host's address for 127.0.0.1, and its servers then listen on
-    every interface, unless it is told that it makes no cluster, as on Windows and macOS
-    (`get_node_ip_address` in ray/_private/services.py).
-    """
-    folder = tempfile.TemporaryDirectory(prefix="tuneloom-")  # 0700
-    path = Path(folder.name) / "token"
-    path.touch(0o600)
-    path.write_text(secrets.token_hex(32), encoding="utf-8")
-    os.environ.pop("RAY_AUTH_TOKEN", None)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path),
-                   "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # fmt: skip
-    return folder
 
 
 def keeps_its_folder(config: TrainConfig) -> None:
@@ -196,10 +177,10 @@ def wait_for_nodes(count: int) -> None:
 
 def run_gang(
     config: TrainConfig, launch: LaunchConfig, attempt: int, signals: list[int],
-    standby: Standby | None,
+    standby: Standby | None, admission: Admission,
 ) -> str | None:  # fmt: skip
-    """One attempt: place, start, wait. None when done, GROWS, or a sentence when a worker was
-    lost.
+    """One attempt: place, start, wait. None when done, GROWS, LEFT_OUT, or a sentence when a
+    worker was lost.
     """
     import ray
     from ray.exceptions import RayActorError
@@ -211,17 +192,24 @@ def run_gang(
     group = elastic.micro_batches(config, launch)
     gang = standby.take() if standby else None
     if gang is None:
-        gang = Gang(*elastic.place(launch, gpus, group, config.batch.sequence_parallel))
+        sequence = config.batch.sequence_parallel
+        gang = Gang(*elastic.place(launch, gpus, group, sequence, admission))
         gang.start([environment()] * gang.size.workers, cpus=1, gpus=gpus)
-    size, actors, growth = gang.size, gang.actors, None
+    size, actors, growth, head = gang.size, gang.actors, None, Head(folder / "stop")
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)
-        growth = elastic.Growth(folder / "stop", launch, size, gpus)
     try:
         places = ray.get([actor.place.remote() for actor in actors])
-        if launch.kind == "ray" and attempt == 0:
-            preflight(actors, places, config, gpus)
+        if launch.kind == "ray" and not admission.started:
+            admission.start(places, preflight(actors, places, config, gpus))
             places = ray.get([actor.place.remote() for actor in actors])  # ports not used yet
+        elif admission.started and not admission.admits(actors, places, config):
+            return LEFT_OUT
+        if size.workers < launch.workers:
+            nodes = frozenset(place["node"] for place in places)
+            growth = elastic.Growth(
+                folder / "stop", launch, size, gpus, config, admission, nodes
+            )  # fmt: skip
         calls = [
             actor.run.remote(
                 config.model_dump(mode="json"), size.model_dump(mode="json"),
@@ -232,14 +220,18 @@ def run_gang(
         if standby and growth is None:
             seen = [environment() | place["devices"] for place in places]
             standby.follow(gang, seen, folder / "metrics.jsonl")
-        looks = [watched.look for watched in (growth, standby) if watched]
+        looks = [watched.look for watched in (head, growth, standby) if watched]
         wait(calls, meanwhile=lambda: [look() for look in looks])
         return None
     except Stopped:
+        if head.lost:
+            raise Stopped(head.sentence("all ranks saved and stopped")) from None
         if growth is None or not growth.asked or signals:
             raise
         return GROWS
     except RayActorError as error:
+        if head.gone():
+            raise TrainingError(head.sentence("a worker was lost with it")) from None
         hang = last_report(folder, since=started)
         if hang:
             return hang.sentence
@@ -248,22 +240,26 @@ def run_gang(
             reason = "this host ran out of memory, and the kernel killed a process; `tuneloom plan`"
         return f"a worker was lost ({reason})"
     finally:
-        if standby and standby.keeps(gang):
+        if head.gone():  # the slots are lost with it, and to give them back would hang
+            gang.end()
+            if standby:
+                standby.abandon()
+        elif standby and standby.keeps(gang):
             gang.end()
         else:
             gang.free()
-        if growth:
+        if growth and not head.lost:
             growth.close()
 
 
 def preflight(
     actors: list[Any], places: list[dict[str, Any]], config: TrainConfig, gpus: int
-) -> None:
-    """Compare what the ranks of a cluster see; raises RefusedError with the reasons."""
-    from tuneloom.launch.preflight import conduct
-
+) -> Facts:
+    """Compare what the ranks of a cluster see; returns rank 0's facts, or raises RefusedError with
+    the reasons.
+    """
     group = [rendezvous(rank, places, 0, gpus) for rank in range(len(actors))]
-    conduct(actors, places, config, gpus_per_rank=gpus, group=group)
+    return conduct(actors, places, config, gpus_per_rank=gpus, group=group)
 
 
 def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int) -> dict[str, str]:
@@ -321,10 +317,3 @@ def gpus_per_worker(launch: LaunchConfig) -> int:
     if launch.gpus_per_worker != "auto":
         return launch.gpus_per_worker
     return 1 if ray.cluster_resources().get("GPU", 0) else 0
-
-
-def environment() -> dict[str, str]:
-    """Variables that the ranks get from here."""
-    passed = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    passed.setdefault("OMP_NUM_THREADS", "1")
-    return passed

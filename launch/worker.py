@@ -7,8 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OFFLINE", "HF_HOME",
+             "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
+             "CUDA_HOME", "PATH")  # fmt: skip
+"""Variables that ranks get from the driver; secrets are not among them, W&B reads its own netrc."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
 """Which GPUs are this rank's, and that Ray is to leave that alone."""
+
+
+def environment() -> dict[str, str]:
+    """Variables that the ranks get from here."""
+    passed = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    passed.setdefault("OMP_NUM_THREADS", "1")
+    return passed
 
 
 class Worker:

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import socket
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -15,6 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tuneloom.errors import ConfigError, RefusedError
+
+LOOPBACK = "127.0.0.1"
+ONE_MACHINE = dict.fromkeys(
+    ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo" if sys.platform == "linux" else "lo0"
+)
+"""Groups ask nobody for a password, so ranks that share a machine listen on its loopback only."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,9 @@ def start(*, timeout_seconds: int = 3600) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
         os.environ[name] = str(value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_ADDR", LOOPBACK)
+    if os.environ["MASTER_ADDR"] == LOOPBACK:
+        os.environ |= ONE_MACHINE
     if "MASTER_PORT" not in os.environ:
         assert size == 1, "MASTER_PORT is unset with several ranks"
         os.environ["MASTER_PORT"] = "0"
@@ -119,10 +128,12 @@ def stop() -> None:
 
 def _join(backend: str, timeout: timedelta) -> None:
     try:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            dist.init_process_group(backend, timeout=timeout)
-        else:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             _rejoin(backend, timeout)
+        elif os.environ["MASTER_ADDR"] == LOOPBACK and "TORCHELASTIC_RUN_ID" not in os.environ:
+            _join_at_home(backend, timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -132,6 +143,20 @@ def _join(backend: str, timeout: timedelta) -> None:
             ) from None
         first = str(error).splitlines()[0]
         raise RefusedError(f"MASTER_ADDR: rank 0 cannot be reached at {where} ({first})") from None
+
+
+def _join_at_home(backend: str, timeout: timedelta) -> None:
+    """Meet at a store that listens on loopback alone: one that torch opens, on every interface."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    port, listener = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        try:
+            ours = socket.create_server((LOOPBACK, port))
+        except OSError as error:
+            raise dist.DistNetworkError(f"EADDRINUSE: {error}") from error
+        port, listener = ours.getsockname()[1], ours.detach()  # the store closes it
+    store = dist.TCPStore(LOOPBACK, port, size, rank == 0, timeout, master_listen_fd=listener)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _rejoin(backend: str, timeout: timedelta) -> None:

@@ -12,7 +12,8 @@ import pytest
 from tuneloom.errors import TrainingError
 from tuneloom.launch import drill
 from tuneloom.launch.config import LaunchConfig
-from tuneloom.launch.supervise import connect, private_token, wait
+from tuneloom.launch.embedded import keep_private
+from tuneloom.launch.supervise import connect, wait
 
 
 def test_a_fault_without_a_drill_is_refused_by_name(
@@ -51,7 +52,7 @@ class Rank:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Any]:
-    private_token()
+    keep_private()
     import ray
 
     connect(LaunchConfig(kind="local", workers=2))

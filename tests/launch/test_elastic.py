@@ -46,14 +46,14 @@ def test_min_workers_above_workers_or_without_a_cluster_is_refused() -> None:
 
 
 @contextmanager
-def node(cluster: Cluster) -> Iterator[subprocess.Popen[bytes]]:
+def node(cluster: Cluster, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A second node of one processor, in a session of its own so that it dies whole."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1",
          f"--address={cluster.gcs}", "--node-ip-address=127.0.0.1", "--num-gpus=0",
          "--object-store-memory=80000000", "--disable-usage-stats"],
-        env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        env=cluster.environment | environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
         yield process
@@ -139,6 +139,53 @@ def test_a_run_shrinks_when_a_node_dies_and_grows_when_one_returns(
     assert max(abs(ours[s] - wanted[s]) for s in wanted) <= 1e-5
     seen = seen_by(folder, last)
     assert seen == seen_by(lab / "runs/whole", last)
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_later_and_fails_preflight_takes_no_rank(
+    lab: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Its peft says it is another version. The shrunken run trains on, is not stopped for it, and
+    grows when a sound node comes.
+    """
+    other = tmp_path / "other/peft-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
+    folder, log = lab / "runs/joined", tmp_path / "log"
+
+    def workers() -> list[int]:
+        try:
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        return [attempt["workers"] for attempt in facts["attempts"]]
+
+    def said(words: str) -> bool:
+        return words in log.read_text(encoding="utf-8", errors="replace")
+
+    with node(cluster) as first:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tuneloom", "train",
+             *arguments(lab, "joined", *SHRINKING, "launch.wait_seconds=5", "zero=stage2",
+                        "checkpoint.every=10", "steps=1000000", "epochs=1000000")],
+            cwd=ROOT, env=cluster.environment | {"RAY_ADDRESS": cluster.gcs},
+            stdout=log.open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            wait_until(lambda: workers() == [2], log)
+            kill_whole(first)
+            wait_until(lambda: workers() == [2, 1], log)
+            with node(cluster, PYTHONPATH=str(other.parent)):
+                wait_until(lambda: said("is left out: environment: peft is 0.0.1"), log)
+                assert workers() == [2, 1] and not said("room for 2 workers again")
+                with node(cluster):
+                    wait_until(lambda: workers() == [2, 1, 2], log)
+                    driver.send_signal(signal.SIGTERM)
+                    assert driver.wait(60) == 75, log.read_text(errors="replace")[-3000:]
+        finally:
+            if driver.poll() is None:
+                driver.kill()
+    assert said("joined and agrees with rank 0")
 
 
 def losses(folder: Path) -> dict[int, float]:

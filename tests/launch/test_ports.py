@@ -1,165 +1,270 @@
-"""S1 as a port scan: what a Ray of ours says to who has no token, on every port it listens on."""
+"""Who hears us: an embedded Ray nobody but this machine, a cluster's head no one without the token
+(S1).
 
-import http.client
+`python -m tests.launch.test_ports ADDRESS PORT...` knocks at ports and prints what opened as JSON.
+"""
+
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
-import grpc
 import psutil
 import pytest
-import ray
 
-from tuneloom.launch.head import listens
+from tests.launch.test_ray import ROOT, arguments
+from tuneloom.errors import RefusedError
 from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
 
-DRIVES = """
-import os, sys
-from tuneloom.launch.config import LaunchConfig
-from tuneloom.launch.supervise import connect, private_token
-kind = sys.argv[1]
-if kind == "local":
-    private_token()
-connect(LaunchConfig(kind=kind, workers=2, nodes=1 if kind == "local" else 2))
-import ray
-@ray.remote(num_cpus=1)
-class Rank:
-    def pid(self): return os.getpid()
-ranks = [Rank.remote(), Rank.remote()]
-ray.get([rank.pid.remote() for rank in ranks])
-print("ready", flush=True)
-sys.stdin.read()
-"""
-AGENTS_SECONDS = 5.0
-"""Ray's agents open their ports late."""
+CALLS = [
+    "/ray.rpc.InternalKVGcsService/InternalKVGet", "/ray.rpc.InternalKVGcsService/InternalKVKeys",
+    "/ray.rpc.InternalKVGcsService/InternalKVPut",
+    "/ray.rpc.InternalKVGcsService/GetInternalConfig",
+    "/ray.rpc.JobInfoGcsService/AddJob", "/ray.rpc.JobInfoGcsService/GetAllJobInfo",
+    "/ray.rpc.ActorInfoGcsService/RegisterActor", "/ray.rpc.ActorInfoGcsService/GetAllActorInfo",
+    "/ray.rpc.NodeInfoGcsService/RegisterNode", "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.NodeInfoGcsService/GetClusterId", "/ray.rpc.TaskInfoGcsService/GetTaskEvents",
+    "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll",
+    "/ray.rpc.autoscaler.AutoscalerStateService/GetClusterStatus",
+    "/ray.rpc.NodeManagerService/RequestWorkerLease", "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.NodeManagerService/GetSystemConfig", "/ray.rpc.NodeManagerService/ShutdownRaylet",
+    "/ray.rpc.ObjectManagerService/Pull", "/ray.rpc.ObjectManagerService/Push",
+    "/ray.rpc.CoreWorkerService/PushTask", "/ray.rpc.CoreWorkerService/GetObjectStatus",
+    "/ray.rpc.CoreWorkerService/KillActor", "/ray.rpc.CoreWorkerService/Exit",
+    "/ray.rpc.ReporterService/GetTraceback", "/ray.rpc.ReporterService/CpuProfiling",
+]  # fmt: skip
+"""What reads, runs or ends something, of every service of Ray that a port may offer."""
+PAGES = [
+    ("GET", "/"), ("GET", "/api/jobs/"), ("POST", "/api/jobs/"), ("GET", "/api/cluster_status"),
+    ("GET", "/nodes?view=summary"), ("GET", "/api/job_agent/jobs/"),
+    ("POST", "/api/job_agent/jobs/"), ("POST", "/get_or_create_runtime_env"), ("GET", "/metrics"),
+]  # fmt: skip
+WRONG = (None, "", "0" * 64)
+
+
+def listening(pids: list[int]) -> dict[tuple[str, int], str]:
+    """Address and port of every listening TCP socket of these processes, and whose it is.
+
+    Read from /proc, where each process shows its own network namespace; psutil reads ours.
+    """
+    found = {}
+    for pid in pids:
+        proc = Path(f"/proc/{pid}")
+        try:
+            inodes = {os.readlink(fd) for fd in (proc / "fd").iterdir()}
+            lines = [
+                line.split()
+                for table in ("tcp", "tcp6")
+                for line in (proc / "net" / table).read_text().splitlines()[1:]
+            ]
+            name = (proc / "comm").read_text().strip()
+        except OSError:  # it ended meanwhile
+            continue
+        for fields in lines:
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                address, port = fields[1].split(":")
+                found[spelled(address), int(port, 16)] = name
+    return found
+
+
+def spelled(hexed: str) -> str:
+    """An address of /proc/net/tcp: words of 4 bytes, each of them backwards."""
+    raw = bytes.fromhex(hexed)
+    ip = ip_address(b"".join(raw[n : n + 4][::-1] for n in range(0, len(raw), 4)))
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
+
+
+def on_loopback(address: str) -> bool:
+    return ip_address(address).is_loopback
 
 
 @contextmanager
-def driver(kind: str, environment: dict[str, str], prefix: Sequence[str] = ()) -> Iterator[int]:
-    """The pid of a driver with two actors on a Ray of its own (`local`) or of a cluster (`ray`)."""
-    process = subprocess.Popen(
-        [*prefix, sys.executable, "-c", DRIVES, kind], env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+def training(
+    lab: Path, run_id: str, prefix: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The driver of a real `launch=local` run of two ranks that has made two steps."""
+    log = lab / f"{run_id}.log"
+    driver = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "tuneloom", "train",
+         *arguments(lab, run_id, "launch=local", "launch.workers=2", "steps=100000")],
+        cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(AGENTS_SECONDS)
-        yield process.pid
+        rows = lab / "runs" / run_id / "metrics.jsonl"
+        deadline = time.monotonic() + 240
+        while not rows.exists() or rows.read_text(encoding="utf-8").count("\n") < 2:
+            assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
+        yield driver
+        if driver.poll() is None:
+            driver.send_signal(signal.SIGTERM)
+            assert driver.wait(60) == 75, log.read_text()
     finally:
-        process.communicate(timeout=60)
+        if driver.poll() is None:
+            driver.kill()
 
 
-def test_no_process_of_an_embedded_ray_listens_beyond_loopback() -> None:
-    outer = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with driver("local", outer) as pid:
-        me = psutil.Process(pid)
-        found = [
-            (one.name(), place.laddr.ip)
-            for one in [me, *me.children(recursive=True)]
-            for place in one.net_connections("inet") if place.status == psutil.CONN_LISTEN
-        ]  # fmt: skip
-    assert {"gcs_server", "raylet"} <= {name for name, _ in found} and len(found) >= 8
-    assert [f for f in found if f[1].removeprefix("::ffff:") not in ("127.0.0.1", "::1")] == []
+def family(pid: int) -> list[int]:
+    """A process and all that descends from it."""
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
-def methods() -> list[str]:
-    """Every method of Ray's services, by the names its own stubs call, and OpenTelemetry's."""
-    found = {"/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"}
-    for stub in (Path(ray.__file__).parent / "core" / "generated").glob("*_pb2_grpc.py"):
-        found |= set(re.findall(r"'(/ray\.rpc\.[\w.]+/\w+)'", stub.read_text()))
-    return sorted(found)
+def test_nothing_of_a_local_run_listens_beyond_this_machine(lab: Path) -> None:
+    """Ray's control store, raylet, agents, monitor; ranks, their store and their groups (S22)."""
+    with training(lab, "loopback") as driver:
+        sockets = listening(family(driver.pid))
+    assert [s for s in sockets.items() if not on_loopback(s[0][0])] == []
+    assert len(sockets) >= 12  # so it was looked at the right processes
+    assert {"gcs_server", "raylet"} <= set(sockets.values())
 
 
-def ask(port: int, token: str | None, names: list[str]) -> dict[str, str]:
-    """By method what the port answers to an empty request."""
-    headers = [("authorization", f"Bearer {token}")] if token else []
-    said = {}
-    with grpc.insecure_channel(f"{ADDRESSES['a']}:{port}") as channel:
-        for name in names:
-            call = channel.unary_unary(name)
-            try:
-                call(b"", timeout=5.0, metadata=headers)
-                said[name] = "OK"
-            except grpc.RpcError as error:
-                said[name] = error.code().name
-                if said[name] == "UNAVAILABLE":  # speaks no gRPC
-                    break
-    return said
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with ExitStack() as stack:
+        try:
+            pair = stack.enter_context(Hosts())
+        except RefusedError as error:
+            if os.environ.get("TUNELOOM_REQUIRE_SLURM") == "1":
+                pytest.fail(f"TUNELOOM_REQUIRE_SLURM=1, but {error}")
+            pytest.skip(str(error))
+        yield pair
 
 
-def fetch(port: int, path: str, body: bytes | None = None) -> str:
-    """Status and first characters of what an HTTP request without a token gets; or that the port
-    speaks no HTTP.
-    """
-    address = f"http://{ADDRESSES['a']}:{port}{path}"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, body), timeout=5) as answer:
-            return f"{answer.status} {answer.read(6).decode()}".strip()
-    except urllib.error.HTTPError as error:
-        return str(error.code)
-    except (OSError, http.client.HTTPException):
-        return "no HTTP"
-
-
-def scan() -> dict[str, object]:
-    """Run on the other host."""
-    with ThreadPoolExecutor(64) as pool:
-        ports = range(1, 65536)
-        taken = pool.map(lambda port: listens(f"{ADDRESSES['a']}:{port}"), ports)
-        found = [port for port, there in zip(ports, taken, strict=True) if there]
-    names, token = methods(), Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
-    read = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
-    return {
-        "methods": len(names),
-        "ports": {
-            port: {
-                "none": ask(port, None, names), "wrong": ask(port, "0" * 64, names),
-                "right": ask(port, token, [read]),
-                "http": [fetch(port, "/"), fetch(port, "/api/jobs/"),
-                         fetch(port, "/api/jobs/", b'{"entrypoint": "true"}')],
-            }
-            for port in found
-        },
-    }  # fmt: skip
-
-
-def test_no_port_that_another_host_can_reach_answers_without_the_token() -> None:
-    if os.geteuid() or shutil.which("ip") is None:
-        reason = "network namespaces need root and `ip` (iproute2)"
-        assert os.environ.get("TUNELOOM_REQUIRE_SLURM") != "1", reason
-        pytest.skip(reason)
-    with Hosts() as hosts, driver(
-        "ray", hosts.environment | {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}, hosts.inside("a")
-    ):  # fmt: skip
-        done = subprocess.run(
-            [*hosts.inside("b"), sys.executable, __file__], env=hosts.environment,
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+def knocked(hosts: Hosts, ports: list[int]) -> dict[str, dict[str, Any]]:
+    """What host `b` gets from ports of host `a` without the token."""
+    done = subprocess.run(
+        [*hosts.inside("b"), sys.executable, "-m", "tests.launch.test_ports", ADDRESSES["a"],
+         *map(str, ports)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    ports = said["ports"]
-    answers = [port[token] for port in ports.values() for token in ("none", "wrong")]
-    codes = {code for answer in answers for code in answer.values()}
-    assert codes == {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}
-    refused = [name for answer in answers for name, code in answer.items()
-               if code == "UNAUTHENTICATED"]  # fmt: skip
-    assert said["methods"] == 147 and len(ports) >= 10 and len(refused) >= 2 * 150
-    assert "OK" in ports[str(PORT)]["right"].values(), "with the token the store does answer"
-    # Pages of counters for Prometheus answer anyone who reads, whatever the path, and no one else.
-    assert {tuple(port["http"]) for port in ports.values()} == {
-        ("no HTTP",) * 3, ("401",) * 3, ("200 # HELP", "200 # HELP", "405"),
-    }  # fmt: skip
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.slurm
+def test_no_port_of_a_head_opens_to_a_stranger_on_another_host(hosts: Hosts) -> None:
+    """26 calls and 9 pages at each port, with no token, an empty one and a wrong one: 0 are
+    answered, but that Ray's three metrics ports show figures to all (2.60.0).
+    """
+    drive = ("import ray, time; ray.init(address='{}:{}', logging_level='error');"
+             "a = ray.remote(type('A', (), {{'f': lambda self: 1}})).options(num_cpus=1).remote();"
+             "ray.get(a.f.remote()); print('up', flush=True); time.sleep(600)")  # fmt: skip
+    driver = subprocess.Popen(
+        [*hosts.inside("a"), sys.executable, "-c", drive.format(ADDRESSES["a"], PORT)],
+        env=hosts.environment, stdout=subprocess.PIPE, text=True, cwd="/",
+    )  # fmt: skip
+    try:
+        assert driver.stdout is not None and driver.stdout.readline().strip() == "up"
+        sockets = listening(hosts.pids("a"))
+        ports = sorted({port for address, port in sockets if not on_loopback(address)})
+        said = knocked(hosts, ports)
+        assert driver.poll() is None
+    finally:
+        driver.kill()
+        driver.wait(10)
+    assert {"gcs_server", "raylet"} <= set(sockets.values()) and PORT in ports
+    assert {port: facts["opened"] for port, facts in said.items() if facts["opened"]} == {}
+    calls = sum(facts["calls"] for facts in said.values())
+    assert calls == len(ports) * len(WRONG) * (len(CALLS) + len(PAGES))
+    refused = [port for port, facts in said.items() if facts["refused"]]
+    metrics = [port for port, facts in said.items() if facts["metrics"]]
+    print(f"S1: {len(ports)} ports, {calls} calls, 0 opened; {len(refused)} say unauthenticated, "
+          f"{len(metrics)} show /metrics")  # fmt: skip
+    assert str(PORT) in refused and len(refused) >= 4  # store, raylet, object manager, worker
+    assert len(metrics) <= 3
+
+
+@pytest.mark.slurm
+def test_no_port_of_a_local_run_can_be_reached_from_another_host(lab: Path, hosts: Hosts) -> None:
+    with training(lab, "scanned", tuple(hosts.inside("a"))) as driver:
+        ports = sorted({port for _, port in listening(family(driver.pid))})
+        said = knocked(hosts, ports)
+    assert len(ports) >= 12
+    assert [port for port, facts in said.items() if facts["reached"]] == []
+
+
+def knock(address: str, port: int) -> dict[str, Any]:
+    """Every call and page at one port with each wrong token: which were answered."""
+    import grpc
+
+    opened: list[str] = []
+    codes: set[str] = set()
+    refused = metrics = calls = 0
+    if not reached(address, port):
+        return {"reached": False, "opened": [], "refused": 0, "metrics": 0, "calls": 0}
+    with grpc.insecure_channel(f"{address}:{port}") as channel:
+        for token in WRONG:
+            headers = [] if token is None else [("authorization", f"Bearer {token}")]
+            for call in CALLS:
+                calls += 1
+                try:
+                    channel.unary_unary(call)(b"", timeout=5, metadata=headers)
+                    opened.append(f"{call} {token!r}")
+                except grpc.RpcError as error:
+                    codes.add(str(error.code()))
+                    refused += error.code() == grpc.StatusCode.UNAUTHENTICATED
+                    silent = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE,
+                              grpc.StatusCode.UNIMPLEMENTED)  # fmt: skip
+                    if error.code() not in silent:
+                        opened.append(f"{call} {token!r} {error.code()}")
+    for token in WRONG:
+        for method, page in PAGES:
+            calls += 1
+            status, body = fetched(f"http://{address}:{port}{page}", method, token)
+            refused += status in (401, 403)
+            codes.add(str(status))
+            shown = status == 200 and is_metrics(body)
+            metrics += shown
+            if status == 200 and not shown:
+                opened.append(f"{method} {page} {token!r}")
+    return {"reached": True, "opened": opened, "refused": refused, "metrics": metrics,
+            "calls": calls, "codes": sorted(codes)}  # fmt: skip
+
+
+def reached(address: str, port: int) -> bool:
+    import socket
+
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def fetched(url: str, method: str, token: str | None) -> tuple[int, bytes]:
+    """A page's status and content; 0 where nobody speaks HTTP."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    headers = {"Content-Type": "application/json"}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    body = b'{"entrypoint": "true"}' if method == "POST" else None
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, body, headers, method=method), timeout=5
+        ) as answer:
+            return int(answer.status), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, b""
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+
+
+def is_metrics(body: bytes) -> bool:
+    """True for Prometheus' text, which its server shows at every path: comments and samples."""
+    sample = re.compile(rb"(#.*|[A-Za-z_:][\w:]*(\{.*\})? \S+)?")
+    return all(sample.fullmatch(line) for line in body.splitlines())
 
 
 if __name__ == "__main__":
-    print(json.dumps(scan()))
+    print(json.dumps({port: knock(sys.argv[1], int(port)) for port in sys.argv[2:]}))

@@ -1,0 +1,33 @@
+"""What keeps an embedded Ray (`launch=local`) to its owner: a token, loopback as its address."""
+
+import os
+import secrets
+import tempfile
+from functools import cache
+from pathlib import Path
+
+CLIENT_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+AT_HOME = {
+    # Where this is on, Ray replaces 127.0.0.1 by the host's address and listens on all interfaces.
+    # Off is the default on Windows and macOS, whence the name; it does no more (2.60.0).
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Seconds in which Ray's processes outlive its control store: 60 would cut a long save short.
+    CLIENT_PATIENCE: "300",
+}
+
+
+@cache
+def keep_private() -> tempfile.TemporaryDirectory[str]:
+    """Settings for the embedded Rays of this process, with a token in a file that only its owner
+    reads.
+
+    Ray makes a token by itself, but as ~/.ray/auth_token, readable by all (2.60.0). It reads the
+    variables once, at import, so a sweep's next job keeps them; the folder goes with the process.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="tuneloom-")  # 0700
+    path = Path(folder.name) / "token"
+    path.touch(0o600)
+    path.write_text(secrets.token_hex(32), encoding="utf-8")
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ |= AT_HOME | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    return folder
