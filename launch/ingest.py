@@ -19,7 +19,7 @@ from tuneloom.data import ingest
 from tuneloom.data.gather import Spill, write_run
 from tuneloom.data.pool import prepare_here
 from tuneloom.data.prepare import Prepared, Preparer
-from tuneloom.data.readers import Block, Passed, read_blocks
+from tuneloom.data.readers import Block, Passed, Refused, read_blocks
 from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.redact import KEY_VARIABLE
 from tuneloom.data.sources import Source
@@ -102,7 +102,7 @@ def _refuse_what_cannot_run(config: IngestJob) -> None:
 
 
 def prepare_on_ray(
-    config: IngestConfig, sources: list[Source], folder: Path, passed: list[Passed]
+    config: IngestConfig, sources: list[Source], folder: Path, ends: list[Passed | Refused]
 ) -> Iterator[tuple[Block, Prepared]]:
     """`Prepare` by `config.workers` tasks of Ray Data; rows come back to be written here."""
     Preparer(config.data)  # a recipe that cannot run is refused here, not in a task
@@ -110,16 +110,17 @@ def prepare_on_ray(
     # Reading waits for disks, and no processor is set aside for it: with one, Ray Data would make
     # a single task of both steps, and a file would keep one processor busy.
     blocks = _dataset(sources).flat_map(
-        _read, fn_args=(config.max_archive_bytes,), num_cpus=0, concurrency=config.workers
-    )
+        _read, fn_args=(config.max_archive_bytes, config.max_refused_files > 0), num_cpus=0,
+        concurrency=config.workers,
+    )  # fmt: skip
     results = blocks.map(_prepare, fn_args=(recipe, key), num_cpus=1, concurrency=config.workers)
     number = 0
     for row in results.iter_rows():
         said = pickle.loads(row["said"])
         if isinstance(said, TuneloomError):
             raise said
-        if isinstance(said, Passed):
-            passed.append(said)
+        if isinstance(said, Passed | Refused):
+            ends.append(said)
             continue
         block, done = said
         write_run(Spill(folder).block(number), done.table)
@@ -142,14 +143,18 @@ def _dataset(sources: list[Source]) -> Any:
     )
 
 
-def _read(row: dict[str, Any], max_archive_bytes: int) -> Iterator[dict[str, bytes]]:
+def _read(
+    row: dict[str, Any], max_archive_bytes: int, refuse_files: bool
+) -> Iterator[dict[str, bytes]]:
     """One source's blocks, and what it was; an error of ours is a row too, and so loses nothing."""
-    passed: list[Passed] = []
+    ends: list[Passed | Refused] = []
     try:
         source = pickle.loads(row["source"])
-        for block in read_blocks([source], passed, max_archive_bytes=max_archive_bytes):
+        for block in read_blocks(
+            [source], ends, max_archive_bytes=max_archive_bytes, refuse_files=refuse_files
+        ):
             yield {"said": pickle.dumps(block)}
-        for part in passed:
+        for part in ends:
             yield {"said": pickle.dumps(part)}
     except TuneloomError as error:
         yield {"said": pickle.dumps(error)}

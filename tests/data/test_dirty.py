@@ -1,7 +1,9 @@
-"""One dirty export through the command line: every planted count is met exactly, every time."""
+"""One dirty export in which every fault was planted: each count is known and met exactly."""
 
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -11,49 +13,55 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from tests.data.dirty_corpus import (
-    BROKEN,
-    CLUSTERS,
-    CONTROL_TOKENS,
-    EXPECTED,
-    FOUND_IN,
-    HOSTILE,
-    LANGUAGES,
-    PERSONAL,
-    RECIPE,
-    SECRETS,
-    chat,
-    plant,
-)
-from tuneloom.cli import main
+from tests.data import dirty
+from tests.data.dirty import chat
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 
 SPLITS = ("train", "validation", "test")
+RECIPE = """
+name: support
+near: {action: drop}
+conflicts: quarantine
+max_rejected: 0.05
+max_row_bytes: %d
+privacy: {actions: {%s: drop}}
+against: {sets: [{name: exam, path: %s}]}
+provenance:
+  - {match: crm*, owner: Example Ltd, licence: LicenseRef-contract, commercial: true,
+     consent: contract, consent_until: 2027-01-01, trust: 90}
+  - {match: '*', owner: The forum's users, licence: CC-BY-SA-4.0, consent: public, trust: 30}
+as_of: 2026-06-01
+"""
 
 
-def arguments(raw: Path, root: Path, *more: str) -> list[str]:
-    """The one call of a data owner."""
-    recipes = raw.parent / "mine" / "data"
-    recipes.mkdir(parents=True, exist_ok=True)
-    golden = {"sets": [{"name": "golden", "path": str(raw.parent / "golden.jsonl")}]}
-    (recipes / "support.yaml").write_text(yaml.safe_dump(RECIPE | {"against": golden}))
-    return ["ingest", f"--config-dir={recipes.parent}", "data=support", f"root={root}", *more]
+def cli(tmp: Path, source: str, root: str, *more: str, **environment: str) -> Path:
+    """`tuneloom ingest` as its own process; returns the dataset's folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneloom", "ingest", "--config-dir", str(tmp / "mine"),
+         "data=support", f"source={source}", f"root={tmp / root}",
+         f"max_refused_files={len(dirty.HOSTILE)}", *more],
+        capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return (tmp / root / "support").resolve()
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plant(tmp_path_factory.mktemp("dirty"))
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("dirty")
+    dirty.plant(tmp / "raw")
+    (tmp / "mine" / "data").mkdir(parents=True)
+    recipe = RECIPE % (dirty.MAX_ROW, dirty.DROPPED, tmp / "exam.jsonl")
+    (tmp / "mine" / "data" / "support.yaml").write_text(recipe)
+    return tmp
 
 
 @pytest.fixture(scope="module")
-def made(raw: Path) -> Path:
-    root = raw.parent / "datasets"
-    assert main(arguments(raw, root, f"source={raw}")) == 0
-    return (root / "support").resolve()
+def made(planted: Path) -> Path:
+    return cli(planted, f"{planted}/raw", "one")
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -61,148 +69,136 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def kept(folder: Path) -> list[dict[str, Any]]:
+    rows = [row for s in SPLITS for row in pq.read_table(folder / f"{s}-00000.parquet").to_pylist()]
     return [
-        row | {"split": split}
-        for split in SPLITS
-        for row in pq.read_table(folder / f"{split}-00000.parquet").to_pylist()
+        row | {"record": json.loads(row["record"]), "meta": json.loads(row["meta"])} for row in rows
     ]
-
-
-def question(row: dict[str, Any]) -> str:
-    content = json.loads(row["record"])
-    return str(content["messages"][0]["content"] if "messages" in content else content["prompt"])
 
 
 def test_every_count_is_the_one_that_was_planted(made: Path) -> None:
     said = manifest(made)
-    assert {key: said[key] for key in EXPECTED} == EXPECTED
+    assert said["counts"] == dirty.COUNTS
+    assert said["found"] == dirty.FOUND
+    assert said["sanitised"] == dirty.SANITISED
+    assert said["leaks"] == dirty.LEAKS
+    assert said["label_conflicts"] == 2 * dirty.CONFLICTS
+    assert sum(part["rows"] for part in said["splits"].values()) == len(kept(made))
 
 
-def test_rows_in_are_rows_kept_rejected_deduplicated_and_quarantined(made: Path) -> None:
-    counts = manifest(made)["counts"]
-    fates = ("rejected", "deduplicated", "quarantined")
-    assert counts["in"] == counts["kept"] + sum(sum(counts[fate].values()) for fate in fates)
-    assert counts["kept"] == len(kept(made)) == len({row["id"] for row in kept(made)})
-    rejects = (made / "rejected.jsonl").read_text().splitlines()
-    aside = pq.read_table(made / "set_aside.parquet")
-    dropped = counts["quarantined"]["privacy_us_ssn"]  # of these nothing may be written
-    assert counts["in"] == counts["kept"] + len(rejects) + len(aside) + dropped
+def test_each_type_is_redacted_in_each_language(made: Path) -> None:
+    redacted = Counter(
+        (finding["entity"], row["record"]["messages"][1]["content"][:2])
+        for row in kept(made)
+        for finding in row["meta"].get("pii", [])
+        if finding["entity"] != "secret"
+    )
+    wanted = set(dirty.PERSONAL) - {dirty.DROPPED}
+    assert redacted == {(entity, language): 1 for entity in wanted for language in dirty.LANGUAGES}
 
 
-def test_each_broken_row_is_named_by_line_and_reason_with_its_start(made: Path) -> None:
-    rejects = [json.loads(line) for line in (made / "rejected.jsonl").read_text().splitlines()]
-    said = [(r["line"], r["reason"]) for r in rejects if r["source"] == "broken.jsonl"]
-    assert said == [(line, reason) for line, (reason, _) in enumerate(BROKEN, 1)]
-    assert [r["line"] for r in rejects if r["source"] == "shop.csv"] == [101, 102]
-    assert max(len(r["start"]) for r in rejects) == 200
+def test_each_hostile_file_is_named_and_gives_no_row(made: Path) -> None:
+    refused = {entry["name"]: entry["why"] for entry in manifest(made)["refused_files"]}
+    assert sorted(refused) == sorted(dirty.HOSTILE)
+    for name, (why, _) in dirty.HOSTILE.items():
+        assert refused[name].startswith(name) and re.search(why, refused[name])
+    assert "nobody may take" not in json.dumps(kept(made))
+    assert not Path("/tmp/evil.jsonl").exists()
+    assert not list(made.parent.parent.rglob("evil*"))
 
 
-def test_personal_data_is_found_by_type_in_every_language(made: Path) -> None:
-    found: Counter[tuple[str, str]] = Counter()
-    starts = {sentence[:11]: language for language, sentence in LANGUAGES.items()}
-    for row in kept(made):
-        for note in json.loads(row["meta"]).get("pii", []):
-            if note["entity"] != "secret":
-                assert question(row)[note["start"] : note["end"]] == f"<{note['entity'].upper()}>"
-                found[note["entity"], starts[question(row)[:11]]] += 1
-    assert found == FOUND_IN
+def test_one_file_too_many_ends_the_ingest_and_lists_all_of_them(planted: Path) -> None:
+    with pytest.raises(
+        AssertionError, match="max_refused_files: 8 files could not be read, over 7"
+    ) as caught:
+        cli(planted, f"{planted}/raw", "over", "max_refused_files=7")
+    assert all(name in str(caught.value) for name in dirty.HOSTILE)
+    assert not list((planted / "over").iterdir())
+
+
+def test_every_reject_and_every_row_set_aside_has_its_place(made: Path, planted: Path) -> None:
+    rejected = [json.loads(x) for x in (made / "rejected.jsonl").read_text().splitlines()]
+    assert Counter(r["reason"] for r in rejected) == dirty.REJECTED
+    assert all(r["line"] >= 1 and len(r["start"]) <= 200 for r in rejected)
+    crm = (planted / "raw" / "crm.jsonl").read_bytes().split(b"\n")
+    named = {(r["reason"], crm[r["line"] - 1]) for r in rejected if r["source"] == "crm.jsonl"}
+    assert named == set(dirty.SHAPES)
+    aside = pq.read_table(made / "set_aside.parquet").to_pylist()
+    fates = dirty.COUNTS["deduplicated"] | dirty.COUNTS["quarantined"]
+    del fates[f"privacy_{dirty.DROPPED}"]  # leaves no trace but its count
+    assert Counter(row["reason"] for row in aside) == fates
+    ids = {row["id"] for row in kept(made)}
+    assert all(row["kept"] in ids for row in aside if row["reason"] == "near")
+    assert {row["source"] for row in aside if row["reason"] == "exact"} == {
+        "forum/2025.jsonl.gz", "forum/2026.zip/a.jsonl", "forum/2026.zip/deep/b.jsonl"
+    }, "the less trusted copy goes"  # fmt: skip
+
+
+def test_control_tokens_stay_text(made: Path) -> None:
+    text = json.dumps([row["record"] for row in kept(made)])
+    assert all(f"What does {token} mean?" in text for token in dirty.TOKENS)
 
 
 def test_nothing_that_was_to_go_is_left_in_any_file(made: Path) -> None:
+    rng = random.Random(11)
+    values = [*dirty.SECRETS, "@example.com", "203.0.113.", "+49 151"]
+    shapes = {
+        "card": r"\b4\d{15}\b", "iban": r"\bDE\d{20}\b", "us_ssn": r"\b\d{3}-\d\d-\d{4}\b",
+        "uk_nino": r"\bAB\d{6}C\b", "fr_nir": r"\b2\d{4}75\d{8}\b", "es_dni": r"\b\d{8}[A-Z]\b",
+        "it_cf": r"\b[A-Z]{6}\d\dA\d\dH\d{3}[A-Z]\b",
+    }  # fmt: skip
+    for entity, shape in shapes.items():
+        assert re.search(shape, dirty.PERSONAL[entity](rng)), "the search would find one"
     for path in made.iterdir():
-        text = path.read_text("utf-8") if path.suffix != ".parquet" else json.dumps(
-            pq.read_table(path).to_pylist(), ensure_ascii=False
-        )  # fmt: skip
-        assert not [(path.name, v) for v in [*PERSONAL.values(), *SECRETS] if v in text]
-        assert not [(path.name, c) for c in "\u202e\u2066\x07\x1b\ufdd0\u200bÃ" if c in text]
-
-
-def test_control_tokens_in_a_text_are_kept_as_the_text_they_are(made: Path) -> None:
-    said = {question(row).split("\n")[0] for row in kept(made)}
-    assert said.issuperset(f"Say {token}" for token in CONTROL_TOKENS)
-
-
-def test_each_near_duplicate_names_the_row_of_its_cluster_that_was_kept(made: Path) -> None:
-    aside = pq.read_table(made / "set_aside.parquet").to_pylist()
-    leaders = Counter(row["kept"] for row in aside if row["reason"] == "near")
-    assert sorted(leaders.values()) == [size - 1 for size in CLUSTERS]
-    assert leaders.keys() < {row["id"] for row in kept(made)}
-
-
-def test_no_question_is_on_two_sides_of_the_split(made: Path) -> None:
-    sides: dict[str, set[str]] = {}
-    for row in kept(made):
-        sides.setdefault(question(row), set()).add(row["split"])
-    assert all(len(side) == 1 for side in sides.values())
-    assert set.union(*sides.values()) == set(SPLITS)
+        text = path.read_bytes().decode("utf-8", "replace")
+        if path.suffix == ".parquet":
+            text = json.dumps(pq.read_table(path).to_pylist(), ensure_ascii=False)
+        assert not [(path.name, value) for value in values if value in text]
+        assert not [(path.name, e) for e, shape in shapes.items() if re.search(shape, text)]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "timing.json"}
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_the_same_bytes_by_more_workers_from_another_place_in_another_order(
-    made: Path, raw: Path, tmp_path: Path, workers: int
+def test_the_same_bytes_whatever_the_workers_order_place_zone_and_locale(
+    made: Path, planted: Path
 ) -> None:
-    elsewhere = Path(shutil.copytree(raw.parent, tmp_path / "deeper", symlinks=True)) / "raw"
-    files = sorted((str(p) for p in elsewhere.rglob("*") if p.is_file()), reverse=True)
-    more = [f"source=[{','.join(files)}]", f"workers={workers}"]
-    assert main(arguments(elsewhere, tmp_path / "sets", *more)) == 0
-    again = (tmp_path / "sets" / "support").resolve()
-    assert again.name == made.name and tree(again) == tree(made)
+    two = cli(planted, f"{planted}/raw", "two", "workers=2", TZ="Asia/Kathmandu", LC_ALL="C",
+              PYTHONHASHSEED="7")  # fmt: skip
+    there = shutil.copytree(planted / "raw", planted / "else where" / "raw")
+    files = [str(p) for p in there.rglob("*") if p.is_file() and p.suffix != ".pdf"]
+    listed = sorted((f for f in files if "hidden" not in f), reverse=True)
+    source = "[" + ",".join(f"'{file}'" for file in listed) + "]"
+    four = cli(planted, source, "four", "workers=4", TZ="America/St_Johns")
+    assert made.name == two.name == four.name
+    assert tree(made) == tree(two) == tree(four)
 
 
-def test_the_same_bytes_in_another_time_zone_and_locale(
-    made: Path, raw: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "tuneloom", *arguments(raw, tmp_path, f"source={raw}")]
-    elsewhere = {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, env=os.environ | elsewhere, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    again = (tmp_path / "support").resolve()
-    assert again.name == made.name and tree(again) == tree(made)
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_one_hostile_file_among_the_others_stops_the_ingest_and_leaves_nothing(
-    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    data, sentence = HOSTILE[name]
-    here = Path(shutil.copytree(raw, tmp_path / "in" / "raw"))
-    shutil.copy(raw.parent / "golden.jsonl", tmp_path / "in")
-    (here / f"zz-{name}").write_bytes(data())
-    assert main(arguments(here, tmp_path / "sets", f"source={here}")) == 3
-    said = capsys.readouterr().err
-    assert f"zz-{name}" in said and sentence in said and "Traceback" not in said
-    assert list((tmp_path / "sets").iterdir()) == []
-    assert not (tmp_path / "a.jsonl").exists()
+def test_no_question_is_on_two_sides_of_the_split(made: Path) -> None:
+    sides: dict[str, set[str]] = {}
+    for split in SPLITS:
+        for row in pq.read_table(made / f"{split}-00000.parquet").to_pylist():
+            sides.setdefault(json.loads(row["meta"])["key"], set()).add(split)
+    assert len(sides) > 500 and all(len(side) == 1 for side in sides.values())
 
 
 def test_the_report_shows_every_count_and_runs_no_script(made: Path) -> None:
     page = (made / "report.html").read_text(encoding="utf-8")
-    counts = EXPECTED["counts"]
-    rejected = sum(counts["rejected"].values())
-    crm = next(s for s in manifest(made)["created_from"] if s["name"] == "crm.jsonl")
+    assert f"support@{manifest(made)['id']}" in page
     for text in (
-        f"support@{manifest(made)['id']}",
-        "deduplicated: near",
-        "Example Ltd",
-        "CC-BY-SA-4.0",
-        "No source stands in the way",
-        f"crm.jsonl ({crm['kept']:,} rows): consent ends on 2027-01-01 (as of 2026-06-01).",
-        f"{rejected} rows ({rejected / counts['in']:.2%}) were no records",
-        f"{counts['kept']:,}",
-        '<td>us_ssn</td><td class="n">36</td><td>drop: these rows are left out</td>',
-        "10 rows answer a question that another row answers differently; they are set aside.",
-    ):
+        "deduplicated: near", "Example Ltd", "CC-BY-SA-4.0", "No source stands in the way",
+        "consent ends on 2027-01-01 (as of 2026-06-01).",
+        "8 files could not be read, and none of their rows is counted here.",
+        f"{dirty.REJECTED.total()} rows (", "no records; the recipe allows 5.00%.",
+        "climbs.zip: &#x27;../../etc/evil.jsonl&#x27; leads out of it", f"{dirty.COUNTS['kept']}",
+    ):  # fmt: skip
         assert text in page
     assert "<script" not in page and "src=" not in page and "url(" not in page
 
 
 def test_hostile_rows_are_text_in_the_report(tmp_path: Path) -> None:
     (tmp_path / "raw.jsonl").write_text(
-        chat("<script>alert(1)</script>", "<img src=x onerror=alert(2)>")
+        json.dumps(chat("<script>alert(1)</script>", "<img src=x onerror=alert(2)>"))
         + '\n{"<b>": "<script>"}\n'
     )
     mapping = {"data": {"name": "d", "max_rejected": 1.0}, "source": str(tmp_path / "raw.jsonl")}

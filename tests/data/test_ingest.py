@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.dirty_corpus import BROKEN
+from tests.data import dirty
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
@@ -67,9 +67,12 @@ def accounted(counts: dict[str, Any]) -> int:
 
 def test_good_rows_are_the_same_bytes_beside_bad_ones(tmp_path: Path) -> None:
     good = [chat(f"question {i}", f"answer {i}") for i in range(50)]
-    dirty = [x for i, row in enumerate(good) for x in (row, BROKEN[i % len(BROKEN)][1])]
+    mixed_in = [
+        x for i, row in enumerate(good) for x in (row, dirty.SHAPES[i % len(dirty.SHAPES)][1])
+    ]
     clean = run(tmp_path, write(tmp_path / "clean" / "raw.jsonl", good), root="clean_out")
-    mixed = run(tmp_path, write(tmp_path / "dirty" / "raw.jsonl", dirty), max_rejected=1.0)
+    source = write(tmp_path / "dirty" / "raw.jsonl", mixed_in)
+    mixed = run(tmp_path, source, max_rejected=1.0, max_row_bytes=dirty.MAX_ROW)
     contents = [[(r["id"], r["record"]) for r in all_rows(folder)] for folder in (clean, mixed)]
     assert contents[0] == contents[1]
 
@@ -305,13 +308,16 @@ def test_a_name_that_is_no_folder_name_is_refused(tmp_path: Path) -> None:
         run(tmp_path, write(tmp_path / "raw.jsonl", [chat("a", "b")]), name="../../etc")
 
 
-def test_a_damaged_gzip_is_a_sentence(tmp_path: Path) -> None:
+def test_a_damaged_gzip_is_a_sentence_and_a_bomb_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(
         "".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(9999)).encode()
     )
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-2000])
     with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cannot be uncompressed"):
         run(tmp_path, str(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * (300 << 20), 1))
+    with pytest.raises(DataError, match="as a bomb does"):
+        run(tmp_path, str(tmp_path / "bomb.jsonl.gz"))
 
 
 def test_rows_that_break_the_owners_schema_are_rejected(tmp_path: Path) -> None:

@@ -29,10 +29,17 @@ def planted(singles: int, groups: int, size: int) -> list[dict[str, str]]:
     return [{"text": text} for text in texts]
 
 
-def run(tmp_path: Path, lines: list[Any], workers: int = 1, root: str = "ds", **near: Any) -> Path:
+def run(
+    tmp_path: Path, lines: list[Any], workers: int = 1, root: str = "ds", conflicts: str = "list",
+    **near: Any,
+) -> Path:  # fmt: skip
     raw = tmp_path / "raw.jsonl"
     raw.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    mapping = {"data": {"name": "d", "near": near}, "source": str(raw), "workers": workers}
+    mapping = {
+        "data": {"name": "d", "near": {"action": "drop"} | near, "conflicts": conflicts},
+        "source": str(raw),
+        "workers": workers,
+    }
     return ingest(build(IngestConfig, mapping | {"root": str(tmp_path / root)}))
 
 
@@ -43,20 +50,13 @@ def counts(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("engine", ["rensa", "datasketch"])
 def test_one_row_of_each_planted_cluster_is_kept(tmp_path: Path, engine: str) -> None:
     pytest.importorskip(engine)
-    folder = run(tmp_path, planted(300, 20, 6), action="drop", engine=engine)
+    folder = run(tmp_path, planted(300, 20, 6), engine=engine)
     assert counts(folder)["deduplicated"] == {"near": 100}
     assert counts(folder)["kept"] == 320
     aside = pq.read_table(folder / "set_aside.parquet").to_pylist()
     kept = {row["id"] for split in ("train", "validation", "test")
             for row in pq.read_table(folder / f"{split}-00000.parquet").to_pylist()}  # fmt: skip
     assert all(row["kept"] in kept and row["id"] not in kept for row in aside)
-
-
-def test_the_same_rows_are_kept_with_two_workers_and_in_another_order(tmp_path: Path) -> None:
-    lines = planted(200, 20, 5)
-    one = run(tmp_path, lines, root="one", action="drop")
-    two = run(tmp_path, lines, root="two", workers=2, action="drop")
-    assert one.name == two.name
 
 
 def test_grouped_near_duplicates_share_a_split_and_all_stay(tmp_path: Path) -> None:
@@ -70,6 +70,17 @@ def test_grouped_near_duplicates_share_a_split_and_all_stay(tmp_path: Path) -> N
                 side.setdefault(text.split(" ending")[0], set()).add(split)
     assert len(side) == 60
     assert all(len(splits) == 1 for splits in side.values())
+
+
+@pytest.mark.parametrize(("conflicts", "kept"), [("list", 2), ("quarantine", 0)])
+def test_two_answers_to_one_question_are_a_conflict_and_no_near_duplicates(
+    tmp_path: Path, conflicts: str, kept: int
+) -> None:
+    question = " ".join(random.Random(6).choices(WORDS, k=80))
+    lines = [{"prompt": question, "completion": answer} for answer in ("yes", "no")]
+    folder = run(tmp_path, lines, conflicts=conflicts)
+    assert counts(folder)["kept"] == kept
+    assert counts(folder)["deduplicated"] == {}
 
 
 def test_pairs_below_the_threshold_are_left_alone(tmp_path: Path) -> None:

@@ -142,12 +142,12 @@ def decide(
         for code, source in enumerate(columns.sources):
             if allows(provenance.of(source), recipe.use, recipe.as_of):
                 _set_aside(decision, "quarantined", "licence", _is(columns.source, code))
-    if signatures is not None:
-        _near(decision, columns, signatures, recipe, scratch)
     kept = _kept(decision, scratch)
     conflicting, decision.conflicts = _conflicts(columns, kept, scratch)
     if recipe.conflicts == "quarantine":
         _set_aside(decision, "quarantined", "label_conflict", lambda rows: conflicting[rows])
+    if signatures is not None:
+        _near(decision, columns, signatures, recipe, conflicting, scratch)
     if recipe.label_issues.action != "off":
         _doubt(decision, columns, recipe, inputs)
     kept = _kept(decision, scratch)
@@ -230,11 +230,19 @@ def _near(
     columns: Columns,
     signatures: np.ndarray,
     recipe: Recipe,
+    conflicting: np.ndarray,
     scratch: Scratch,
 ) -> None:
-    """Clusters among the rows still kept; all but one of each are dropped where the recipe says."""
-    kept = _kept(decision, scratch)
-    leader = clusters(scratch, signatures, columns.rank, kept, recipe.near)
+    """Clusters among the rows still kept; all but one of each are dropped where the recipe says.
+
+    Of rows that contradict each other none is dropped: "yes" and "no" to one long question are
+    near-duplicates, and keeping either would decide the conflict unseen.
+    """
+    among = _kept(decision, scratch)
+    if recipe.near.action == "drop":
+        for rows in slices(len(among)):
+            among[rows] &= ~conflicting[rows]
+    leader = clusters(scratch, signatures, columns.rank, among, recipe.near)
     decision.leader = leader
     if recipe.near.action == "drop":
         _set_aside(decision, "deduplicated", "near",

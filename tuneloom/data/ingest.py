@@ -25,9 +25,11 @@ from tuneloom.data.manifest import (
     refuse_blocked,
     refuse_leaks,
     refuse_over_budget,
+    refuse_over_files,
 )
 from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.pool import Prepare, prepare_here
+from tuneloom.data.readers import Passed, Refused
 from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.scratch import Column, Scratch
@@ -44,6 +46,8 @@ def main(config: IngestConfig, prepare: Prepare) -> int:
     manifest = read_manifest(folder)
     for what, rows in balance(manifest["counts"]):
         print(f"  {what:<32}{rows:>12,}")
+    if refused := manifest.get("refused_files"):
+        print(f"  {'files refused':<32}{len(refused):>12,}")
     for name, part in manifest["splits"].items():
         print(f"  {'split ' + name:<32}{part['rows']:>12,}")
     timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
@@ -106,10 +110,10 @@ def _make(
 
 def _prepare(config: IngestConfig, prepare: Prepare, draft: Path, spill: Path) -> Tally:
     """First pass: every raw row prepared into the spill folder, or rejected."""
-    tally = Tally()
+    tally, ends = Tally(), list[Passed | Refused]()
     sources = find_sources(config.sources)
     with (draft / "rejected.jsonl").open("wb") as rejected:
-        for block, done in prepare(config, sources, spill, tally.passed):
+        for block, done in prepare(config, sources, spill, ends):
             tally.rows_of[block.source] += done.rows_in
             for reject in done.rejects:
                 line = (canonical(reject) + "\n").encode("utf-8")
@@ -119,6 +123,9 @@ def _prepare(config: IngestConfig, prepare: Prepare, draft: Path, spill: Path) -
             for total, part in ((tally.dropped, done.dropped), (tally.changed, done.changed),
                                 (tally.found, done.found)):  # fmt: skip
                 total.update(part)
+    tally.passed = [end for end in ends if isinstance(end, Passed)]
+    tally.refused = [end for end in ends if isinstance(end, Refused)]
+    refuse_over_files(config.max_refused_files, tally)
     return tally
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tuneloom.data.aside import LENGTHS, Written
 from tuneloom.data.decide import Columns, Decision, table_of
 from tuneloom.data.provenance import Provenance, summary
-from tuneloom.data.readers import Passed
+from tuneloom.data.readers import Passed, Refused
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.rows import open_rows
@@ -19,7 +19,7 @@ from tuneloom.data.splits import SPLITS
 from tuneloom.data.store import digest_of, file_digest, manifest_id
 from tuneloom.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Raised when the same rows and recipe would give other records than before."""
 
 
@@ -34,6 +34,7 @@ class Tally:
     found: Counter[str] = field(default_factory=Counter)
     rejects: Any = field(default_factory=hashlib.sha256)
     passed: list[Passed] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
 
 
 def make_manifest(
@@ -87,6 +88,8 @@ def make_manifest(
               for p in tally.passed),
         ],
     }  # fmt: skip
+    if tally.refused:
+        manifest["refused_files"] = [{"name": r.source, "why": r.why} for r in tally.refused]
     return manifest | {"id": manifest_id(manifest)}
 
 
@@ -111,6 +114,16 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     if recipe.within:
         whole["within"] = {"split": recipe.within.split}
     return whole
+
+
+def refuse_over_files(limit: int, tally: Tally) -> None:
+    """Raise DataError when more files than allowed could not be read."""
+    if len(tally.refused) > limit:
+        lines = [f"  {refused.why}" for refused in tally.refused]
+        raise DataError(
+            f"max_refused_files: {len(tally.refused)} files could not be read, over {limit}; mend "
+            "or remove them, or raise the limit\n" + "\n".join(lines)
+        )
 
 
 def refuse_over_budget(recipe: Recipe, tally: Tally) -> None:

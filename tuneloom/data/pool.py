@@ -11,26 +11,29 @@ from pathlib import Path
 
 from tuneloom.data.gather import Spill, write_run
 from tuneloom.data.prepare import Prepared, Preparer
-from tuneloom.data.readers import Block, Passed, read_blocks
+from tuneloom.data.readers import Block, Passed, Refused, read_blocks
 from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.sources import Source
 
 Prepare = Callable[
-    [IngestConfig, list[Source], Path, list[Passed]], Iterator[tuple[Block, Prepared]]
+    [IngestConfig, list[Source], Path, list[Passed | Refused]], Iterator[tuple[Block, Prepared]]
 ]
 """Writes every block's rows into a folder and yields what became of each, in order; the list grows
-by every source that was read."""
+by every source, read or refused."""
 AHEAD = 3
 """Blocks in flight for each process: one at work, one waiting, one being sent."""
 _preparer: Preparer
 
 
 def prepare_here(
-    config: IngestConfig, sources: list[Source], folder: Path, passed: list[Passed]
+    config: IngestConfig, sources: list[Source], folder: Path, ends: list[Passed | Refused]
 ) -> Iterator[tuple[Block, Prepared]]:
     """`Prepare` by `config.workers` processes of this machine."""
     _start(config.data)  # a recipe that cannot run is refused here, not as a broken pool
-    blocks = read_blocks(sources, passed, max_archive_bytes=config.max_archive_bytes)
+    blocks = read_blocks(
+        sources, ends, max_archive_bytes=config.max_archive_bytes,
+        refuse_files=config.max_refused_files > 0,
+    )  # fmt: skip
     if config.workers == 1:
         for block in blocks:
             yield block, _prepare(block, folder)

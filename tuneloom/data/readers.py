@@ -5,6 +5,7 @@ JSONL goes to the workers as lines; CSV, TSV, Parquet, Arrow, JSON and plain tex
 
 import codecs
 import csv
+import errno
 import io
 import itertools
 import json
@@ -28,6 +29,7 @@ LONGEST_LINE = 64 << 20
 """Bytes; what goes beyond is cut off, and the row is rejected as too long or as broken JSON."""
 LARGEST_JSON = 256 << 20
 """Bytes of one .json file, which has to be read whole; JSONL has no such limit."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 Row = dict[str, Any]
 
 
@@ -55,22 +57,61 @@ class Passed:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A file that could not be read to its end, and the sentence that says why."""
+
+    source: str
+    why: str
+
+
 def read_blocks(
-    sources: list[Source], passed: list[Passed], *, max_archive_bytes: int
+    sources: list[Source],
+    ends: list[Passed | Refused],
+    *,
+    max_archive_bytes: int,
+    refuse_files: bool = False,
 ) -> Iterator[Block]:
-    """All rows of all sources, in the order of names; `passed` grows by every source read."""
+    """All rows of all sources, in the order of names; `ends` grows by every source.
+
+    With `refuse_files` each file is read once more beforehand: of one that is bad somewhere no row
+    is taken.
+    """
     number = 0
     for source in sources:
-        try:
-            for part in parts_of(source, max_archive_bytes):
-                for block in _blocks_of(part, passed):
-                    yield replace(block, number=number)
-                    number += 1
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{source.name}: cannot be read as {source.kind} ({error})") from None
+        if refuse_files and (why := _fault_of(source, max_archive_bytes)):
+            ends.append(Refused(source.name, why))
+            continue
+        for block in _blocks_of_file(source, ends, max_archive_bytes):
+            yield replace(block, number=number)
+            number += 1
 
 
-def _blocks_of(source: Source, passed: list[Passed]) -> Iterator[Block]:
+def _fault_of(source: Source, max_archive_bytes: int) -> str | None:
+    """Why a file cannot be read to its end, or None."""
+    try:
+        for _ in _blocks_of_file(source, [], max_archive_bytes):
+            pass
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _blocks_of_file(
+    source: Source, ends: list[Passed | Refused], max_archive_bytes: int
+) -> Iterator[Block]:
+    """The rows of a file, or of all files in an archive; raises DataError for what is broken."""
+    try:
+        for part in parts_of(source, max_archive_bytes):
+            yield from _blocks_of(part, ends)
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise
+        why = getattr(error, "strerror", None) or error  # without the path, which a machine changes
+        raise DataError(f"{source.name}: cannot be read as {source.kind} ({why})") from None
+
+
+def _blocks_of(source: Source, ends: list[Passed | Refused]) -> Iterator[Block]:
     """One source's rows, counted from 1."""
     first = 1
     with Counted(source) as stream:
@@ -82,7 +123,7 @@ def _blocks_of(source: Source, passed: list[Passed]) -> Iterator[Block]:
             for rows in _grouped(READERS[source.kind](stream, source)):
                 yield Block(0, source.name, first, rows=rows)
                 first += len(rows)
-        passed.append(Passed(source.name, *stream.finish()))
+        ends.append(Passed(source.name, *stream.finish()))
 
 
 def _whole_lines(stream: Counted) -> Iterator[bytes]:

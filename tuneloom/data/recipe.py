@@ -105,6 +105,10 @@ class IngestConfig(Config):
     max_archive_bytes: Positive = 16 << 30
     """What the members of a zip or tar may hold; a compressed tar needs as much disk meanwhile."""
 
+    max_refused_files: Annotated[int, Field(ge=0)] = 0
+    """Files that may be broken, hostile or closed to us; each is listed, no row of it taken.
+    Above 0 every file is read once more beforehand."""
+
     @model_validator(mode="after")
     def has_a_source(self) -> "IngestConfig":
         if not self.sources:

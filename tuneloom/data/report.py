@@ -297,7 +297,11 @@ def _sources(manifest: Mapping[str, Any]) -> str:
                          + (f" until {said['consent_until']}" if said["consent_until"] else ""),
                          Html(f"<code>{escape(part['sha256'][:16])}</code>")))  # fmt: skip
     head = ["made from", "rows", "kept", "owner", "terms", "sha256"]
-    return f"<h2>Sources</h2>{table(head, rows)}"
+    refused = manifest.get("refused_files")
+    closed = (
+        table(["refused file", "why"], [(r["name"], r["why"]) for r in refused]) if refused else ""
+    )
+    return f"<h2>Sources</h2>{table(head, rows)}{closed}"
 
 
 def _recipe(manifest: Mapping[str, Any]) -> str:

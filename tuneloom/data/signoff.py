@@ -41,6 +41,8 @@ def _rows(manifest: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[st
     if privacy["default"] == "keep":
         yield "Personal data without an action of its own stays where it stands (data.privacy)."
     counts = manifest["counts"]
+    if refused := manifest.get("refused_files"):
+        yield f"{len(refused):,} files could not be read, and none of their rows is counted here."
     if rejected := sum(counts["rejected"].values()):
         share, most = rejected / counts["in"], recipe["max_rejected"]
         yield f"{rejected:,} rows ({share:.2%}) were no records; the recipe allows {most:.2%}."
