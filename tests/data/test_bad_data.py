@@ -37,6 +37,23 @@ def test_a_json_file_is_held_to_the_rules_of_jsonl(tmp_path: Path) -> None:
     assert counts["rejected"] == {"duplicate_key": 2, "not_finite": 1} and counts["kept"] == 1
 
 
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "jsonl"])
+def test_a_row_over_the_limit_is_rejected_from_every_kind_of_file(
+    tmp_path: Path, kind: str
+) -> None:
+    rows = [{"prompt": "q" * length, "completion": "a"} for length in (5, 3000)]
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif kind == "csv":
+        file.write_text("prompt,completion\n" + "".join(f"{r['prompt']},a\n" for r in rows))
+    else:
+        file.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    assert ingest(tmp_path, file, "data.max_row_bytes=2000", "data.max_rejected=0.5") == 0
+    counts = read_manifest(tmp_path / "sets" / "d")["counts"]
+    assert counts["rejected"] == {"too_long": 1} and counts["kept"] == 1
+
+
 def test_a_column_that_stands_twice_is_refused_in_parquet_as_in_csv(
     tmp_path: Path, capsys: Capture
 ) -> None:

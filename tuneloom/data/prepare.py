@@ -144,7 +144,9 @@ class Preparer:
         """The fields of a raw row; raises Reject."""
         if isinstance(raw, Reject):
             raise raw
-        if isinstance(raw, dict):
+        if isinstance(raw, dict):  # of a table or a .json: there is no line to measure
+            if (size := len(str(raw))) > self.recipe.max_row_bytes:
+                raise Reject("too_long", f"{size:,} characters, over data.max_row_bytes")
             return raw
         if len(raw) > self.recipe.max_row_bytes:
             raise Reject("too_long", f"{len(raw):,} bytes, over data.max_row_bytes")
