@@ -5,6 +5,7 @@ code.
 import os
 import time
 
+from tuneloom import imports
 from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.plan import check
 from tuneloom.train.runs import folder_of, with_id
@@ -26,7 +27,8 @@ def main(config: JobConfig) -> int:
     check(job)
     print(f"run {job.run.id} in {folder_of(training)}", flush=True)
     if config.launch.kind == "inline":
-        from tuneloom.train.loop import fit
+        with imports.unswept():
+            from tuneloom.train.loop import fit
 
         fit(training, launcher=job.launch.model_dump(mode="json"))
     else:

@@ -78,7 +78,10 @@ class Worker:
         """Train; a TuneloomError comes back as its class and sentence."""
         os.environ.update(environment)
         from tuneloom.errors import TuneloomError
-        from tuneloom.train.loop import fit
+        from tuneloom.imports import unswept
+
+        with unswept():
+            from tuneloom.train.loop import fit
 
         try:
             fit(_training(config), launcher=launcher)

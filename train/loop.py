@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tuneloom import imports
 from tuneloom.errors import Stopped, TrainingError
 from tuneloom.train import debug, distributed, runs
 from tuneloom.train.config import TrainConfig
@@ -35,6 +36,7 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
     joined_here = not distributed.is_joined()
     # Collectives give up later than the watchdog, which names who they waited for.
     world = distributed.start(timeout_seconds=config.train.hang_seconds + 60)
+    import_all()
     config = distributed.broadcast_object(runs.with_id(config))
     if config.debug:
         config = debug.shortened(config)
@@ -58,9 +60,11 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
 
 
 def import_all() -> None:
-    """What a run imports on its way to the first step, in a process that is to begin one soon."""
-    for name in ("deepspeed", "peft", "transformers.models.auto.modeling_auto"):
-        import_module(name)
+    """What a run imports on its way to the first step; standby does it in advance."""
+    imports.adapters()
+    with imports.unswept():
+        for name in ("deepspeed", "transformers.models.auto.modeling_auto"):
+            import_module(name)
 
 
 def loop(s: Session) -> Outcome:

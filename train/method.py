@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tuneloom import imports
 from tuneloom.config import did_you_mean
 from tuneloom.errors import ConfigError
 from tuneloom.train.config import MethodConfig
@@ -19,6 +20,7 @@ def apply(network: nn.Module, method: MethodConfig) -> nn.Module:
     """
     if method.kind == "full":
         return network
+    imports.adapters()
     from peft import LoraConfig, get_peft_model
 
     _known_modules(network, method)
@@ -36,7 +38,9 @@ def apply(network: nn.Module, method: MethodConfig) -> nn.Module:
     if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
         # Frozen embeddings would leave recomputed layers without an input that requires grad.
         causal.enable_input_require_grads()
-    return get_peft_model(causal, config, autocast_adapter_dtype=False)
+    unused = [] if method.kind == "qlora" else ["bitsandbytes"]
+    with imports.absent(*unused):
+        return get_peft_model(causal, config, autocast_adapter_dtype=False)
 
 
 def _known_modules(network: nn.Module, method: MethodConfig) -> None:

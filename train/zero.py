@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tuneloom import imports
 from tuneloom.errors import RefusedError
 from tuneloom.train.config import ADAPTER_BUCKET, OptimConfig, TrainConfig
 from tuneloom.train.distributed import World
@@ -219,5 +220,6 @@ def start_deepspeed() -> None:
 
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    imports.muon()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)

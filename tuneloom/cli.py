@@ -14,6 +14,7 @@ from typing import Any
 
 from tuneloom.config import FORBIDDEN_KEYS, build, compose, dotted_keys, unknown_override
 from tuneloom.errors import CONFIGURATION, ConfigError, TuneloomError
+from tuneloom.imports import unswept
 
 VERBS = {
     "doctor": (
@@ -86,11 +87,12 @@ def usage() -> str:
 def run(verb: str, rest: list[str]) -> int:
     """Compose, validate and run in this process."""
     config_dir, overrides = split_config_dir(rest)
-    module = importlib.import_module(VERBS[verb][0])
-    known = list(dotted_keys(module.CONFIG))
-    unknown_override(overrides, known)
-    texts, overrides = take_texts(overrides, getattr(module, "TEXT_KEYS", ()))
-    mapping = compose(verb, overrides, config_dir=config_dir, known=known)
+    with unswept():
+        module = importlib.import_module(VERBS[verb][0])
+        known = list(dotted_keys(module.CONFIG))
+        unknown_override(overrides, known)
+        texts, overrides = take_texts(overrides, getattr(module, "TEXT_KEYS", ()))
+        mapping = compose(verb, overrides, config_dir=config_dir, known=known)
     return int(module.main(build(module.CONFIG, mapping | texts)))
 
 
