@@ -70,8 +70,10 @@ class Exposure:
             if kept.num_rows == 0:
                 part.unlink()
             elif kept.num_rows < table.num_rows:
+                # Under the name of its last step now: the step it is named by will be flushed anew.
                 pq.write_table(kept, part.with_suffix(".tmp"))
-                part.with_suffix(".tmp").rename(part)
+                part.with_suffix(".tmp").rename(self.parts / f"step-{step:06d}.parquet")
+                part.unlink()
 
     def finish(self, step: int) -> str:
         """Join all parts into exposure.parquet, sorted by step; returns the digest of the order."""
