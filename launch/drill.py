@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -95,12 +96,17 @@ def book(out: Path, figure: Figures, seed: int) -> None:
     """Put a figure in place of the last one of its kind, beside the table and in it."""
     store = out.with_suffix(".json")
     kept: list[dict[str, Any]] = json.loads(store.read_text("utf-8")) if store.exists() else []
-    kept = [k for k in kept if (k["fault"], k["what"]) != (figure.fault, figure.what)]
+    kept = [k for k in kept if (k["fault"], kind(k["what"])) != (figure.fault, kind(figure.what))]
     date = time.strftime("%d %b %Y %H:%M", time.gmtime())
     kept.append({**asdict(figure), "seed": seed, "date": date})
     kept.sort(key=lambda k: (int(k["fault"][1:]), k["what"]))
     store.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     out.write_text(table(kept), encoding="utf-8")
+
+
+def kind(what: str) -> str:
+    """What was struck, without the numbers that were measured of it."""
+    return re.sub(r"\d[\d.]*", "#", what.split(":")[0])
 
 
 def table(kept: list[dict[str, Any]]) -> str:
