@@ -106,7 +106,7 @@ def book(out: Path, figure: Figures, seed: int) -> None:
 
 def kind(what: str) -> str:
     """What was struck, without the numbers that were measured of it."""
-    return re.sub(r"\d[\d.]*", "#", what.split(":")[0])
+    return re.sub(r"[+-]?\d[\d.]*", "#", what.split(":")[0])
 
 
 def table(kept: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloom.testing import free_port, metrics
+from tuneloom.train import shm
 from tuneloom.train.metrics import PHASES
 
 STEPS = 8
@@ -138,7 +140,10 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: P
 
 
 def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> None:
-    process, log = started(lab, "standby", "launch.standby=true"), lab / "standby.log"
+    """With copies in memory, so that each of them costs a step at most."""
+    log = lab / "standby.log"
+    process = started(lab, "standby", "launch.standby=true", "checkpoint.memory_every=1")
+    struck = []
     for kill in (1, 2):  # who took the first one's place has standby workers too
         deadline = time.monotonic() + 120
         while log.read_text().count("workers wait beside the run") < kill:
@@ -147,6 +152,7 @@ def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> No
         first = set(ranks_of(process))
         waiting = set(workers_of(process)) - first
         assert len(first) == 2 and len(waiting) == 2
+        struck.append(steps_of(lab, "standby")[-1])
         os.kill(max(first), signal.SIGKILL)
         while len(second := set(ranks_of(process)) - first) < 2:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -154,9 +160,17 @@ def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> No
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 75, said
-    rows = [json.loads(r) for r in (lab / "runs/standby/metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if "train/loss" in row]
+    steps = steps_of(lab, "standby")
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 25
+    resumed = [int(n) for n in re.findall(r"resumed step-(\d+) of standby", log.read_text())]
+    assert all(at - step <= 1 for at, step in zip(struck, resumed, strict=True)), (struck, resumed)
+    assert list(shm.ROOT.glob(shm.name_of(lab / "runs/standby") + "*")) == []
+
+
+def steps_of(lab: Path, run_id: str) -> list[int]:
+    """The steps that metrics.jsonl holds so far; a last line may be half-written."""
+    lines = (lab / "runs" / run_id / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [row["step"] for row in map(json.loads, lines) if "train/loss" in row]
 
 
 def ranks_of(driver: subprocess.Popen[bytes]) -> list[int]:

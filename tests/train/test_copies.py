@@ -17,8 +17,8 @@ from tuneloom.train.copies import Parts, choose, neighbours
 
 STEPS = 8
 
-# Rank 1 is killed in step 6: before it, or half-way through its copy of step 5. Each rank may have
-# a memory of its own, as on two hosts.
+# Rank 1 is killed in step 6: before it, half-way through its copy of step 5, or while step 6 is
+# saved to disk. Each rank may have a memory of its own, as on two hosts.
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
@@ -37,12 +37,13 @@ def struck_between(self, micros):
         os.kill(os.getpid(), signal.SIGKILL)
     return agree(self, micros)
 def struck_inside(folder):
-    if folder.name == ".torn-step-000005" and rank == "1":
+    if folder.name == dying and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return facts_of(folder)
 if kill == "between":
     Session.agree = struck_between
-if kill == "inside":
+if kill in ("inside", "saving"):
+    dying = ".torn-step-000005" if kill == "inside" else ".torn-step-000006"
     checkpoint.facts_of = struck_inside
 fit(build(TrainConfig, config))
 """
@@ -83,20 +84,24 @@ def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
     )
 
 
-def uninterrupted(lab: Path, gang: Gang, stage: int) -> str:
+def uninterrupted(lab: Path, gang: Gang, stage: int, sequence: int = 1) -> str:
     """The run that the others must equal, trained once."""
-    run_id = f"remembered-{stage}"
+    run_id = f"remembered-{stage}-{sequence}"
     if not (lab / "runs" / run_id).exists():
-        gang.fit(config(lab, run_id, zero__stage=stage, checkpoint__memory_every=0))
+        more = {"zero__stage": stage, "batch__sequence_parallel": sequence}
+        gang.fit(config(lab, run_id, checkpoint__memory_every=0, **more))
     return run_id
 
 
-@pytest.mark.parametrize(("kill", "stage", "kept"), [("between", 2, 5), ("inside", 3, 4)])
+@pytest.mark.parametrize(
+    ("kill", "stage", "sequence", "kept"),
+    [("between", 2, 1, 5), ("inside", 3, 1, 4), ("saving", 2, 1, 5), ("between", 2, 2, 5)],
+)
 def test_a_killed_rank_costs_the_step_it_was_in_and_no_bit(
-    lab: Path, two: Gang, kill: str, stage: int, kept: int
+    lab: Path, two: Gang, kill: str, stage: int, sequence: int, kept: int
 ) -> None:
-    whole, run_id = uninterrupted(lab, two, stage), f"killed-{kill}"
-    settings = config(lab, run_id, zero__stage=stage)
+    whole, run_id = uninterrupted(lab, two, stage, sequence), f"killed-{kill}-{sequence}"
+    settings = config(lab, run_id, zero__stage=stage, batch__sequence_parallel=sequence)
     codes = ranks(settings, kill)
     assert codes[1] == -9 and codes[0] != 0
     base = shm.ROOT / shm.name_of(lab / "runs" / run_id)
