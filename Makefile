@@ -39,7 +39,8 @@ check: install
 
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
-	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@failed=; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
+	if [ -n "$$failed" ]; then echo "make bench: these ended with an error:$$failed" >&2; exit 1; fi
 
 .PHONY: help install demo test check bench
 .DEFAULT_GOAL := help

@@ -46,6 +46,8 @@ class Anatomy:
     kv_heads: int
     head_width: int
     vocabulary: int
+    fused_head: bool
+    """model.kernels=true and tiles take the loss from the head, with no logits of all tokens."""
 
     @property
     def linear(self) -> int:
@@ -212,7 +214,21 @@ def _anatomy(shape: str, method: str) -> Anatomy:
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocabulary=text.vocab_size,
+        fused_head=_takes_loss(causal, head),
     )  # fmt: skip
+
+
+def _takes_loss(causal: Any, head: Any) -> bool:
+    """As kernels/patch.py finds it: a plain head that no adapter wraps, logits that are not capped.
+
+    The cached network is looked at, not patched, since it plans runs without kernels, too.
+    """
+    from torch import nn
+
+    from tuneloom.kernels.patch import HEADS
+
+    capped = getattr(causal.config, "final_logit_softcapping", None)
+    return type(causal).__name__ in HEADS and type(head) is nn.Linear and not capped
 
 
 def _layers(network: Any) -> list[Any]:

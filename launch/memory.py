@@ -196,13 +196,15 @@ def _recomputed(config: TrainConfig, saved: Saved) -> list[int]:
 def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, saved: Saved, *, cuda: bool) -> int:
     """Logits when backward reaches the loss, every token a target: three fp32 (tokens, V).
 
-    Saved log-probabilities, the gradient of the picked ones, the gradient of the logits. In tiles:
-    the gradient of the hidden states and that of a trained head, and of a chunk of logits (on a CPU
-    its fp32 scores and softmax, too) what is more than backward's own peak, since the chunk is gone
-    by then (kernels/linear_cross_entropy.py).
+    Saved log-probabilities, the gradient of the picked ones, the gradient of the logits. In tiles,
+    or where model.kernels=true takes the loss from the head: the gradient of the hidden states and
+    that of a trained head, and of a chunk of logits (on a CPU its fp32 scores and softmax, too)
+    what is more than backward's own peak, since the chunk is gone by then
+    (kernels/linear_cross_entropy.py).
     """
     tokens, vocabulary = config.batch.rank_tokens, anatomy.vocabulary
-    if config.model.tile_tokens is None:
+    fused = config.model.kernels and anatomy.fused_head
+    if config.model.tile_tokens is None and not fused:
         return 3 * _fp32(tokens * vocabulary)
     from tuneloom.kernels.linear_cross_entropy import CHUNK_BYTES, CPU_CHUNK_BYTES
 
