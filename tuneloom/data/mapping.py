@@ -103,7 +103,7 @@ def _sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise UnknownShape("conversations is no list")
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in turns:
-        if not isinstance(turn, Mapping) or turn.get("from") not in SHAREGPT_ROLES:
+        if not isinstance(turn, Mapping) or str(turn.get("from")) not in SHAREGPT_ROLES:
             raise UnknownShape("a turn whose `from` is none of " + ", ".join(SHAREGPT_ROLES))
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")})
     return messages

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 Content = dict[str, Any]
+DEEPEST = 64
+"""Levels of JSON nesting; tool schemas reach about 10, Python's recursion limit is 1,000."""
 COMPARED, CLASSIFIED, EXTRACTED = "preference", "classification", "extraction"
 
 
@@ -98,6 +100,17 @@ def _read(content: Mapping[str, Any], name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError):
         raise Fault("invalid_json", f"{name}: no JSON") from None
+    if deeper(found, DEEPEST):
+        raise Fault("invalid_json", f"{name}: nested more than {DEEPEST} levels deep")
+    return found
+
+
+def deeper(value: Any, levels: int) -> bool:
+    """True where objects and lists stand in each other more than `levels` times."""
+    if not isinstance(value, dict | list | tuple):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(deeper(inner, levels - 1) for inner in inside)

@@ -29,7 +29,8 @@ from tuneloom.data.readers import Block
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.redact import DropRow, Redactor, excerpt_redactor
 from tuneloom.data.sanitise import CONTROLS, sanitise
-from tuneloom.data.schema import Reject, check, is_plain, unique
+from tuneloom.data.schema import Reject, check, is_plain
+from tuneloom.data.strict_json import parse_line
 from tuneloom.data.tenant_schema import refuse_unlike, schema_check
 from tuneloom.errors import DataError
 
@@ -189,13 +190,18 @@ class Preparer:
         return rewrite(content, text, ""), changed, findings
 
 
-def origin_of(fields: dict[str, Any]) -> dict[str, str | int | None]:
+def origin_of(fields: dict[str, Any]) -> dict[str, Any]:
     """What `tuneloom synthesise` wrote of a row's teacher, prompt and seed; else nothing."""
     said = fields.get("meta")
     said = said.get("synthetic") if isinstance(said, dict) else None
     if not isinstance(said, dict):
         return {}
-    return {key: said.get(key) for key in ORIGIN}
+    made = {key: said.get(key) for key in ORIGIN}
+    for key, value in made.items():
+        large = isinstance(value, int) and abs(value) >= 1 << 63  # more than meta can hold
+        if large or not isinstance(value, str | int | float | None):
+            raise Reject("wrong_type", f"meta.synthetic.{key}: expected a text or a number")
+    return made
 
 
 def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:
@@ -256,60 +262,6 @@ def canonical_bytes(content: dict[str, Any], *, plain: bool) -> bytes:
         return records.canonical(content).encode("utf-8")
     except (UnicodeEncodeError, orjson.JSONEncodeError):
         raise Reject("lone_surrogate", "half of a surrogate pair, which is no text") from None
-
-
-def parse_line(raw: bytes) -> dict[str, Any]:
-    """A JSON object whose keys are unique and whose numbers are finite; raises Reject.
-
-    orjson reads the usual row; what it refuses, or might read otherwise, the slow parser judges.
-    """
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return parse_slowly(raw)
-    if type(value) is not dict or b'" :' in raw or b'"\t:' in raw or b'"\r:' in raw:
-        return parse_slowly(raw)
-    # Every key stands before a colon: as many keys as `":` in the bytes, and none stands twice.
-    return value if _keys(value) == raw.count(b'":') else parse_slowly(raw)
-
-
-def _keys(value: Any) -> int:
-    """Keys at any depth; below nothing if there is a number that orjson may have rounded."""
-    keys = 0
-    if type(value) is dict:
-        keys, value = len(value), value.values()
-    elif type(value) is not list:
-        return -(1 << 60) if type(value) is float else 0
-    for item in value:
-        if type(item) is not str:
-            keys += _keys(item)
-    return keys
-
-
-def parse_slowly(raw: bytes) -> dict[str, Any]:
-    """The same by the standard library, with a reason for whatever is wrong."""
-    try:
-        value = DECODER.decode(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Reject("invalid_utf8", f"byte {error.start} is not UTF-8") from None
-    except RecursionError:
-        raise Reject("invalid_json", "nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise Reject("invalid_json", f"{error.msg} at character {error.pos}") from None
-    except Reject:
-        raise
-    except ValueError as error:  # an integer of more than 4,300 digits
-        raise Reject("invalid_json", str(error)) from None
-    if not isinstance(value, dict):
-        raise Reject("not_an_object", f"expected an object, got {type(value).__name__}")
-    return value
-
-
-def _finite(constant: str) -> float:
-    raise Reject("not_finite", f"{constant} is no JSON number")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_finite)
 
 
 def excerpt(

@@ -18,9 +18,11 @@ from typing import IO, Any
 import pyarrow as pa
 
 from tuneloom.data.archives import parts_of
+from tuneloom.data.payloads import DEEPEST, deeper
 from tuneloom.data.schema import Reject, unique
 from tuneloom.data.sources import Source
 from tuneloom.data.streams import Counted
+from tuneloom.data.strict_json import TOO_DEEP
 from tuneloom.errors import DataError
 
 BLOCK_BYTES = 4 << 20
@@ -197,7 +199,9 @@ def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         value = lists[0] if len(lists) == 1 and "messages" not in value else [value]
     for row in value if isinstance(value, list) else [value]:
-        if isinstance(row, dict):
+        if isinstance(row, dict) and deeper(row, DEEPEST):
+            yield Reject("invalid_json", TOO_DEEP)
+        elif isinstance(row, dict):
             yield _fault(row) or row
         elif isinstance(row, Reject):
             yield row

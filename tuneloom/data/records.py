@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneloom.data import payloads
+from tuneloom.data.payloads import DEEPEST, deeper
 from tuneloom.errors import DataError
 
 Kind = Literal[
@@ -55,8 +56,6 @@ MESSAGE_KEYS = {
 }
 RESERVED = re.compile("[\ufdd0-\ufddf]")
 """Unicode noncharacters, never meant for interchange; render.py marks control tokens with them."""
-DEEPEST = 64
-"""Levels of JSON nesting; tool schemas reach about 10, Python's recursion limit is 1,000."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def _check_text(value: Any, key: str, where: str) -> None:
 
 def _refuse_unstorable(obj: dict[Any, Any], where: str) -> None:
     """Lone surrogates, NaN, odd types, deep nesting and reserved characters, in one pass."""
-    if _depth(obj, DEEPEST) < 0:
+    if deeper(obj, DEEPEST):
         raise DataError(f"{where}: nested too deeply; at most {DEEPEST} levels are read")
     try:
         text = canonical(obj)
@@ -235,17 +234,6 @@ def _refuse_unstorable(obj: dict[Any, Any], where: str) -> None:
     if reserved:
         code = f"U+{ord(reserved.group()):04X}"
         raise DataError(f"{where}: holds the noncharacter {code}, reserved here; remove it")
-
-
-def _depth(value: Any, left: int) -> int:
-    """Levels still allowed below `value`, negative when it is nested deeper than `left`."""
-    if left < 0:
-        return -1
-    if isinstance(value, dict):
-        return min((_depth(inner, left - 1) for inner in value.values()), default=left)
-    if isinstance(value, list | tuple):
-        return min((_depth(inner, left - 1) for inner in value), default=left)
-    return left
 
 
 def _shown(value: Any) -> str:

@@ -58,7 +58,7 @@ def _check_messages(messages: Any) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise Reject("wrong_type", f"messages.{index}: expected an object")
-        if message.get("role") not in ROLES:
+        if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
             raise Reject(
                 "unknown_role", f"messages.{index}.role: {str(message.get('role'))[:40]!r}"
             )

@@ -1,5 +1,6 @@
 """The raw files that a pattern means: local or remote, each with a name that no machine changes."""
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ class Source:
         """The bytes as they lie there."""
         if self.opener:
             return self.opener()
+        local = self.path.removeprefix("file://")
+        if local != self.path and not os.path.isfile(local) and os.path.exists(local):
+            raise OSError(errno.EINVAL, "no regular file")  # a pipe would be waited on for ever
         return fsspec.open(self.path, "rb").open()
 
 

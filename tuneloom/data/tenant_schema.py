@@ -58,6 +58,8 @@ def _checker(text: str, *, bounded: bool = False) -> Callable[[Any, str], None]:
         ) from None
     try:
         schema = json.loads(text)
+        if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+            raise NoSchema("$schema: expected text")
         cls = jsonschema.validators.validator_for(schema)
         cls.check_schema(schema)
     except (ValueError, RecursionError, jsonschema.SchemaError) as error:

@@ -1,0 +1,72 @@
+"""Rows and files made to end an ingest: each is a counted reject or one sentence."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tuneloom.data.prepare import Preparer
+from tuneloom.data.readers import Block, read_blocks
+from tuneloom.data.recipe import Recipe
+from tuneloom.data.sources import find_sources
+from tuneloom.errors import DataError
+
+DEEP = "nested too deeply; at most 64 levels are read"
+VALUES = [
+    "[]", "{}", "null", "true", "3", "1.5", '"x"', '[["a"]]', '{"a": {"b": 1}}', "1e400", "9" * 23,
+    '"http://x.example/y"', '"#"', '"http://[::1"', '"\\u0000"',
+    *("[" * n + "]" * n for n in (60, 70, 500, 990, 1020, 10_000)),
+    *('{"a":' * n + "1" + "}" * n for n in (60, 100, 990, 1020, 10_000)),
+]  # fmt: skip
+ROWS = [
+    '{"messages": %s}', '{"messages": [{"role": %s, "content": "a"}]}',
+    '{"messages": [{"role": "assistant", "content": %s}]}',
+    '{"messages": [{"role": "assistant", "content": "a", "tool_calls": %s}]}',
+    '{"messages": [{"role": "assistant", "content": "a"}], "tools": [%s]}',
+    '{"conversations": [{"from": %s, "value": "a"}]}', '{"instruction": %s, "output": "a"}',
+    '{"prompt": "a", "completion": %s}', '{"text": "a", "meta": %s}',
+    '{"text": "a", "meta": {"synthetic": {"teacher": %s}}}',
+    '{"input": "q", "label": "a", "labels": ["a", %s]}',
+    '{"input": "q", "schema": %s, "answer": {}}',
+    '{"input": "q", "schema": {"$ref": %s}, "answer": {}}',
+    '{"input": "q", "schema": {"$schema": %s}, "answer": {}}',
+    '{"input": "q", "schema": {"properties": %s}, "answer": {"a": 1}}',
+    '{"prompt": "a", "chosen": %s, "rejected": "b"}', "%s",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_whatever_stands_in_a_field_is_a_row_or_a_reject(row: str) -> None:
+    prepare = Preparer(Recipe(name="d"))
+    for value in VALUES:
+        done = prepare(Block(0, "s", 1, row.replace("%s", value).encode()))
+        assert done.rows_in == 1 == len(done.table) + len(done.rejects)
+
+
+@pytest.mark.parametrize("levels", [63, 64, 900, 1_000, 1_020, 2_000, 10_000])
+def test_the_levels_of_nesting_that_are_read_do_not_depend_on_the_stack(levels: int) -> None:
+    raw = b'{"text": "a", "meta": ' + b"[" * levels + b"]" * levels + b"}"
+    done = Preparer(Recipe(name="d"))(Block(0, "s", 1, raw))
+    assert [reject["why"] for reject in done.rejects] == ([DEEP] if levels > 63 else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[{"prompt": "a", "prompt": "b", "completion": "c"}]', "the key 'prompt' stands twice"),
+        ('[{"text": "a", "score": NaN}]', "NaN is no JSON number"),
+        ('[{"text": ' + "[" * 80 + "]" * 80 + "}]", DEEP),
+    ],
+)
+def test_json_files_are_read_as_strictly_as_lines(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(DataError, match=f"^r.json: .*{said}"):
+        list(read_blocks(find_sources([str(tmp_path)]), [], max_archive_bytes=1))
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}))
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match=r"^p.jsonl: cannot be read as lines \(no regular file\)"):
+        list(read_blocks(find_sources([str(tmp_path)]), [], max_archive_bytes=1))
