@@ -31,20 +31,25 @@ config, kill, hosts = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 rank = os.environ["RANK"]
 if hosts:
     shm.ROOT = Path(hosts) / rank
-agree, facts_of = Session.agree, checkpoint.facts_of
+agree, facts_of, write_share = Session.agree, checkpoint.facts_of, checkpoint.write_share
 def struck_between(self, micros):
     if self.step == 5 and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return agree(self, micros)
 def struck_inside(folder):
-    if folder.name == dying and rank == "1":
+    if folder.name == ".torn-step-000005" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return facts_of(folder)
+def struck_saving(engine, torn, *more):
+    if torn.name.startswith(".torn-step-000006-") and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_share(engine, torn, *more)
 if kill == "between":
     Session.agree = struck_between
-if kill in ("inside", "saving"):
-    dying = ".torn-step-000005" if kill == "inside" else ".torn-step-000006"
+if kill == "inside":
     checkpoint.facts_of = struck_inside
+if kill == "saving":
+    checkpoint.write_share = struck_saving
 fit(build(TrainConfig, config))
 """
 
