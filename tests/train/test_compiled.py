@@ -52,9 +52,9 @@ def test_bf16_stays_within_half_a_percent(lab: Path, one: Gang) -> None:
 def test_validation_and_samples_make_no_graphs(lab: Path, one: Gang) -> None:
     often = {"train__validate_every": 1, "train__sample_every": 1, "train__samples": 1}
     rows = str(lab / "validation.jsonl")
-    one.fit(small_config(lab, "validated", steps=4, data__validation=rows, model__compile=True,
-                         train__effects_step=3, **often))  # fmt: skip
-    found = evidence(lab, "validated")
+    one.fit(small_config(lab, "compiled-validated", steps=4, data__validation=rows,
+                         model__compile=True, train__effects_step=3, **often))  # fmt: skip
+    found = evidence(lab, "compiled-validated")
     assert found["graphs"] == 7 and found["compiled_forwards"] == 6
 
 
