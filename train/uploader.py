@@ -5,13 +5,14 @@ rows in order; then LIVE, until its writer closes it. Ends by itself within two 
 process that started it is gone: the next attempt, or `wandb sync`, uploads the rest.
 """
 
+import http.client
 import os
-import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
 
 GRACE_SECONDS = 15.0
 """How long a finished run waits for its upload, where the server answers."""
@@ -53,12 +54,13 @@ def _server() -> str:
 
 
 def _server_answers() -> bool:
-    url = urlsplit(_server())
-    port = url.port or (443 if url.scheme == "https" else 80)
+    """Whether it says anything to an HTTP request within a second but that it is broken."""
     try:
-        with socket.create_connection((str(url.hostname), port), timeout=2):
+        with urllib.request.urlopen(_server(), timeout=1):
             return True
-    except OSError:
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, http.client.HTTPException):
         return False
 
 
