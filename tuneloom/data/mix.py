@@ -18,14 +18,14 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tuneloom.config import Config
 from tuneloom.data.aside import ASIDE, LENGTHS
 from tuneloom.data.manifest import length_table
 from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import effective
-from tuneloom.data.recipe import NAME
+from tuneloom.data.recipe import Name
 from tuneloom.data.records import canonical
 from tuneloom.data.rows import verify_shard
 from tuneloom.data.splits import SPLITS, place_of
@@ -68,7 +68,7 @@ class MixModelConfig(Config):
 
 
 class MixConfig(Config):
-    name: str
+    name: Name
     parts: Annotated[list[Part], Field(min_length=1)]
     rows: Annotated[int, Field(gt=0)] | None = None
     """Train rows in all, without rehearsal; None takes as many as the parts have."""
@@ -78,13 +78,6 @@ class MixConfig(Config):
     seed: int = 0
     model: MixModelConfig = MixModelConfig()
     root: str = "datasets"
-
-    @field_validator("name")
-    @classmethod
-    def safe(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
-        return value
 
     @model_validator(mode="after")
     def one_way_to_share(self) -> "MixConfig":

@@ -4,7 +4,7 @@ import datetime
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tuneloom.config import Config
 from tuneloom.data.contamination import AgainstConfig
@@ -16,6 +16,16 @@ from tuneloom.data.redact import PrivacyConfig
 from tuneloom.data.sanitise import SanitiseConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def _safe(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_safe)]
+"""Becomes a folder or a file (LLaMA-Factory CVE-2024-52803)."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -45,7 +55,7 @@ class WithinConfig(Config):
 
 
 class Recipe(Config):
-    name: str
+    name: Name
     """The dataset's name; its folder is NAME@ID."""
     source: str | list[str] | None = None
     """Files, folders or globs; `source=` on the command line goes before it."""
@@ -84,14 +94,6 @@ class Recipe(Config):
     max_row_bytes: Positive = 1_000_000
     """A longer row is rejected: a 10 MB row is a broken export more often than a record."""
     rows_per_shard: Positive = 50_000
-
-    @field_validator("name")
-    @classmethod
-    def safe(cls, value: str) -> str:
-        # Names become folders (LLaMA-Factory CVE-2024-52803).
-        if not NAME.fullmatch(value):
-            raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
-        return value
 
 
 class IngestConfig(Config):

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from tuneloom.config import Config
 from tuneloom.data import argilla
 from tuneloom.data.curate import Golden, Row, Status
-from tuneloom.data.recipe import NAME
+from tuneloom.data.recipe import Name
 from tuneloom.data.review_page import page, text_of
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError
@@ -27,7 +27,7 @@ STATUSES: tuple[Status, ...] = ("draft", "reviewed", "golden", "refused", "retir
 
 class GoldenConfig(Config):
     action: Literal["propose", "queue", "decide", "retire", "seal", "status"] = "status"
-    name: str
+    name: Name
     """The golden set; its folder is ROOT/NAME."""
     root: str = "golden"
     reviewers: Annotated[int, Field(ge=1)] = 2
@@ -47,13 +47,6 @@ class GoldenConfig(Config):
     people: dict[str, str] | None = None
     """decide: names of the users that the file knows by another one, as Argilla's UUIDs."""
     note: str = ""
-
-    @field_validator("name")
-    @classmethod
-    def safe(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
-        return value
 
 
 CONFIG = GoldenConfig

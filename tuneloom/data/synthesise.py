@@ -19,12 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tuneloom.config import Config
 from tuneloom.data import designer
 from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import mapper
+from tuneloom.data.recipe import Name
 from tuneloom.data.records import canonical, content_id, parse
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError
@@ -44,7 +45,7 @@ class TeacherConfig(Config):
 
 
 class SynthesiseConfig(Config):
-    name: str
+    name: Name
     """The output is OUT/NAME.jsonl."""
     seeds: str
     """A dataset folder or JSONL file whose rows fill the prompt."""
@@ -64,13 +65,6 @@ class SynthesiseConfig(Config):
     """Synthetic rows, of these and the seeds together."""
     parallel: Annotated[int, Field(gt=0)] = 8
     out: str = "raw/synthetic"
-
-    @field_validator("name")
-    @classmethod
-    def safe(cls, value: str) -> str:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", value):
-            raise ValueError("expected 1 to 64 of [a-z0-9._-], not starting with a dot or dash")
-        return value
 
     @model_validator(mode="after")
     def one_source(self) -> "SynthesiseConfig":
