@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.data import dirty
 from tuneloom.config import build
+from tuneloom.data import recognisers
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.records import parse
@@ -345,4 +346,24 @@ def test_rows_that_break_the_owners_schema_are_rejected(tmp_path: Path) -> None:
         run(tmp_path, source, **options)
     (tmp_path / "schema.json").write_text('{"$ref": "https://example.com/schema.json"}')
     with pytest.raises(ConfigError, match=r"refers to https://example\.com/schema\.json"):
+        run(tmp_path, source, **options)
+
+
+def test_patterns_of_the_tenants_schema_are_searched_for_in_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recognisers, "PATIENCE_SECONDS", 0.5)
+    source = write(tmp_path / "raw.jsonl", [{"text": "x 1"}, {"text": "y" + "a" * 60}])
+    options = {"json_schema": str(tmp_path / "schema.json"), "max_rejected": 1.0}
+
+    def schema(pattern: str) -> None:
+        kept = {"properties": {"text": {"pattern": pattern}}}
+        (tmp_path / "schema.json").write_text(json.dumps(kept))
+
+    schema(r"\d")
+    folder = run(tmp_path, source, **options)
+    [rejected] = map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
+    assert rejected["why"] == "text: breaks 'pattern' of the schema"
+    schema("(a|aa)+b")
+    with pytest.raises(ConfigError, match=r"data\.json_schema: '\(a\|aa\)\+b' took over"):
         run(tmp_path, source, **options)

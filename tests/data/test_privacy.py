@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuneloom.config import build
+from tuneloom.data import recognisers
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.recognisers import RECOGNISERS, find
@@ -112,6 +113,20 @@ def test_the_tenants_own_pattern_is_asked_first() -> None:
     redactor = Redactor(build(PrivacyConfig, {"recognisers": own}))
     assert redactor.redact("customer C-123456", "t")[0] == "customer C-<CUSTOMER>"
     assert redactor.redact("chapter C-123456", "t")[0] == "chapter C-123456"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tenants_pattern_without_end_is_refused_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(recognisers, "PATIENCE_SECONDS", 0.5)  # with two workers it is 5
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": "a" * 60}) + "\n")
+    own = [{"entity": "x", "pattern": "(a|aa)+b"}]
+    places = {"source": str(tmp_path / "raw.jsonl"), "root": str(tmp_path / "ds")}
+    data = {"name": "d", "privacy": {"recognisers": own}}
+    with pytest.raises(ConfigError, match=r"recognisers\.0: '\(a\|aa\)\+b' took over"):
+        ingest(build(IngestConfig, {"data": data, "workers": workers} | places))
+    assert not list((tmp_path / "ds").iterdir())
 
 
 def dataset(

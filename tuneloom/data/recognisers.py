@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import phonenumbers
+import regex
+
+from tuneloom.errors import ConfigError
 
 NEAR = 48
 """Characters before a number in which its context word must stand."""
@@ -26,13 +29,35 @@ class Finding:
     end: int
 
 
+PATIENCE_SECONDS = 5.0
+
+
+class Bounded:
+    """The data owner's pattern, which a text must not keep busy for ever (CWE-1333): `regex` stops
+    where `re` cannot. Raises ConfigError after PATIENCE_SECONDS in one text.
+    """
+
+    def __init__(self, pattern: str, key: str) -> None:
+        self.compiled, self.key = regex.compile(pattern), key
+        self.groupindex = self.compiled.groupindex
+
+    def finditer(self, text: str) -> Iterator[re.Match[str]]:
+        try:
+            yield from self.compiled.finditer(text, timeout=PATIENCE_SECONDS)
+        except TimeoutError:
+            raise ConfigError(
+                f"{self.key}: {self.compiled.pattern!r} took over {PATIENCE_SECONDS:.0f} s in one "
+                f"text of {len(text):,} characters; write it without a repeat inside a repeat"
+            ) from None
+
+
 @dataclass(frozen=True)
 class Recogniser:
     """`check` takes the match; one of `words` must stand before it, and `unless` must not."""
 
     entity: str
     look: str
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[str] | Bounded
     check: Callable[[str], bool] = lambda _: True
     words: tuple[str, ...] = ()
     unless: re.Pattern[str] | None = None

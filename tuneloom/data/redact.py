@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+import regex
 from pydantic import field_validator, model_validator
 
 from tuneloom.config import Config
-from tuneloom.data.recognisers import ENTITIES, RECOGNISERS, Finding, Recogniser, find
+from tuneloom.data.recognisers import ENTITIES, RECOGNISERS, Bounded, Finding, Recogniser, find
 from tuneloom.data.secrets import find_secrets, find_with_detect_secrets
 from tuneloom.errors import ConfigError
 
@@ -37,8 +38,8 @@ class TenantRecogniser(Config):
     @classmethod
     def compiles(cls, value: str) -> str:
         try:
-            re.compile(value)
-        except re.error as error:
+            regex.compile(value)
+        except regex.error as error:
             raise ValueError(f"no regular expression ({error})") from None
         return value
 
@@ -91,8 +92,11 @@ class Redactor:
     def __init__(self, config: PrivacyConfig) -> None:
         self.config = config
         own = [
-            Recogniser(r.entity, "always", re.compile(r.pattern), words=tuple(map(_word, r.near)))
-            for r in config.recognisers
+            Recogniser(
+                r.entity, "always", Bounded(r.pattern, f"data.privacy.recognisers.{number}"),
+                words=tuple(map(_word, r.near)),
+            )
+            for number, r in enumerate(config.recognisers)
         ]  # fmt: skip
         self.actions = config.actions or {}
         named = {"keep"} != {config.default, *self.actions.values()}

@@ -1,11 +1,12 @@
 """JSON Schemas: the data owner's, asked about each raw row, and the one an extraction row holds."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tuneloom.data.recognisers import Bounded
 from tuneloom.data.schema import Reject
 from tuneloom.errors import ConfigError
 
@@ -65,8 +66,8 @@ def _checker(text: str, *, bounded: bool = False) -> Callable[[Any, str], None]:
     except (ValueError, RecursionError, jsonschema.SchemaError) as error:
         raise NoSchema(str(getattr(error, "message", error))) from None
     bounds = Bounds()
-    if bounded:
-        cls = jsonschema.validators.extend(cls, bounds.keywords(cls.VALIDATORS))
+    own = bounds.keywords(cls.VALIDATORS) if bounded else {"pattern": _search}
+    cls = jsonschema.validators.extend(cls, own)
     validator = cls(schema, registry=referencing.Registry())  # the default one asks the network
 
     def conforms(value: Any, name: str) -> None:
@@ -83,6 +84,16 @@ def _checker(text: str, *, bounded: bool = False) -> Callable[[Any, str], None]:
             raise Reject("schema", f"{where}: breaks {fault.validator!r} of the schema")
 
     return conforms
+
+
+def _search(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Exception]:
+    """The keyword `pattern` of the data owner's schema, in bounded time on a stranger's text."""
+    import jsonschema
+
+    if validator.is_type(value, "string"):
+        matches = Bounded(pattern, "data.json_schema").finditer(value)
+        if next(matches, None) is None:
+            yield jsonschema.ValidationError("does not match")
 
 
 class Bounds:
