@@ -111,7 +111,7 @@ def test_a_folder_in_place_of_the_link_is_refused_before_anything_is_published(
     (tmp_path / "raw.jsonl").write_bytes(GOOD)
     (tmp_path / "sets" / "d").mkdir(parents=True)
     assert "a folder stands where" in said(capsys, ingest(tmp_path, tmp_path / "raw.jsonl"))
-    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["d"]
+    assert [path.name for path in (tmp_path / "sets").glob("[!.]*")] == ["d"]
 
 
 @pytest.mark.parametrize("text", [b'{"title": "caf\xe9"}', b'{"not":' * 3000 + b"{}" + b"}" * 3000])

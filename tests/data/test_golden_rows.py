@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 def golden(tmp_path: Path) -> Golden:
-    return Golden(tmp_path / "golden" / "g", reviewers=2)
+    folder = tmp_path / "golden" / "g"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Golden(folder, reviewers=2)
 
 
 def act(tmp_path: Path, action: str, **config: Any) -> None:
@@ -59,10 +62,12 @@ def test_a_row_is_golden_after_two_others_approved_it(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="another must"):
         store.decide(record.id, "approve", "bob")
     store.decide(record.id, "approve", "carla")
+    store.write()
     assert [row.record.id for row in golden(tmp_path).of("golden")] == [record.id]
     with pytest.raises(RefusedError, match="is golden and cannot change"):
         golden(tmp_path).decide(record.id, "refuse", "dora")
-    golden(tmp_path).retire(record.id, "anna", "the price changed")
+    store.retire(record.id, "anna", "the price changed")
+    store.write()
     assert golden(tmp_path).of("golden") == []
     assert golden(tmp_path).of("retired")[0].notes == ["anna: the price changed"]
 
@@ -80,6 +85,7 @@ def test_an_edited_log_is_refused(tmp_path: Path) -> None:
     store = golden(tmp_path)
     for i in range(3):
         store.propose(parse(chat(f"q{i}", "a"), source="s"), "anna")
+    store.write()
     whole = store.log.read_text()
     store.log.write_text(whole.replace('"q0"', '"qx"'))
     with pytest.raises(DataError, match=r"events\.jsonl:2: the log was edited"):
@@ -94,6 +100,37 @@ def decisions(path: Path, ids: list[str], by: str) -> str:
         "".join(json.dumps({"id": i, "decision": "approve", "by": by}) + "\n" for i in ids)
     )
     return str(path)
+
+
+def test_a_file_of_decisions_is_entered_whole_or_not_at_all(tmp_path: Path, source: str) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    log = golden(tmp_path).log
+    before, ids = log.read_text(), sorted(golden(tmp_path).rows)
+    file = decisions(tmp_path / "d.jsonl", [*ids, "f" * 64], "bob")
+    with pytest.raises(DataError, match="0 rows begin with"):
+        act(tmp_path, "decide", decisions=file)
+    assert log.read_text() == before
+
+
+def test_reviewers_at_work_at_once_write_one_log(tmp_path: Path, source: str) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    ids = sorted(golden(tmp_path).rows)
+    people = [f"person{i}" for i in range(4)]
+    for person in people:
+        decisions(tmp_path / f"{person}.jsonl", ids, person)
+    code = (
+        "import sys; from tuneloom.config import build; from tuneloom.data.review import *\n"
+        "main(build(GoldenConfig, {'action': 'decide', 'name': 'g', 'reviewers': 9,"
+        " 'root': sys.argv[1], 'decisions': sys.argv[2]}))"
+    )
+    words = [str(tmp_path / "golden")]
+    at_work = [
+        subprocess.Popen([sys.executable, "-c", code, *words, str(tmp_path / f"{person}.jsonl")])
+        for person in people
+    ]
+    assert [process.wait(timeout=120) for process in at_work] == [0] * 4
+    rows = golden(tmp_path).rows.values()  # an event that follows none before it would raise
+    assert [sorted(row.approved_by) for row in rows] == [people] * 3
 
 
 def test_from_proposal_to_a_sealed_set_that_training_data_may_not_hold(

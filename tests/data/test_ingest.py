@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,16 @@ def test_the_link_points_at_the_newest_version(tmp_path: Path) -> None:
     assert first != second
     assert link.resolve() == second.resolve()
     assert os.readlink(link) == second.name, "relative, so the folder can be moved"
+
+
+def test_ingests_of_one_dataset_at_once_leave_it_whole(tmp_path: Path) -> None:
+    source = write(tmp_path / "raw.jsonl", [{"text": f"row {i}"} for i in range(50)])
+    words = ["-m", "tuneloom", "ingest", "data.name=d", f"source={source}", f"root={tmp_path}/ds"]
+    at_once = [subprocess.Popen([sys.executable, *words]) for _ in range(4)]
+    assert [process.wait(timeout=120) for process in at_once] == [0] * 4
+    link, folder = sorted((tmp_path / "ds").glob("[!.]*"))
+    assert link.resolve() == folder and len(open_rows(link)) == 49
+    assert [path.name for path in (tmp_path / "ds").glob(".*")] == [".lock"]
 
 
 def test_rows_of_one_key_share_a_split_and_labels_are_balanced(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ refused. Whoever proposed a row does not count as its reviewer.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tuneloom.data.lock import alone_in
 from tuneloom.data.records import Record, canonical, parse
 from tuneloom.errors import DataError, RefusedError
 
@@ -42,13 +45,13 @@ class Row:
 
 
 class Golden:
-    """A folder with events.jsonl, read whole and appended to."""
+    """A folder with events.jsonl, read whole; what happens is appended by `write`."""
 
     def __init__(self, folder: Path, *, reviewers: int) -> None:
         self.log, self.reviewers = folder / "events.jsonl", reviewers
         self.rows: dict[str, Row] = {}
         self.head = ""
-        folder.mkdir(parents=True, exist_ok=True)
+        self.fresh: list[str] = []
         for number, line in enumerate(self._lines(), 1):
             try:
                 event = json.loads(line)
@@ -61,6 +64,33 @@ class Golden:
                 )
             self.head = digest(line)
             self._apply(event)
+
+    @classmethod
+    @contextmanager
+    def alone(cls, folder: Path, *, reviewers: int) -> Iterator["Golden"]:
+        """The set, which nobody else changes meanwhile: all that is done to it, or nothing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            golden = cls(folder, reviewers=reviewers)
+            yield golden
+            golden.write()
+
+    def write(self) -> None:
+        """Append what happened since the log was read; on disk when this returns, or RefusedError
+        and nothing is.
+        """
+        with self.log.open("ab") as file:
+            end = file.tell()
+            try:
+                file.write("".join(self.fresh).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                os.truncate(self.log, end)
+                raise RefusedError(
+                    f"{self.log}: cannot be written ({error.strerror}), so nothing was entered"
+                ) from None
+        self.fresh = []
 
     def _lines(self) -> Iterator[str]:
         if self.log.exists():
@@ -115,8 +145,7 @@ class Golden:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         entry = {"event": event, "id": whole, "by": by, "at": at, "previous": self.head, **more}
         line = canonical(entry)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self.fresh.append(line + "\n")
         self.head = digest(line)
         self._apply(entry)
 

@@ -57,8 +57,8 @@ Decided = tuple[str, Literal["approve", "refuse"], str, str]
 def main(config: GoldenConfig) -> int:
     """Do the action, then print how many rows have which status."""
     folder = Path(config.root) / config.name
-    golden = Golden(folder, reviewers=config.reviewers)
-    ACTIONS[config.action](golden, folder, config)
+    with Golden.alone(folder, reviewers=config.reviewers) as golden:
+        ACTIONS[config.action](golden, folder, config)
     counted = Counter(row.status(config.reviewers) for row in golden.rows.values())
     print("  ".join(f"{status} {counted[status]:,}" for status in STATUSES))
     return 0

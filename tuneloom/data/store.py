@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuneloom.data.lock import alone_in
 from tuneloom.data.rows import manifest_of
 from tuneloom.errors import DataError
 
@@ -125,18 +125,18 @@ def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
     write_json(draft / "manifest.json", manifest)
     draft.chmod(0o755)  # mkdtemp made it private
     folder, link = root / f"{name}@{identity}", root / name
-    if link.exists() and not link.is_symlink():
-        raise DataError(f"{link}: a folder stands where the link to the newest version belongs")
-    if (
-        folder.exists()
-    ):  # the same dataset again: whatever happened to the old copy, this one is whole
-        old = root / f".{name}.old.{os.getpid()}"
-        folder.rename(old)
-        shutil.rmtree(old)
-    draft.rename(folder)
-    fresh = root / f".{name}.{os.getpid()}"
-    fresh.symlink_to(folder.name)
-    fresh.replace(link)
+    old, fresh = root / f".{name}.old", root / f".{name}.new"
+    with alone_in(root):
+        if link.exists() and not link.is_symlink():
+            raise DataError(f"{link}: a folder stands where the link to the newest version belongs")
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+        if folder.exists():  # the same again: whatever happened to the old copy, this one is whole
+            folder.rename(old)
+        draft.rename(folder)
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(folder.name)
+        fresh.replace(link)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

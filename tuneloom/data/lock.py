@@ -1,0 +1,33 @@
+"""One writer at a time in a folder that several people or jobs write to."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tuneloom.errors import RefusedError
+
+PATIENCE_SECONDS = 60.0
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold FOLDER/.lock, which the kernel lets go of whatever happens to this process.
+
+    Waits for whoever holds it; raises RefusedError after PATIENCE_SECONDS.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with (folder / ".lock").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RefusedError(
+                        f"{folder}: another process has been writing here for "
+                        f"{PATIENCE_SECONDS:.0f} s; wait for it, then try again"
+                    ) from None
+                time.sleep(0.02)
+        yield
