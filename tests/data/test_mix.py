@@ -16,7 +16,7 @@ from tuneloom.data.mix import MixConfig, main, mix
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.render import Renderer
 from tuneloom.data.rows import open_rows
-from tuneloom.errors import ConfigError
+from tuneloom.errors import ConfigError, DataError
 from tuneloom.registry.graph import Graph
 
 
@@ -148,6 +148,21 @@ def test_contradicting_shares_are_refused(parts: list[str]) -> None:
         build(MixConfig, {"name": "m", "parts": of(parts, weight=[1, 1], epochs=[1, 1])})
     with pytest.raises(ConfigError, match="a weight to every part or to none"):
         build(MixConfig, {"name": "m", "parts": [{"dataset": "a", "weight": 1}, {"dataset": "b"}]})
+
+
+def test_more_rows_than_any_disk_holds_are_refused_before_a_row_is_written(
+    tmp_path: Path, parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"parts: 1,\d+,\d+,\d+,\d+ rows in all; at most"):
+        mixed(tmp_path, parts=of(parts, epochs=[1e9, 1e12 / 100]))
+    assert not list((tmp_path / "datasets").glob(".draft-*"))
+
+
+def test_a_part_with_no_row_left_is_named(tmp_path: Path) -> None:
+    part = make(tmp_path, "one", 50, key="{n}", split={"train": 1, "validation": 0, "test": 0})
+    held = make(tmp_path, "two", 50, key="{n}", split={"train": 0, "validation": 0, "test": 1})
+    with pytest.raises(DataError, match="one@[0-9a-f]+ has no train rows that no part holds out"):
+        mixed(tmp_path, parts=of([part, held]))
 
 
 def test_a_mixture_keeps_the_licence_of_each_row(tmp_path: Path, parts: list[str]) -> None:

@@ -8,15 +8,21 @@ tokens here already.
 """
 
 import hashlib
+import heapq
 import json
 import shutil
 import tempfile
+from array import array
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
@@ -30,6 +36,7 @@ from tuneloom.data.records import canonical
 from tuneloom.data.rows import verify_shard
 from tuneloom.data.splits import SPLITS, place_of
 from tuneloom.data.store import (
+    COLUMNS,
     ROWS_PER_SHARD,
     SCHEMA,
     ShardWriter,
@@ -39,8 +46,12 @@ from tuneloom.data.store import (
     read_manifest,
 )
 from tuneloom.data.token_shares import TokenCounter
-from tuneloom.errors import DataError
+from tuneloom.errors import ConfigError, DataError
 
+Row = dict[str, str]
+AT_ONCE = 1_000
+MOST_ROWS = 1_000_000_000
+"""Of one mixture, about a terabyte; more is a slip in `epochs` or `rows`."""
 Positive = Annotated[float, Field(gt=0.0)]
 
 
@@ -139,14 +150,17 @@ def mix(config: MixConfig) -> Path:
         held_ids |= ids
         held_keys |= keys
     for part in everyone:
-        part.keep_out(held_ids, held_keys)
-    wanted = shares(config, [len(part.train) for part in parts])
+        part.keep_out(held_ids, held_keys, config.seed)
+    wanted = shares(config, [part.train for part in parts])
     if config.rehearsal and rehearsal:
         wanted.append(round(sum(wanted) * config.rehearsal.share / (1.0 - config.rehearsal.share)))
-    taken = [part.take(number, config.seed) for part, number in zip(everyone, wanted, strict=True)]
+    if sum(wanted) > MOST_ROWS:
+        raise ConfigError(f"parts: {sum(wanted):,} rows in all; at most {MOST_ROWS:,} are mixed")
+    for part, number in zip(everyone, wanted, strict=True):
+        part.take(number)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
     try:
-        manifest = _write(config, draft, parts, everyone, taken)
+        manifest = _write(config, draft, parts, everyone)
         return publish(draft, root, manifest)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -169,73 +183,98 @@ def shares(config: MixConfig, sizes: list[int]) -> list[int]:
 
 
 class Loaded:
-    """One part: its rows by split, its name, what it says of itself."""
+    """One part: its name, what it says of itself, and how often each of its train rows is taken.
+
+    Rows are read in batches; 17 bytes a train row stay in memory, and the held-out ids and keys.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.name = f"{self.manifest['name']}@{self.manifest['id']}"
-        self.splits = {split: self._read(split) for split in SPLITS}
-        self.train = self.splits["train"]
-        self.left_out = 0
-
-    def _read(self, split: str) -> pa.Table:
-        shards = self.manifest["splits"].get(split, {"shards": []})["shards"]
-        for shard in shards:
-            verify_shard(self.folder / shard["file"], shard["sha256"])
-        tables = [pq.read_table(self.folder / shard["file"]) for shard in shards]
-        rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
-        sources = [f"{self.manifest['name']}/{source}" for source in rows["source"].to_pylist()]
-        return rows.set_column(2, "source", pa.array(sources, pa.string()))
+        for split in self.manifest["splits"].values():
+            for shard in split["shards"]:
+                verify_shard(self.folder / shard["file"], shard["sha256"])
+        self.train = self.left_out = self.taken = 0
+        self.order = self.times = np.zeros(0, np.int64)
 
     def held_out(self) -> tuple[set[str], set[str]]:
         """Ids and keys of the validation and test rows."""
-        tables = [self.splits["validation"], self.splits["test"]]
-        ids = {i for table in tables for i in table["id"].to_pylist()}
-        return ids, {_key(meta) for table in tables for meta in table["meta"].to_pylist()}
+        ids, keys = set[str](), set[str]()
+        for split in ("validation", "test"):
+            for row in self._read(split, ["id", "meta"]):
+                ids.add(row["id"])
+                keys.add(_key(row["meta"]))
+        return ids, keys
 
-    def keep_out(self, ids: set[str], keys: set[str]) -> None:
-        """Remove train rows that some part validates or tests on."""
-        rows = zip(self.train["id"].to_pylist(), self.train["meta"].to_pylist(), strict=True)
-        clean = [i not in ids and _key(meta) not in keys for i, meta in rows]
-        self.left_out = len(clean) - sum(clean)
-        self.train = self.train.filter(pa.array(clean, pa.bool_()))
-
-    def take(self, number: int, seed: int) -> pa.Table:
-        """`number` train rows in the order of a hash of their ids, round and round."""
-        if not len(self.train):
+    def keep_out(self, ids: set[str], keys: set[str], seed: int) -> None:
+        """Choose the train rows that no part validates or tests on, in the order of a hash."""
+        places, clean = array("d"), array("b")
+        for row in self._read("train", ["id", "meta"]):
+            places.append(place_of(f"{seed} {row['id']}"))
+            clean.append(row["id"] not in ids and _key(row["meta"]) not in keys)
+        kept = np.flatnonzero(np.frombuffer(clean, np.int8))
+        self.order = kept[np.argsort(np.frombuffer(places, np.float64)[kept], kind="stable")]
+        self.times = np.zeros(len(clean), np.int64)
+        self.train, self.left_out = len(kept), len(clean) - len(kept)
+        if not self.train:
             raise DataError(f"parts: {self.name} has no train rows that no part holds out")
-        places = [place_of(f"{seed} {i}") for i in self.train["id"].to_pylist()]
-        order = np.argsort(np.array(places), kind="stable")
-        return self.train.take(pa.array(np.resize(order, number)))
+
+    def take(self, number: int) -> None:
+        """Take `number` train rows, round and round in their order."""
+        rounds, rest = divmod(number, self.train)
+        self.taken = number
+        self.times[self.order] = rounds
+        self.times[self.order[:rest]] += 1
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """The rows of a split in the order of ids, those of train as often as they are taken."""
+        before = ""
+        for number, row in enumerate(self._read(split, COLUMNS)):
+            if row["id"] < before:
+                raise DataError(f"{self.folder}: {split} is not in the order of ids; ingest again")
+            before = row["id"]
+            row["source"] = f"{self.manifest['name']}/{row['source']}"
+            for _ in range(self.times[number] if split == "train" else 1):
+                yield row
+
+    def _read(self, split: str, columns: Sequence[str]) -> Iterator[Row]:
+        for shard in self.manifest["splits"].get(split, {"shards": []})["shards"]:
+            with pq.ParquetFile(self.folder / shard["file"]) as file:
+                for batch in file.iter_batches(AT_ONCE, columns=list(columns)):
+                    yield from batch.to_pylist()
 
 
 def _key(meta: str) -> str:
     return str(json.loads(meta)["key"])
 
 
+def _joined(parts: list[Loaded], split: str) -> Iterator[Row]:
+    """The rows of all parts in the order of ids, and of equal ones in that of sources."""
+    return heapq.merge(*(part.rows(split) for part in parts), key=itemgetter("id", "source"))
+
+
 def _write(
-    config: MixConfig,
-    draft: Path,
-    parts: list[Loaded],
-    everyone: list[Loaded],
-    taken: list[pa.Table],
+    config: MixConfig, draft: Path, parts: list[Loaded], everyone: list[Loaded]
 ) -> dict[str, Any]:
     """Shards, paperwork and manifest of the mixture."""
+    lengths = np.zeros(len(LENGTHS), dtype=np.int64)
     writers = {split: ShardWriter(draft, split, ROWS_PER_SHARD) for split in SPLITS}
-    train = pa.concat_tables(taken).sort_by([("id", "ascending"), ("source", "ascending")])
-    writers["train"].add(train)
+    for table in _tables(_joined(everyone, "train")):
+        writers["train"].add(table)
+        bins = np.searchsorted(LENGTHS[:-1], pc.utf8_length(table["record"]).to_numpy())
+        lengths += np.bincount(bins, minlength=len(LENGTHS))
     for split in ("validation", "test"):
-        joined = pa.concat_tables([part.splits[split] for part in parts]).sort_by("id")
-        ids = joined["id"].to_pylist()
-        fresh = [i == 0 or ids[i] != ids[i - 1] for i in range(len(ids))]
-        writers[split].add(joined.filter(pa.array(fresh, pa.bool_())))
+        firsts = (next(same) for _, same in groupby(_joined(parts, split), itemgetter("id")))
+        for table in _tables(firsts):
+            writers[split].add(table)
     splits = {split: writer.close() for split, writer in writers.items()}
     kept = sum(part["rows"] for part in splits.values())
     licences: Counter[str] = Counter()
-    for part, rows in zip(everyone, taken, strict=True):
+    for part in everyone:
         for name, number in part.manifest["licence"]["licences"].items():
-            licences[name] += round(number / max(1, part.manifest["counts"]["kept"]) * len(rows))
+            share = number / max(1, part.manifest["counts"]["kept"])
+            licences[name] += round(share * part.taken)
     (draft / "rejected.jsonl").write_text("", encoding="utf-8")
     pq.write_table(ASIDE.empty_table(), draft / "set_aside.parquet")
     places: Any = {
@@ -245,14 +284,11 @@ def _write(
         "rehearsal": {"dataset"},
     }
     identity = config.model_dump(mode="json", exclude=places)
-    lengths = np.bincount(
-        np.searchsorted(LENGTHS[:-1], [len(record) for record in train["record"].to_pylist()]),
-        minlength=len(LENGTHS),
-    )
     mixture = [
-        {"dataset": part.name, "rows": len(rows), "share": round(len(rows) / len(train), 6),
-         "epochs": round(len(rows) / len(part.train), 6), "held_out": part.left_out}
-        for part, rows in zip(everyone, taken, strict=True)
+        {"dataset": part.name, "rows": part.taken,
+         "share": round(part.taken / splits["train"]["rows"], 6),
+         "epochs": round(part.taken / part.train, 6), "held_out": part.left_out}
+        for part in everyone
     ]  # fmt: skip
     manifest = {
         "name": config.name, "splits": splits,
@@ -268,6 +304,12 @@ def _write(
     manifest["id"] = manifest_id(manifest)
     write_paperwork(draft, manifest)
     return manifest
+
+
+def _tables(rows: Iterator[Row]) -> Iterator[pa.Table]:
+    """Rows in tables of AT_ONCE."""
+    while some := list(islice(rows, AT_ONCE)):
+        yield pa.Table.from_pylist(some, SCHEMA)
 
 
 def _digest(text: str) -> str:
