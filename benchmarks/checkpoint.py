@@ -5,11 +5,13 @@ under ZeRO-2. Each way saves the same bytes in turn, round after round, and the 
 many bytes between two buffers that exist already, taken in the same round by both ranks at once.
 A round's figure is its slowest rank's; ratios are of medians. Blocked is what the training loop
 waits for, commit included; `whole` is until the files are there. Ours are fsynced and hashed by
-then, the peers' are not. CPU seconds are the loop thread's own: on a shared machine wall time has
-others' work in it.
+then, the peers' are not. `copies` are those of `checkpoint.memory_every`: hashed, in /dev/shm, and
+sent to a rank of another host, here one with another folder there. CPU seconds are the loop
+thread's own: on a shared machine wall time has others' work in it.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -55,7 +57,7 @@ def ways(engine: Any, world: Any, root: Path) -> dict[str, Way]:
     import torch
     from torch.distributed.checkpoint import async_save, staging
 
-    from tuneloom.train import background, checkpoint, distributed
+    from tuneloom.train import background, checkpoint, copies, distributed, shm
 
     files = shards_of(engine, root / "probe")
     values = [t for state in files.values() for t in tensors(state)]
@@ -98,6 +100,14 @@ def ways(engine: Any, world: Any, root: Path) -> dict[str, Way]:
             time.sleep(0.02)
         return spent
 
+    memory = shm.ROOT / distributed.broadcast_object(shm.name_of(root) if world.first else None)
+    here = copies.Copies(memory, root, world)
+    across = copies.Copies(memory / f"host-{world.rank}", root, world)
+    steps = itertools.count(1)
+
+    def copy_with(kept: copies.Copies) -> Callable[[Path], None]:
+        return lambda _: kept.save(engine, **content | {"step": next(steps)}, exposure=None)
+
     def synchronous(folder: Path) -> None:
         checkpoint.save(engine, folder / "checkpoints", world, keep=1, **content)
 
@@ -105,6 +115,8 @@ def ways(engine: Any, world: Any, root: Path) -> dict[str, Way]:
         COPY: Way(lambda _: copied(target, source), nothing),
         "tuneloom, asynchronous": Way(ours, ours_rest),
         "tuneloom, synchronous": Way(synchronous, nothing),
+        "tuneloom, copies": Way(copy_with(here), nothing),
+        "tuneloom, copies and a neighbour's": Way(copy_with(across), nothing),
         "torch.save": Way(torch_save, nothing),
         "DCP async_save": Way(dcp, dcp_rest),
         "DCP async_save, stager kept": Way(lambda f: dcp(f, stager), dcp_rest),
@@ -182,7 +194,7 @@ def rank_main(rank: int, port: int, folder: Path, layers: int, rounds: int, answ
     import torch
 
     torch.set_num_threads(1)
-    from tuneloom.train import distributed
+    from tuneloom.train import distributed, shm
 
     world = distributed.start()
     engine = engine_of(world, folder, layers)
@@ -203,6 +215,7 @@ def rank_main(rank: int, port: int, folder: Path, layers: int, rounds: int, answ
                 shutil.rmtree(folder / "beside", ignore_errors=True)
                 os.sync()  # what a peer left to the page cache is not written in another's turn
     if world.first:
+        shm.forget_run(folder)
         answers.send(taken)
     distributed.barrier()
     distributed.stop()

@@ -44,6 +44,9 @@ GROWS = "nodes returned"
 """How a gang ended that was asked to make room for a larger one."""
 LEFT_OUT = "a node left out"
 """How a gang ended that stood on a node that did not pass preflight, before it trained."""
+SAVING_SECONDS = 30.0
+LAST_WORDS_SECONDS = 5.0
+"""After a rank failed, the others stand in a collective with it and will not answer any more."""
 NODES_SECONDS = 120.0
 """How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
 
@@ -278,8 +281,8 @@ def rendezvous(rank: int, places: list[dict[str, Any]], attempt: int, gpus: int)
 
 
 def wait(calls: list[Any], *, meanwhile: Callable[[], object] | None = None) -> None:
-    """Until every rank returned; raises the first error, after the others had 30 s to say the
-    same. `meanwhile` is called about once a second.
+    """Until every rank returned; raises the first error, after the others had time to say the
+    same, or to save where it is Stopped. `meanwhile` is called about once a second.
 
     Raises RayActorError when a worker died: its peers fail in a collective, often before Ray knows.
     """
@@ -297,7 +300,8 @@ def wait(calls: list[Any], *, meanwhile: Callable[[], object] | None = None) -> 
         except RayTaskError as error:
             crash = crash or error
         if (failure or crash) and deadline == math.inf:
-            deadline = time.monotonic() + 30.0
+            patience = SAVING_SECONDS if isinstance(failure, Stopped) else LAST_WORDS_SECONDS
+            deadline = time.monotonic() + patience
     if failure is not None:
         raise failure
     if crash is not None:

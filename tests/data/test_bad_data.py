@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -101,8 +102,25 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, capsys: Ca
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert "cannot be written" in said(capsys, code)
+    assert "cannot be written" in said(capsys, code, 4)
     assert list((tmp_path / "sets").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.txt"])
+def test_utf16_is_named(tmp_path: Path, capsys: Capture, name: str) -> None:
+    (tmp_path / name).write_bytes("\ufefftext\nrow\n".encode("utf-16"))
+    assert f"{name}: is UTF-16; save the file as UTF-8" in said(
+        capsys, ingest(tmp_path, tmp_path / name)
+    )
+
+
+def test_an_ingest_that_leaves_no_row_says_where_all_went(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "raw.jsonl").write_bytes(
+        b"".join(json.dumps({"text": f"{i} " + "x " * 400}).encode() + b"\n" for i in range(3))
+    )
+    error = said(capsys, ingest(tmp_path, tmp_path / "raw.jsonl"))
+    assert re.search(r"no row is left to train on.*\n  rows in +3\n  quarantined: .+ 3\n", error)
+    assert list((tmp_path / "sets").glob("[!.]*")) == []
 
 
 def test_a_folder_in_place_of_the_link_is_refused_before_anything_is_published(

@@ -174,6 +174,12 @@ def test_the_same_bytes_whatever_the_workers_order_place_zone_and_locale(
     assert tree(made) == tree(two) == tree(four)
 
 
+def test_the_same_bytes_on_ray_data_hostile_files_and_all(made: Path, planted: Path) -> None:
+    there = cli(planted, f"{planted}/raw", "ray", "launch=ray", "workers=2")
+    assert made.name == there.name
+    assert tree(made) == tree(there)
+
+
 def test_no_question_is_on_two_sides_of_the_split(made: Path) -> None:
     sides: dict[str, set[str]] = {}
     for split in SPLITS:

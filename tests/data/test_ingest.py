@@ -147,10 +147,9 @@ def test_rows_in_are_kept_rejected_deduplicated_or_quarantined(
     lines = [
         x.replace(b"\n", b" ") if isinstance(x, bytes) else json.dumps(x).encode() for x in raw
     ]
+    lines.append(b'{"text": "a row that is kept"}')
     expected = sum(1 for line in lines if line.strip().removeprefix(b"\xef\xbb\xbf"))
     source = write(tmp_path / "raw.jsonl", lines)
-    if not expected:
-        return
     folder = run(tmp_path, source, max_rejected=1.0, conflicts="quarantine")
     counts = manifest(folder)["counts"]
     assert counts["in"] == expected == accounted(counts)

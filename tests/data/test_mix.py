@@ -161,7 +161,7 @@ def test_more_rows_than_any_disk_holds_are_refused_before_a_row_is_written(
 def test_a_part_with_no_row_left_is_named(tmp_path: Path) -> None:
     part = make(tmp_path, "one", 50, key="{n}", split={"train": 1, "validation": 0, "test": 0})
     held = make(tmp_path, "two", 50, key="{n}", split={"train": 0, "validation": 0, "test": 1})
-    with pytest.raises(DataError, match="one@[0-9a-f]+ has no train rows that no part holds out"):
+    with pytest.raises(DataError, match=r"one@[0-9a-f]+ has no train rows that no part holds out"):
         mixed(tmp_path, parts=of([part, held]))
 
 

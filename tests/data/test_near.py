@@ -72,13 +72,13 @@ def test_grouped_near_duplicates_share_a_split_and_all_stay(tmp_path: Path) -> N
     assert all(len(splits) == 1 for splits in side.values())
 
 
-@pytest.mark.parametrize(("conflicts", "kept"), [("list", 2), ("quarantine", 0)])
+@pytest.mark.parametrize(("conflicts", "kept"), [("list", 3), ("quarantine", 1)])
 def test_two_answers_to_one_question_are_a_conflict_and_no_near_duplicates(
     tmp_path: Path, conflicts: str, kept: int
 ) -> None:
     question = " ".join(random.Random(6).choices(WORDS, k=80))
     lines = [{"prompt": question, "completion": answer} for answer in ("yes", "no")]
-    folder = run(tmp_path, lines, conflicts=conflicts)
+    folder = run(tmp_path, [*lines, {"text": "another row"}], conflicts=conflicts)
     assert counts(folder)["kept"] == kept
     assert counts(folder)["deduplicated"] == {}
 

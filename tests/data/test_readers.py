@@ -182,9 +182,10 @@ def test_a_mapping_reads_any_other_export(tmp_path: Path) -> None:
         kept(tmp_path, str(tmp_path / "r.jsonl"), record=flat)[0]
         == '{"text":"{ticket 7: Fixed (a, b) |}"}'
     )
+    (tmp_path / "r.jsonl").write_bytes(jsonl([{"text": "x"}, {"text": None}, {}]))
     assert (
-        kept(tmp_path, str(tmp_path / "r.jsonl"), record={"text": "{absent}"})
-        == ["missing_field"] * 2
+        kept(tmp_path, str(tmp_path / "r.jsonl"), record={"text": "{text}"})
+        == ['{"text":"x"}'] + ["missing_field"] * 2
     )
     with pytest.raises(ConfigError, match=r"data\.record\.text: a brace without its pair"):
         kept(tmp_path, str(tmp_path / "r.jsonl"), record={"text": "{oops"})

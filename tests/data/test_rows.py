@@ -42,6 +42,15 @@ def write_dataset(folder: Path, contents: list[dict[str, Any]], shard_rows: int 
 TEXTS = [{"text": f"row {i}"} for i in range(10)]
 
 
+def test_a_row_of_one_byte_is_a_bad_row_and_not_a_blank_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\r\n{"text": "a"}\r\n\n7\n')
+    rows = open_rows(file)
+    assert len(rows) == 2 and rows[0].content == {"text": "a"}
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: expected a JSON object a row, got 7"):
+        rows[1]
+
+
 def test_raw_jsonl_is_read_at_random(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in TEXTS))

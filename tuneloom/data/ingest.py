@@ -23,6 +23,7 @@ from tuneloom.data.manifest import (
     Tally,
     make_manifest,
     refuse_blocked,
+    refuse_empty,
     refuse_leaks,
     refuse_over_budget,
     refuse_over_files,
@@ -35,7 +36,7 @@ from tuneloom.data.records import canonical
 from tuneloom.data.scratch import Column, Scratch
 from tuneloom.data.sources import find_sources
 from tuneloom.data.store import publish, read_manifest, write_json
-from tuneloom.errors import ConfigError, DataError
+from tuneloom.errors import ConfigError, RefusedError
 
 STAGES = ("prepare", "merge", "decide", "write")
 
@@ -70,7 +71,8 @@ def ingest(config: IngestConfig, prepare: Prepare = prepare_here) -> Path:
         return folder
     except OSError as error:  # full, or gone: what readers meet is a DataError already
         place = error.filename or root
-        raise DataError(f"root: {place} cannot be written ({error.strerror or error})") from error
+        why = error.strerror or error
+        raise RefusedError(f"root: {place} cannot be written ({why})") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -104,6 +106,7 @@ def _make(
     manifest = make_manifest(recipe, tally, columns, decision, exact, written)
     refuse_blocked(recipe, manifest["licence"])
     refuse_leaks(recipe, manifest["leaks"])
+    refuse_empty(manifest["counts"])
     seconds = {s: round(b - a, 3) for s, a, b in zip(STAGES, clock, clock[1:], strict=False)}
     return manifest, seconds
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tuneloom.data.aside import LENGTHS, Written
+from tuneloom.data.card import balance
 from tuneloom.data.decide import Columns, Decision, table_of
 from tuneloom.data.provenance import Provenance, summary
 from tuneloom.data.readers import Passed, Refused
@@ -156,6 +157,16 @@ def refuse_leaks(recipe: Recipe, leaks: dict[str, int]) -> None:
         raise DataError(
             f"data.against: {sum(leaks.values()):,} rows are known to an evaluation set; remove "
             "them from the source, or set data.against.action=drop\n" + "\n".join(lines)
+        )
+
+
+def refuse_empty(counts: dict[str, Any]) -> None:
+    """Raise DataError when no row is left, with what became of them."""
+    if not counts["kept"]:
+        lines = [f"  {what:<32}{rows:>10,}" for what, rows in balance(counts)]
+        raise DataError(
+            "source: no row is left to train on; mend the source, or allow what the recipe sets "
+            "aside\n" + "\n".join(lines)
         )
 
 

@@ -102,7 +102,10 @@ def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     starts = np.append(0, ends[:-1] + 1)
     starts[0] = 3 if head == b"\xef\xbb\xbf" else 0
     lengths = ends - starts
-    kept = np.flatnonzero(lengths > 1)  # a blank line is nothing, or the \r of \r\n
+    filled = lengths > 0
+    if len(single := np.flatnonzero(lengths == 1)):  # blank too, if it is the \r of \r\n
+        filled[single] = np.memmap(path, np.uint8, "r")[starts[single]] != 13
+    kept = np.flatnonzero(filled)
     if not len(kept):
         raise DataError(f"{path}: the file holds only blank lines; expected one JSON object a line")
     longest = kept[lengths[kept].argmax()]

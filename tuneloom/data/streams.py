@@ -1,5 +1,6 @@
 """A raw file as a stream of plain bytes, hashed as it passes, refusing to grow like a bomb."""
 
+import codecs
 import hashlib
 import io
 import tarfile
@@ -14,6 +15,8 @@ from tuneloom.errors import ConfigError, DataError
 
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
 """What the readers of zip and tar raise; RuntimeError for what they do not implement, too."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+TEXT_KINDS = ("lines", "csv", "json", "text")
 MAX_EXPANSION = 200
 """Times that a compressed file may grow; text stays below 20, a bomb is near deflate's 1,000."""
 
@@ -52,6 +55,8 @@ class Counted(io.RawIOBase):
                 data = self.plain.read(size)
             except Exception as error:  # zlib, lzma, bz2 and zstandard have an error class each
                 raise DataError(f"{self.source.name}: cannot be uncompressed ({error})") from error
+        if not self.given and data[:2] in UTF16 and self.source.kind in TEXT_KINDS:
+            raise DataError(f"{self.source.name}: is UTF-16; save the file as UTF-8")
         self.given += len(data)
         if self.given > MAX_EXPANSION * max(self.read_raw, 1 << 20):
             raise DataError(
