@@ -20,35 +20,52 @@ HANG_SECONDS = 5
 Fault = Callable[[Lab, random.Random], Iterable[Figures]]
 
 
-def worker_killed(lab: Lab, rng: random.Random) -> list[Figures]:
-    run = Run(lab, "f1")
-    run.wait_for_step(rng.randrange(EVERY + 2, 3 * EVERY))
-    return [_after_a_lost_worker(lab, run, rng, "F1", "kill -9 of a rank between saves")]
+COPIED = ", with copies of every step in memory"
+
+
+def worker_killed(lab: Lab, rng: random.Random) -> Iterator[Figures]:
+    for more, most in (("", EVERY - 1), (COPIED, 1)):
+        run = Run(lab, f"f1-{most}", f"checkpoint.memory_every={1 if more else 0}")
+        run.wait_for_step(rng.randrange(EVERY + 2, 3 * EVERY))
+        what = "kill -9 of a rank between saves" + more
+        yield _after_a_lost_worker(lab, run, rng, "F1", what, most)
 
 
 def killed_inside_a_save(lab: Lab, rng: random.Random) -> list[Figures]:
     run = Run(lab, "f2")
     run.wait_for_step(EVERY + 1)
     run.wait_for_save()
-    return [_after_a_lost_worker(lab, run, rng, "F2", "kill -9 of a rank inside a save")]
+    return [_after_a_lost_worker(lab, run, rng, "F2", "kill -9 of a rank inside a save", EVERY)]
 
 
-def _after_a_lost_worker(lab: Lab, run: Run, rng: random.Random, fault: str, what: str) -> Figures:
+def _after_a_lost_worker(
+    lab: Lab, run: Run, rng: random.Random, fault: str, what: str, most: int
+) -> Figures:
     inode, rank = run.inode(), rng.choice(run.ranks())
     os.kill(rank, signal.SIGKILL)
     struck, last = time.monotonic(), run.step
     run.wait_for_new_step(inode)
     seconds = time.monotonic() - struck
     lost = last - run.resumed_from()
-    return figures(lab, run, fault, what, [run.end()], [DONE], lost=lost, seconds=seconds)
+    return figures(
+        lab, run, fault, what, [run.end()], [DONE], lost=lost, seconds=seconds, held=lost <= most
+    )
 
 
-def host_killed(lab: Lab, rng: random.Random) -> list[Figures]:
+def host_killed(lab: Lab, rng: random.Random) -> Iterator[Figures]:
     """All of a host dies; another takes its place 3 s later."""
+    yield _host_killed(lab, rng, "", EVERY - 1)
+    yield _host_killed(lab, rng, COPIED, 1)
+
+
+def _host_killed(lab: Lab, rng: random.Random, more: str, most: int) -> Figures:
     with Hosts() as hosts:
         head = {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
-        run = Run(lab, "f3", "launch.kind=ray", "launch.nodes=2", prefix=hosts.inside("a"),
-                  environment=hosts.environment | head)  # fmt: skip
+        run = Run(
+            lab, f"f3-{most}", "launch.kind=ray", "launch.nodes=2",
+            f"checkpoint.memory_every={1 if more else 0}", prefix=hosts.inside("a"),
+            environment=hosts.environment | head,
+        )  # fmt: skip
         # Early between two saves: the kill itself takes a few steps, and a death inside a save (F2)
         # may cost one whole interval.
         run.wait_for_step(rng.choice((EVERY, 2 * EVERY)) + rng.randrange(1, 4))
@@ -62,9 +79,11 @@ def host_killed(lab: Lab, rng: random.Random) -> list[Figures]:
         lost, code = last - run.resumed_from(), run.end()
         time.sleep(10.0)
         left = [pid for host in ADDRESSES for pid in hosts.pids(host) if is_rank(pid)]
-        what = "kill -9 of a whole host between saves, replaced 3 s later"
-        return [figures(lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds,
-                         orphans=len(left))]  # fmt: skip
+        what = "kill -9 of a whole host between saves, replaced 3 s later" + more
+        return figures(
+            lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds, orphans=len(left),
+            held=lost <= most,
+        )  # fmt: skip
 
 
 def driver_killed(lab: Lab, rng: random.Random) -> list[Figures]:

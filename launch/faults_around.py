@@ -44,27 +44,50 @@ LONG_STEPS = 3000
 """More than two ranks make in half a minute here."""
 
 
-def head_killed(lab: Lab, rng: random.Random) -> list[Figures]:
+def head_killed(lab: Lab, rng: random.Random) -> Iterator[Figures]:
     """F16: Ray's control store dies; the ranks save and stop, and the command resumes.
 
     A run of its own, long enough to go on when the store has been silent for long.
     """
     (lab.folder / "f16").mkdir()
     lab = Lab(lab.folder / "f16", steps=LONG_STEPS)
-    run = Run(lab, "f16")
+    what = "kill -9 of Ray's head process; seconds to the exit"
+    yield _head_killed(lab, rng, what, Run(lab, "f16"), lambda: standing_in(lab.folder),
+                       lambda: Run(lab, "f16"))  # fmt: skip
+    with Hosts() as hosts:
+        head = {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
+
+        def command() -> Run:
+            return Run(lab, "f16-ray", "launch.kind=ray", "launch.nodes=2",
+                       prefix=hosts.inside("a"), environment=hosts.environment | head)  # fmt: skip
+
+        def again() -> Run:
+            hosts.again()
+            return command()
+
+        what = (
+            "kill -9 of the head of a cluster of two hosts, then a new cluster; seconds to the exit"
+        )
+        yield _head_killed(lab, rng, what, command(), lambda: hosts.pids("a"), again)
+
+
+def _head_killed(
+    lab: Lab, rng: random.Random, what: str, run: Run, pids: Callable[[], list[int]],
+    restart: Callable[[], Run],
+) -> Figures:  # fmt: skip
+    """`pids` are those among which the store is; `restart` gives the same command again."""
     run.wait_for_step(rng.randrange(EVERY + 2, 2 * EVERY))
-    store = [pid for pid in standing_in(lab.folder) if b"gcs_server" in command_of(pid)]
+    store = [pid for pid in pids() if b"gcs_server" in command_of(pid).split(b"\0")[0]]
     os.kill(store[0], signal.SIGKILL)
     struck = time.monotonic()
     code = run.end()
     seconds, last, orphans = time.monotonic() - struck, run.step, lab.orphans()
     said = "tuneloom train: " in run.log.read_text(errors="replace")
-    again = Run(lab, "f16")
+    again = restart()
     end = again.end()
     lost = last - again.resumed_from()
-    return [figures(lab, again, "F16", "kill -9 of Ray's head process; seconds to the exit",
-                    [code, end], [STOPPED, DONE], lost=lost, seconds=seconds, orphans=orphans,
-                    held=said)]  # fmt: skip
+    return figures(lab, again, "F16", what, [code, end], [STOPPED, DONE], lost=lost,
+                   seconds=seconds, orphans=orphans, held=said)  # fmt: skip
 
 
 def partitioned(lab: Lab, rng: random.Random) -> list[Figures]:

@@ -1,6 +1,7 @@
 """Two hosts on one machine for drills: network namespaces joined by a cable, a Ray over both.
 
-Needs root and iproute2. The hosts share the machine's files, as nodes share a run folder.
+Needs root and iproute2. The hosts share the machine's files, as nodes share a run folder; what Ray
+starts on one has a /dev/shm of its own, which goes with the host.
 """
 
 import os
@@ -18,6 +19,8 @@ from tuneloom.errors import RefusedError
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 PORT = 6379
 START_SECONDS = 90.0
+OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs -o size=2g tmpfs /dev/shm && exec "$@"', "sh"]
+"""Words before a command inside a host: `ip netns exec` gives it mounts that no other sees."""
 
 
 class Hosts:
@@ -41,9 +44,7 @@ class Hosts:
     def __enter__(self) -> "Hosts":
         try:
             self._cable()
-            self.start("a")
-            self._until_it_listens()
-            self.start("b")
+            self._up()
         except BaseException:
             self.__exit__()
             raise
@@ -71,11 +72,23 @@ class Hosts:
             role = [f"--address={ADDRESSES['a']}:{PORT}"]
         with (self.folder / f"{host}.log").open("ab") as log:
             self._started.append(subprocess.Popen(
-                [*self.inside(host), sys.executable, "-m", "ray.scripts.scripts", "start", *role,
-                 "--block", "--num-cpus=1", "--num-gpus=0", "--object-store-memory=80000000",
-                 f"--node-ip-address={ADDRESSES[host]}", "--disable-usage-stats"],
+                [*self.inside(host), *OWN_MEMORY, sys.executable, "-m", "ray.scripts.scripts",
+                 "start", *role, "--block", "--num-cpus=1", "--num-gpus=0",
+                 "--object-store-memory=80000000", f"--node-ip-address={ADDRESSES[host]}",
+                 "--disable-usage-stats"],
                 env=self.environment, stdout=log, stderr=log, cwd="/", start_new_session=True,
             ))  # fmt: skip
+
+    def again(self) -> None:
+        """A new head and a new node, after the head was lost."""
+        for host in ADDRESSES:
+            self.kill(host)
+        self._up()
+
+    def _up(self) -> None:
+        self.start("a")
+        self._until_it_listens()
+        self.start("b")
 
     def pids(self, host: str) -> list[int]:
         """All processes on that host."""
