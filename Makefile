@@ -37,7 +37,13 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_layers.py
 
-bench: install
+# each in an environment of its own, beside ours
+.peers/%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench: install .peers/datatrove/.installed .peers/data_juicer/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
 	@failed=; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
 	if [ -n "$$failed" ]; then echo "make bench: these ended with an error:$$failed" >&2; exit 1; fi

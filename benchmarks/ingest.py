@@ -3,8 +3,8 @@
 Rows are chats of about 1 KB, one in fifty an exact copy. `core` reads, validates, normalises,
 deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds secrets and personal
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
-index. `--datatrove PYTHON` and `--data-juicer PYTHON` run the peers of benchmarks/peers/ with an
-interpreter that has them, on the same files. Peak memory is of all processes, sampled twenty times
+index. The peers of benchmarks/peers/ run on the same files with the interpreters that `make bench`
+puts into .peers/, or with `--datatrove PYTHON` and `--data-juicer PYTHON`. Peak memory is of all processes, sampled twenty times
 a second. `--scale N` runs `core` on N rows first. Writes benchmarks/results/ingest.json.
 
 `--memory N` runs `core` and `near` on N and on 4N rows of 150 bytes instead, each in a process of
@@ -201,7 +201,11 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=0)
     parser.add_argument("--memory", type=int, default=0)
     for name in PEERS:
-        parser.add_argument(f"--{name.replace('_', '-')}", help="an interpreter that has it")
+        made = Path(f".peers/{name}/bin/python").absolute()
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", help="an interpreter that has it",
+            default=str(made) if made.exists() else None,
+        )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.memory:
         return memory(arguments.memory)
