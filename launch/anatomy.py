@@ -46,6 +46,8 @@ class Anatomy:
     kv_heads: int
     head_width: int
     vocabulary: int
+    gated: int
+    """Columns of a layer's gated MLP; 0 for experts."""
     fused_head: bool
     """model.kernels=true and tiles take the loss from the head, with no logits of all tokens."""
 
@@ -214,8 +216,13 @@ def _anatomy(shape: str, method: str) -> Anatomy:
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocabulary=text.vocab_size,
+        gated=0 if _has_experts(text) else getattr(text, "intermediate_size", 0),
         fused_head=_takes_loss(causal, head),
     )  # fmt: skip
+
+
+def _has_experts(text: Any) -> bool:
+    return any(getattr(text, f"num_{name}", None) for name in ("experts", "local_experts"))
 
 
 def _takes_loss(causal: Any, head: Any) -> bool:

@@ -87,7 +87,7 @@ def forecast(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activation_bytes(config, saved),
+        activations=activation_bytes(config, saved) + working_bytes(config, anatomy, cuda=cuda),
         loss_head=loss_head_bytes(config, anatomy, saved, cuda=cuda),
         temporary=temporary_bytes(config, anatomy, ranks, cuda=cuda),
         context=GPU_CONTEXT if cuda else PROCESS,
@@ -180,6 +180,18 @@ def activation_bytes(config: TrainConfig, saved: Saved) -> int:
     return kept + inputs * saved.layer_input + max(recomputed) + saved.tile + saved.outside
 
 
+def working_bytes(config: TrainConfig, anatomy: Anatomy, *, cuda: bool) -> int:
+    """What backward of one MLP on the diet works in, where nothing of the head is left: act(e) g,
+    its gradient and that of g. Plain PyTorch adds act, its slope and two products in fp32, and in
+    half precision e and the gradient, too (kernels/swiglu.py).
+    """
+    if not config.model.kernels:
+        return 0
+    width = BYTES[config.model.dtype]
+    plain = 0 if cuda else 4 * (4 if width == 4 else 6)
+    return (3 * width + plain) * config.batch.rank_tokens * anatomy.gated
+
+
 def offloaded_inputs(config: TrainConfig, saved: Saved) -> int:
     """Bytes of recomputed layers' inputs in host memory."""
     there = len(_recomputed(config, saved)) if config.model.checkpoint_offload else 0
@@ -198,8 +210,8 @@ def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, saved: Saved, *, cuda
 
     Saved log-probabilities, the gradient of the picked ones, the gradient of the logits. In tiles,
     or where model.kernels=true takes the loss from the head: the gradient of the hidden states and
-    that of a trained head, and of a chunk of logits (on a CPU its fp32 scores and softmax, too)
-    what is more than backward's own peak, since the chunk is gone by then
+    that of a trained head, and a chunk of logits (on a CPU its fp32 scores and softmax, too), as
+    far as they are more than what backward of a layer works in later
     (kernels/linear_cross_entropy.py).
     """
     tokens, vocabulary = config.batch.rank_tokens, anatomy.vocabulary
@@ -213,8 +225,10 @@ def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, saved: Saved, *, cuda
     rows = min(tokens, max(128, budget // (vocabulary * width) // 128 * 128))
     chunk = rows * vocabulary * (width if cuda else width + 2 * 4)
     head = width * vocabulary * anatomy.hidden if config.method.kind == "full" else 0
-    later = saved.tile + max(_recomputed(config, saved), default=0)
-    return max(0, chunk - later) + width * tokens * anatomy.hidden + head
+    kept = width * tokens * anatomy.hidden + head
+    if fused:
+        return max(0, chunk + kept - working_bytes(config, anatomy, cuda=cuda))
+    return max(0, chunk - saved.tile - max(_recomputed(config, saved), default=0)) + kept
 
 
 def temporary_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int, *, cuda: bool) -> int:
