@@ -5,7 +5,8 @@ deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds sec
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
 index. The peers of benchmarks/peers/ run on the same files with the interpreters that `make bench`
 puts into .peers/, or with `--datatrove PYTHON` and `--data-juicer PYTHON`. Peak memory is of all
-processes, sampled twenty times a second. `--scale N` runs `core` on N rows first. Writes benchmarks/results/ingest.json.
+processes, sampled twenty times a second. `--scale N` runs `core` on N rows first. Writes
+benchmarks/results/ingest.json.
 
 `--memory N` runs `core` and `near` on N and on 4N rows of 150 bytes instead, each in a process of
 its own, for what memory grows by: benchmarks/results/ingest_memory.json. N should be over a chunk
