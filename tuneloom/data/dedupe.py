@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from tuneloom.config import Config
-from tuneloom.data.scratch import Column, Lowest, Scratch, buckets, slices
+from tuneloom.data.scratch import Column, Lowest, Scratch, buckets, release, slices
 from tuneloom.errors import ConfigError
 
 PERMUTATIONS = 128
@@ -95,11 +95,13 @@ def clusters(
     is compared with the bucket's first and with the one before it.
     """
     parent = scratch.numbers(len(signatures))
-    for hashes in _bands(scratch, signatures, rows_a_band(config.threshold)):
-        for bucket in buckets(scratch, hashes, kept):
+    bands = _bands(scratch, signatures, rows_a_band(config.threshold))
+    while bands:
+        for bucket in buckets(scratch, bands.pop(), kept):
             for left, right in _candidates(bucket):
                 for a, b in _similar(signatures, left, right, config.threshold):
                     _union(parent, a, b)
+        release(signatures)
     _flatten(parent)
     return _leaders(scratch, parent, rank)
 
@@ -114,6 +116,7 @@ def _bands(scratch: Scratch, signatures: np.ndarray, width: int) -> list[np.ndar
                 hashes = (hashes ^ signatures[rows, place]) * np.uint64(0x9E3779B97F4A7C15)
                 hashes ^= hashes >> np.uint64(29)
             column.add(hashes)
+        release(signatures)
     return [column.whole() for column in columns]
 
 

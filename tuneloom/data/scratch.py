@@ -5,9 +5,11 @@ must hold is a chunk. Files have no name: however the process ends, the disk is 
 """
 
 import itertools
+import mmap
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -71,6 +73,15 @@ class Column:
             if not self.count:
                 return np.empty(0, self.dtype)
             return np.memmap(self.file, self.dtype, "r+", shape=(self.count,)).view(np.ndarray)
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of the pages of a mapped array that were looked at; the file keeps what they hold."""
+    owner: Any = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = owner.base
+    if owner is not None:
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 class Lowest:
