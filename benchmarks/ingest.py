@@ -229,11 +229,14 @@ def main() -> None:
                 for peer in PEERS:
                     if python := getattr(arguments, peer):
                         result |= against(peer, python, source, Path(folder), result[name])
-        result["core_one_worker"] = run(source, Path(folder) / "one", 1, **CASES["core"])
-        assert result["core_one_worker"]["id"] == result["core"]["id"], "workers must not show"
+        for name in ("core", "near"):  # one process, as rensa alone is
+            alone = run(source, Path(folder) / f"{name}_one", 1, **CASES[name])
+            assert alone["id"] == result[name]["id"], "workers must not show"
+            result[f"{name}_one_worker"] = alone
         result["rensa"] = rensa_alone(source)
         print("rensa", result["rensa"], flush=True)
-    added = result["near"]["cpu_us_per_row"] - result["core"]["cpu_us_per_row"]
+    near, core = (result[f"{name}_one_worker"]["cpu_us_per_row"] for name in ("near", "core"))
+    added = near - core
     result["near_adds_times_rensa_cpu"] = round(added / result["rensa"]["cpu_us_per_row"], 2)
     result["load_after"] = os.getloadavg()[0]
     print(f"near-dedupe adds {result['near_adds_times_rensa_cpu']} x the CPU time of rensa alone")

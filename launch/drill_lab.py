@@ -23,7 +23,7 @@ STEPS, EVERY = 120, 10
 """Ranks outlive their driver by 2 s, in which this model takes 17 to 40 steps (measured)."""
 PATIENCE = 400.0
 TAIL_BYTES = 16_384
-MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0}
+MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0, "F19": 3 * EVERY}
 """Steps that a fault may cost; the others at most what was done since the last save."""
 
 

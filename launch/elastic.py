@@ -15,6 +15,8 @@ from tuneloom.launch.config import LaunchConfig
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of
 
+QUIET_SECONDS = 3.0
+"""A cluster with room gives it sooner; after that a person is told what is waited for."""
 SMALLER_SECONDS = 10.0
 """How long a smaller size may take to be placed: what is free is placed in less than one."""
 
@@ -87,8 +89,13 @@ def _placed(launch: LaunchConfig, gpus: int, seconds: float, admission: Admissio
     from ray.util.placement_group import remove_placement_group
 
     group = slots(bundles(launch, gpus), admission, spread=launch.nodes > 1)
-    if group.wait(seconds):
+    if group.wait(min(seconds, QUIET_SECONDS)):
         return group
+    rest = seconds - QUIET_SECONDS
+    if rest > 0:
+        print(f"launch: waiting {rest:g} s for room for {launch.workers} workers", flush=True)
+        if group.wait(rest):
+            return group
     remove_placement_group(group)
     return None
 

@@ -215,6 +215,31 @@ def other_world(lab: Lab, rng: random.Random) -> list[Figures]:
     return [found]
 
 
+def killed_in_epochs(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F19: all of a run dies three times in the middle of an epoch, on 2, 1 and 2 ranks; the fourth
+    command, on 1, ends it.
+    """
+    lost = last = inode = 0
+    for number, workers in enumerate((2, 1, 2, 1)):
+        run = Run(lab, "f19", f"launch.workers={workers}")
+        if number:
+            run.wait_for_new_step(inode)
+            lost += last - run.resumed_from()
+        if number == 3:
+            break
+        run.wait_for_step(2 * EVERY * number + rng.randrange(EVERY + 2, 2 * EVERY))
+        for pid in (*run.ranks(), run.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        run.end()
+        lab.orphans()
+        last, inode = run.step, run.inode()
+    end = run.end()
+    ours, wanted = ({r["step"]: r["train/loss"] for r in x.rows()} for x in (run, lab.reference))
+    near = all(abs(ours[s] - loss) <= 1e-3 * abs(loss) for s, loss in wanted.items())
+    what = "all of a run killed 3 times in an epoch, on 2, 1, 2 ranks, then 1; losses within 1e-3"
+    return [figures(lab, run, "F19", what, [end], [DONE], lost=lost, exact=False, held=near)]
+
+
 def hung(lab: Lab, rng: random.Random) -> list[Figures]:
     """A rank is stopped, not killed: found by the watchdog, by name, and replaced."""
     run = Run(lab, "f12", f"train.hang_seconds={HANG_SECONDS}")
@@ -238,6 +263,7 @@ def hung(lab: Lab, rng: random.Random) -> list[Figures]:
 
 FAULTS: dict[str, Fault] = {
     "F1": worker_killed, "F3": host_killed, "F4": driver_killed, "F6": disk_full,
-    "F2": killed_inside_a_save, "F7": bit_flipped, "F18": other_world, "F5": terminated,
+    "F2": killed_inside_a_save, "F7": bit_flipped, "F18": other_world,
+    "F19": killed_in_epochs, "F5": terminated,
     "F12": hung,
 }  # fmt: skip

@@ -6,10 +6,14 @@ So ranks are asked to save and stop before that: their answers come to the launc
 
 import os
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tuneloom.errors import TrainingError
+from tuneloom.errors import STOPPED, TrainingError
 from tuneloom.launch.embedded import CLIENT_PATIENCE
 
 SILENT_SECONDS = 10.0
@@ -47,6 +51,32 @@ class Head:
                 f"launch: Ray's head at {self.address} is gone; saving, then stopping", flush=True
             )
             self._stop.touch()
+
+    @contextmanager
+    def before_training(self) -> Iterator[None]:
+        """While ranks are placed and examined: calls of Ray's wait for a lost head, so the process
+        ends from beside them, with 75 since nothing was lost.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(1.0):
+                if self._answers():
+                    self._heard = time.monotonic()
+                elif time.monotonic() - self._heard > SILENT_SECONDS:
+                    said = self.sentence("no rank has started yet")
+                    print(f"tuneloom train: {said}", file=sys.stderr, flush=True)
+                    os._exit(STOPPED)
+
+        self._heard = time.monotonic()
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self._heard = time.monotonic()
 
     def gone(self) -> bool:
         """True when it stays silent; for a worker that was lost may have been lost with it."""

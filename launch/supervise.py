@@ -193,21 +193,24 @@ def run_gang(
     # The first attempt's clock runs since the command was started.
     clock = {"TUNELOOM_ATTEMPT_STARTED": str(started)} if attempt else {}
     group = elastic.micro_batches(config, launch)
-    gang = standby.take() if standby else None
-    if gang is None:
-        sequence = config.batch.sequence_parallel
-        gang = Gang(*elastic.place(launch, gpus, group, sequence, admission))
-        gang.start([environment()] * gang.size.workers, cpus=1, gpus=gpus)
-    size, actors, growth, head = gang.size, gang.actors, None, Head(folder / "stop")
+    growth, head = None, Head(folder / "stop")
+    with head.before_training():
+        gang = standby.take() if standby else None
+        if gang is None:
+            sequence = config.batch.sequence_parallel
+            gang = Gang(*elastic.place(launch, gpus, group, sequence, admission))
+            gang.start([environment()] * gang.size.workers, cpus=1, gpus=gpus)
+    size, actors = gang.size, gang.actors
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)
     try:
-        places = ray.get([actor.place.remote() for actor in actors])
-        if launch.kind == "ray" and not admission.started:
-            admission.start(places, preflight(actors, places, config, gpus))
-            places = ray.get([actor.place.remote() for actor in actors])  # ports not used yet
-        elif admission.started and not admission.admits(actors, places, config):
-            return LEFT_OUT
+        with head.before_training():
+            places = ray.get([actor.place.remote() for actor in actors])
+            if launch.kind == "ray" and not admission.started:
+                admission.start(places, preflight(actors, places, config, gpus))
+                places = ray.get([actor.place.remote() for actor in actors])  # ports not used yet
+            elif admission.started and not admission.admits(actors, places, config):
+                return LEFT_OUT
         if size.workers < launch.workers:
             nodes = frozenset(place["node"] for place in places)
             growth = elastic.Growth(

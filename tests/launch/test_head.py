@@ -3,19 +3,33 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-from tests.launch.test_ports import family, training
+import pytest
+
+from tests.launch.test_ports import family, hosts, training
+from tests.launch.test_ray import arguments
+from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
+
+__all__ = ["hosts"]
+
+
+def _store(pids: list[int]) -> int:
+    """Ray's control store among these processes."""
+    (store,) = [
+        pid
+        for pid in pids
+        if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    ]
+    return store
 
 
 def test_a_dead_head_ends_the_run_with_75_after_its_ranks_have_saved(lab: Path) -> None:
     with training(lab, "beheaded") as driver:
-        (store,) = [
-            pid
-            for pid in family(driver.pid)
-            if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
-        ]
-        os.kill(store, signal.SIGKILL)
+        os.kill(_store(family(driver.pid)), signal.SIGKILL)
         code = driver.wait(120)
     said = (lab / "beheaded.log").read_text(encoding="utf-8", errors="replace")
     assert code == 75, said[-3000:]
@@ -25,3 +39,30 @@ def test_a_dead_head_ends_the_run_with_75_after_its_ranks_have_saved(lab: Path) 
     steps = [row["step"] for row in map(json.loads, rows) if "train/loss" in row]
     saved = sorted((lab / "runs/beheaded/checkpoints").glob("step-*"))[-1].name
     assert (facts["state"], saved) == ("stopped", f"step-{steps[-1]:06d}")
+
+
+@pytest.mark.slurm
+def test_a_head_that_dies_while_ranks_wait_for_room_ends_the_command_with_75(
+    lab: Path, hosts: Hosts
+) -> None:
+    """Two slots for three ranks; Ray's client alone would wait a minute and end with 1."""
+    words = arguments(lab, "roomless", "launch.kind=ray", "launch.nodes=1", "launch.workers=3",
+                      "launch.wait_seconds=200")  # fmt: skip
+    environment = hosts.environment | {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
+    log = lab / "roomless.log"
+    with log.open("wb") as into:
+        driver = subprocess.Popen(
+            [*hosts.inside("a"), sys.executable, "-m", "tuneloom", "train", *words],
+            env=environment, stdout=into, stderr=into, cwd=lab,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while b"for room for 3 workers" not in log.read_bytes():
+            assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        os.kill(_store(hosts.pids("a")), signal.SIGKILL)
+        code = driver.wait(45)
+    finally:
+        driver.kill()
+    assert code == 75, log.read_text()
+    assert "answers no more; no rank has started yet" in log.read_text()
