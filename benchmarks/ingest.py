@@ -5,7 +5,7 @@ deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds sec
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
 index. The peers of benchmarks/peers/ run on the same files with the interpreters that `make bench`
 puts into .peers/, or with `--datatrove PYTHON` and `--data-juicer PYTHON`. Peak memory is of all
-processes, sampled twenty times a second. `--scale N` runs `core` on N rows first. Writes
+processes, sampled twenty times a second. `--scale N` runs `core` and `near` on N rows first. Writes
 benchmarks/results/ingest.json.
 
 `--memory N` runs `core` and `near` on N and on 4N rows of 150 bytes instead, each in a process of
@@ -216,8 +216,9 @@ def main() -> None:
     if arguments.scale:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(Path(folder) / "raw", arguments.scale)
-            result["scale"] = run(Path(folder) / "raw", Path(folder) / "ds", 2, **CASES["core"])
-            print("scale", result["scale"], flush=True)
+            for key, name in (("scale", "core"), ("scale_near", "near")):
+                result[key] = run(Path(folder) / "raw", Path(folder) / key, 2, **CASES[name])
+                print(key, result[key], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "raw"
         write_rows(source, rows)
