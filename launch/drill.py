@@ -51,7 +51,7 @@ one holder of the run folder. F22: to the last step, bit-equal; its lost steps a
 the whole soak (`python -m tuneloom.launch.soak`).
 
 F16: once the store has been silent for 10 s the ranks, which train on without it, are asked to save
-and stop; then the command ends with 75. Until they did they hold the lock of the run folder, so a
+and stop; then the command ends with 75, or with 5 where a rank went with the head's host. Until they did they hold the lock of the run folder, so a
 second command is refused. Ray's client alone would end it with exit 1 (after 60 s; measured).
 
 F8 (control files in wrong shapes) and F9 (rows in wrong shapes) are struck by tests, which count:
