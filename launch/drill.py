@@ -50,9 +50,10 @@ the timeout and 5 s. F14: the slow rank is named, no other. F15: at most 2 s, no
 one holder of the run folder. F22: to the last step, bit-equal; its lost steps and seconds are of
 the whole soak (`python -m tuneloom.launch.soak`).
 
-F16: once the store has been silent for 10 s the ranks, which train on without it, are asked to save
-and stop; then the command ends with 75, or with 5 where a rank went with the head's host. Until they did they hold the lock of the run folder, so a
-second command is refused. Ray's client alone would end it with exit 1 (after 60 s; measured).
+F16: once the store has been silent for 10 s the ranks, which train on without it, are asked to
+save and stop; then the command ends with 75, or with 5 where a rank went with the head's host.
+Until they did they hold the lock of the run folder, so a second command is refused. Ray's client
+alone would end it with exit 1 (after 60 s; measured).
 
 F8 (control files in wrong shapes) and F9 (rows in wrong shapes) are struck by tests, which count:
 tests/train/test_damage.py and test_checkpoint.py; tests/data/test_bad_data.py, test_hostile_rows.py
