@@ -45,17 +45,19 @@ FOOTER = """
 Bars: at most {most} steps lost (F5, F18: none; F2, F6: {every}; F7: {twice}; F19: {every} a kill;
 with copies of every step: 1), no differing bit (F18, F19: losses within 1e-3; F10: a run that
 skipped a step goes on otherwise), no sample missing or twice, no process left after 10 s, exit
-codes of the contract. F11: all named, no false alarm. F12, F13: the right ranks are named within the
-timeout and 5 s. F14: the slow rank is named, no other. F15: at most 2 s, no row missing. F17: one holder of the
-run folder. F22: to the last step, bit-equal; its lost steps and seconds are of the whole soak
-(`python -m tuneloom.launch.soak`).
+codes of the contract. F11: all named, no false alarm. F12, F13: the right ranks are named within
+the timeout and 5 s. F14: the slow rank is named, no other. F15: at most 2 s, no row missing. F17:
+one holder of the run folder. F22: to the last step, bit-equal; its lost steps and seconds are of
+the whole soak (`python -m tuneloom.launch.soak`).
 
-F16: once the store has been silent for 10 s the ranks, which train on without it, are asked to save
-and stop; then the command ends with 75. Until they did they hold the lock of the run folder, so a
-second command is refused. Ray's client alone would end it with exit 1 (after 60 s; measured).
+F16: once the store has been silent for 10 s the ranks, which train on without it, are asked to
+save and stop; then the command ends with 75, or with 5 where a rank went with the head's host.
+Until they did they hold the lock of the run folder, so a second command is refused. Ray's client
+alone would end it with exit 1 (after 60 s; measured).
 
 F8 (control files in wrong shapes) and F9 (rows in wrong shapes) are struck by tests, which count:
-tests/train/test_damage.py, tests/data/test_bad_data.py, test_hostile_rows.py and test_dirty.py.
+tests/train/test_damage.py and test_checkpoint.py; tests/data/test_bad_data.py, test_hostile_rows.py
+and test_dirty.py.
 
 Not struck here: a disk full of W&B's own files (F15); a Ray whose store is kept in Redis (F16); a
 slow NFS (F20: no kernel of this machine delays writes to a mount); NCCL, GPUs out of memory, ECC.

@@ -4,7 +4,6 @@ Only sizes that divide the micro-batches of a step are taken, so the global batc
 curve, stays what it was; the state goes through the universal checkpoint.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from tuneloom.errors import RefusedError
 from tuneloom.launch.admission import Admission, Probes
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.train.config import TrainConfig
-from tuneloom.train.runs import folder_of
+from tuneloom.train.runs import folder_of, recorded
 
 QUIET_SECONDS = 3.0
 """A cluster with room gives it sooner; after that a person is told what is waited for."""
@@ -35,13 +34,11 @@ def ranks_a_bundle(launch: LaunchConfig) -> int:
 
 def micro_batches(config: TrainConfig, launch: LaunchConfig) -> int:
     """Micro-batches a step of the whole run: what its last attempt took, else what was asked."""
-    record = folder_of(config) / "run.json"
-    if record.exists():
-        attempts = json.loads(record.read_text(encoding="utf-8")).get("attempts")
-        if attempts:
-            last = attempts[-1]
-            shared = int(last.get("sequence_parallel", 1))  # runs older than the key shared none
-            return int(last["workers"]) * int(last["accumulation"]) // shared
+    attempts = recorded(folder_of(config)).get("attempts")
+    if attempts:
+        last = attempts[-1]
+        shared = int(last.get("sequence_parallel", 1))  # runs older than the key shared none
+        return int(last["workers"]) * int(last["accumulation"]) // shared
     return launch.workers * config.batch.accumulation // config.batch.sequence_parallel
 
 

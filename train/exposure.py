@@ -13,6 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tuneloom.data.shards import write_whole
+from tuneloom.errors import TrainingError
+
 SCHEMA = pa.schema(
     [("record_id", pa.string()), ("step", pa.int32()), ("rank", pa.int32()),
      ("tokens", pa.int32()), ("target_tokens", pa.int32())]
@@ -43,9 +46,9 @@ class Exposure:
         if not self._tables:
             return
         self.parts.mkdir(exist_ok=True)
-        aside = self.parts / f".step-{step:06d}.tmp"
-        self.write_pending(aside)
-        aside.rename(self.parts / f"step-{step:06d}.parquet")
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.concat_tables(self._tables), sink)
+        write_whole(self.parts / f"step-{step:06d}.parquet", sink.getvalue())
         self._tables = []
 
     def write_pending(self, path: Path) -> None:
@@ -54,7 +57,7 @@ class Exposure:
 
     def adopt(self, path: Path) -> None:
         """Buffer again what a lost process had, but for steps that a part holds; after `rewind`."""
-        steps = [pq.read_table(part)["step"] for part in self.parts.glob("step-*.parquet")]
+        steps = [_read(part)["step"] for part in self.parts.glob("step-*.parquet")]
         last = max((pc.max(column).as_py() for column in steps), default=0)
         table = pq.read_table(path)
         self._tables = [table.filter(pc.greater(table["step"], last))]
@@ -65,7 +68,7 @@ class Exposure:
             self.parts.mkdir(exist_ok=True)
             self.target.rename(self.parts / f"step-{0:06d}.parquet")
         for part in sorted(self.parts.glob("step-*.parquet")):
-            table = pq.read_table(part)
+            table = _read(part)
             kept = table.filter(pc.less_equal(table["step"], step))
             if kept.num_rows == 0:
                 part.unlink()
@@ -78,12 +81,23 @@ class Exposure:
     def finish(self, step: int) -> str:
         """Join all parts into exposure.parquet, sorted by step; returns the digest of the order."""
         self.flush(step)
-        tables = [pq.read_table(part) for part in sorted(self.parts.glob("step-*.parquet"))]
+        tables = [_read(part) for part in sorted(self.parts.glob("step-*.parquet"))]
         joined = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         pq.write_table(joined.sort_by("step"), self.target.with_suffix(".tmp"))
         self.target.with_suffix(".tmp").rename(self.target)
         shutil.rmtree(self.parts, ignore_errors=True)
         return order_digest(joined["step"].to_pylist(), joined["record_id"].to_pylist())
+
+
+def _read(part: Path) -> pa.Table:
+    """One part; raises TrainingError where it is damaged: going on would lose rows in silence."""
+    try:
+        return pq.read_table(part)
+    except (OSError, pa.ArrowException) as error:
+        raise TrainingError(
+            f"{part}: which rows were trained on is not readable any more ({str(error)[:80]}); "
+            "restore the file, or start a run of another name: lineage would lack them"
+        ) from None
 
 
 def order_digest(steps: list[int], ids: list[str]) -> str:

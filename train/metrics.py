@@ -128,10 +128,9 @@ class Metrics:
         if not self.path.exists():
             return Kept({})
         kept, total, dropped, until = [], dict.fromkeys(PHASES, 0.0), 0.0, 0.0
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a killed writer
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            row = _row(line)
+            if row is None:
                 continue
             until = max(until, row.get("at", 0.0))
             seconds = {phase: row.get(f"time/{phase}", 0.0) for phase in PHASES}
@@ -188,3 +187,13 @@ class Progress:
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A row; None for the last line of a killed writer, or what a bad disk made of one."""
+    try:
+        row = json.loads(line)
+        row["step"] + row.get("at", 0.0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return dict(row)

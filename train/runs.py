@@ -18,6 +18,7 @@ from tuneloom.train.config import TrainConfig
 
 PATIENCE_SECONDS = 30.0
 """How long a restart waits for the attempt before it to let go of the run folder."""
+RECORD = "run.json"
 C = TypeVar("C", bound=TrainConfig)
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "wandb", "hydra-core",
             "bitsandbytes",
@@ -93,14 +94,18 @@ def _locked(lock: IO[str], patience: float) -> bool:
 
 def _check_same_run(config: TrainConfig, folder: Path) -> None:
     """A folder that already holds a run is continued only when asked to, with the same config."""
-    record = folder / "run.json"
+    record = folder / RECORD
     if not record.exists():
         return
     if config.resume == "never":
         raise ConfigError(
             f"run.id: {folder} holds a run already and resume=never; choose another run.id"
         )
-    before = json.loads(record.read_text(encoding="utf-8"))
+    before = recorded(folder)
+    if not before:  # a bad disk, or a hand; what checkpoints say of themselves is still compared
+        record.rename(record.with_name("run.json.damaged"))
+        print(f"{record} is damaged: set aside as run.json.damaged, written anew", flush=True)
+        return
     if before["config_digest"] != digest(config):
         changed = changes(before["config"], plain(config))
         raise ConfigError(
@@ -121,6 +126,7 @@ RESUMABLE = (
     "batch.sequence_parallel",
 )
 """Keys that a resumed run may change: none of them moves the loss curve."""
+INPUTS = {"base": "model.path", "dataset": "data.path"}
 KEPT = ("first_loss",)
 """Keys of run.json that only the first attempt can know."""
 
@@ -157,13 +163,37 @@ def changes(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [f"{path}: {before!r} -> {after!r}"]
 
 
-def refuse_other_inputs(config: TrainConfig, facts: dict[str, Any]) -> None:
-    """A resumed run reads the base and the rows it was started with; raises RefusedError."""
-    path = folder_of(config) / "run.json"
-    if not path.exists():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for part, key in (("base", "model.path"), ("dataset", "data.path")):
+def recorded(folder: Path) -> dict[str, Any]:
+    """run.json of a run; {} where there is none, or one in a wrong shape."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        [found["config_digest"], found["config"].items(), *found["attempts"]]
+        [found[part]["digest"] for part in ("base", "dataset")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return dict(found)
+
+
+def refuse_other_inputs(
+    config: TrainConfig, facts: dict[str, Any], digests: dict[str, str] | None
+) -> None:
+    """A resumed run reads the base and the rows it was started with; raises RefusedError.
+
+    `digests` are those in a checkpoint of this very run, for where run.json is lost.
+    """
+    before = recorded(folder_of(config))
+    if not before:
+        if digests is None:
+            return
+        if digests["config"] != digest(config):
+            raise RefusedError(
+                f"run.id: the checkpoints of {config.run.id} are of another config, and its "
+                "run.json is lost; start as before, or choose another run.id"
+            )
+        before = {"dataset": {"digest": digests["dataset"]}}
+    for part, key in INPUTS.items():
+        if part not in before:
+            continue
         was, now = before[part]["digest"], facts[part]["digest"]
         if was != now:
             raise RefusedError(
@@ -177,9 +207,7 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
     import yaml
 
     folder = folder_of(config)
-    before: dict[str, Any] = {}
-    if (folder / "run.json").exists():
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    before = recorded(folder)
     attempt = {
         "workers": facts["world_size"], "accumulation": facts["accumulation"],
         "sequence_parallel": facts["sequence_parallel"], "resumed_from": facts["resumed_from"],
@@ -198,7 +226,7 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
         "attempts": [*before.get("attempts", []), attempt],
         **facts,
     }
-    write_json(folder / "run.json", content)
+    write_json(folder / RECORD, content)
     (folder / "config.yaml").write_text(
         yaml.safe_dump(redacted(plain(config)), sort_keys=False), encoding="utf-8"
     )
@@ -206,8 +234,8 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
 
 def update(folder: Path, facts: dict[str, Any]) -> None:
     """Add facts to run.json."""
-    before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    write_json(folder / "run.json", {**before, **facts})
+    before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    write_json(folder / RECORD, {**before, **facts})
 
 
 def write_json(path: Path, content: Any) -> None:

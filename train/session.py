@@ -273,7 +273,8 @@ class Session:
             "accumulation": self.feed.accumulation, "sequence_parallel": self.world.sequence,
         }  # fmt: skip
         if found:
-            runs.refuse_other_inputs(config, facts)
+            mine = found.folder.parent.parent == self.folder
+            runs.refuse_other_inputs(config, facts, found.manifest["digests"] if mine else None)
         runs.record(config, facts)
 
     def _restore(self, found: checkpoint.Found) -> None:

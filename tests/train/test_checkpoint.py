@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tuneloom.errors import ConfigError, RefusedError, Stopped
+from tests.train.test_damage import SHAPES
+from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError
 from tuneloom.testing import Gang, free_port, metrics, small_config
 from tuneloom.train import checkpoint
 
@@ -147,6 +148,48 @@ def test_another_config_under_the_same_run_id_is_refused_by_key(lab: Path, one: 
     one.fit(config(lab, "mine"))
     with pytest.raises(ConfigError, match=r"optim\.lr: 0.005 -> 0.1"):
         one.fit(config(lab, "mine", optim__lr=0.1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_record_or_metrics_in_any_wrong_shape_are_written_anew_and_the_run_goes_on(
+    lab: Path, one: Gang, shape: str
+) -> None:
+    run_id = f"damaged-{list(SHAPES).index(shape)}"
+    interrupted(lab, one, run_id)
+    folder = lab / "runs" / run_id
+    for name in ("run.json", "metrics.jsonl"):
+        whole, content = (folder / name).read_bytes(), SHAPES[shape]
+        (folder / name).write_bytes(whole[:200] if content is None else content)
+    one.fit(config(lab, run_id, checkpoint__every=4))
+    facts = json.loads((folder / "run.json").read_text())
+    assert (facts["state"], facts["resumed_from"]) == ("done", checkpoint.name(4))
+    assert metrics(lab, run_id, "step") == [5, 6, 7, 8]
+    assert sorted({step for step, *_ in exposures(lab, run_id)}) == list(range(1, 9))
+
+
+def test_a_lost_record_does_not_let_another_config_or_other_rows_in(
+    lab: Path, tmp_path: Path, one: Gang
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    shutil.copyfile(lab / "rows.jsonl", rows)
+    interrupted(lab, one, "recordless", data__path=str(rows))
+    record = lab / "runs/recordless/run.json"
+    for content in (b"", b"[]", None):
+        record.write_bytes(content) if content is not None else record.unlink(missing_ok=True)
+        with pytest.raises(RefusedError, match=r"run\.id: the checkpoints .* another config"):
+            one.fit(config(lab, "recordless", data__path=str(rows), optim__lr=0.1))
+    rows.write_text(rows.read_text().replace("answer", "Answer", 1))
+    with pytest.raises(RefusedError, match=r"data\.path: .* has digest"):
+        one.fit(config(lab, "recordless", data__path=str(rows), checkpoint__every=4))
+
+
+def test_a_damaged_exposure_ends_the_run_and_names_the_file(lab: Path, one: Gang) -> None:
+    interrupted(lab, one, "unexposed")
+    (lab / "runs/unexposed/exposure.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(
+        TrainingError, match=r"exposure.*which rows were trained on is not readable"
+    ):
+        one.fit(config(lab, "unexposed", checkpoint__every=4))
 
 
 def test_rows_that_changed_since_the_run_began_are_refused(
