@@ -285,6 +285,11 @@ def main() -> None:
         for process in ranks:
             process.start()
         theirs.close()
+        while not ours.poll(1.0):
+            if lost := [process.exitcode for process in ranks if process.exitcode]:
+                for process in ranks:
+                    process.kill()
+                raise SystemExit(f"a rank ended with {lost[0]}; is there memory for --gib?")
         taken = ours.recv()
         for process in ranks:
             process.join()
