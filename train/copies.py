@@ -77,7 +77,7 @@ class Copies:
     ) -> None:  # fmt: skip
         """Copy the state of `step`; raises TrainingError on all ranks when one could not."""
         own = self.base / _of(self.world.rank)
-        torn = own / f".torn-{checkpoint.name(step)}"
+        torn = self._torn(own, checkpoint.name(step))
         manifest = {
             "step": step, "world_size": self.world.size, "zero_stage": zero_stage,
             "digests": digests, "gang": self.gang,
@@ -100,6 +100,12 @@ class Copies:
     def forget(self) -> None:
         """The run is over: give the memory back."""
         shm.forget(self.base)
+
+    def _torn(self, root: Path, step_name: str) -> Path:
+        """Where a part is written. A process of the gang before, which may be dying still, has
+        another.
+        """
+        return root / f".torn-{step_name}-{self.gang}"
 
     def _agree(self, failure: str | None, step: int) -> None:
         failures = [f for f in distributed.gather_objects(failure) if f]
@@ -136,7 +142,7 @@ class Copies:
         text = self._take(source, int(self._take(source, 1, torch.int64)))
         manifest = json.loads(bytes(text.numpy()))
         root = self.base / _of(source)
-        torn, failure = root / f".torn-{step_name}", None
+        torn, failure = self._torn(root, step_name), None
         for relative, facts in manifest["files"].items():
             content = self._take(source, int(facts["bytes"]))
             try:
@@ -180,7 +186,10 @@ def _of(rank: int) -> str:
 def _finish(torn: Path, manifest: dict[str, Any]) -> None:
     """The manifest last, then the name: a part is whole or is not there."""
     (torn / checkpoint.MANIFEST).write_text(checkpoint.sealed(manifest), encoding="utf-8")
-    torn.rename(torn.with_name(checkpoint.name(manifest["step"])))
+    final = torn.with_name(checkpoint.name(manifest["step"]))
+    if final.exists():  # of a process that outlived its gang: this run has gone back behind it
+        shutil.rmtree(final)
+    torn.rename(final)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> No
     for kill in (1, 2):  # who took the first one's place has standby workers too
         deadline = time.monotonic() + 120
         while log.read_text().count("workers wait beside the run") < kill:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, process.communicate()[1].decode() + log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         first = set(ranks_of(process))
         waiting = set(workers_of(process)) - first

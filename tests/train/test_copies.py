@@ -150,6 +150,37 @@ def test_a_damaged_copy_is_not_used(lab: Path, two: Gang) -> None:
     assert metrics(lab, "damaged-copy") == metrics(lab, uninterrupted(lab, two, 2))
 
 
+HAUNTED = """
+import json, sys
+from tuneloom.config import build
+from tuneloom.train import checkpoint, copies
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.loop import fit
+
+begin = copies.Copies.__init__
+
+def begin_haunted(self, base, run, world):
+    begin(self, base, run, world)
+    for name in (checkpoint.name(2), ".torn-" + checkpoint.name(3)):
+        (base / "rank-00000" / name / checkpoint.ENGINE).mkdir(parents=True)
+        (base / "rank-00000" / name / checkpoint.ENGINE / "old").write_text("of the gang before")
+
+copies.Copies.__init__ = begin_haunted
+fit(build(TrainConfig, json.loads(sys.argv[1])))
+"""
+
+
+def test_what_a_dying_gang_still_writes_into_memory_does_not_end_the_next_one(lab: Path) -> None:
+    """Its part of a step that comes again, whole and half."""
+    config = small_config(lab, "haunted", steps=5, checkpoint__memory_every=1)
+    done = subprocess.run(
+        [sys.executable, "-c", HAUNTED, json.dumps(config)], capture_output=True, text=True,
+        timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert metrics(lab, "haunted", "step") == [1, 2, 3, 4, 5]
+
+
 def test_copies_of_a_run_that_was_made_anew_are_not_found(lab: Path, one: Gang) -> None:
     run = lab / "runs/anew"
     run.mkdir(parents=True)
