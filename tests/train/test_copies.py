@@ -37,11 +37,11 @@ def struck_between(self, micros):
         os.kill(os.getpid(), signal.SIGKILL)
     return agree(self, micros)
 def struck_inside(folder):
-    if folder.name == ".torn-step-000005" and rank == "1":
+    if folder.name.startswith(".torn-step-000005-") and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return facts_of(folder)
 def struck_saving(engine, torn, *more):
-    if torn.name.startswith(".torn-step-000006-") and rank == "1":
+    if torn.parent.name == "checkpoints" and "-000006-" in torn.name and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return write_share(engine, torn, *more)
 if kill == "between":
