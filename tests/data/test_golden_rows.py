@@ -112,6 +112,13 @@ def test_a_file_of_decisions_is_entered_whole_or_not_at_all(tmp_path: Path, sour
     assert log.read_text() == before
 
 
+def test_a_set_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "golden" / "g" / ".lock").mkdir(parents=True)
+    with pytest.raises(RefusedError, match="g: cannot be written"):
+        act(tmp_path, "status")
+    assert not (tmp_path / "golden" / "g" / "events.jsonl").exists()
+
+
 def test_reviewers_at_work_at_once_write_one_log(tmp_path: Path, source: str) -> None:
     act(tmp_path, "propose", source=source, by="anna")
     ids = sorted(golden(tmp_path).rows)

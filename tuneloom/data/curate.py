@@ -79,6 +79,8 @@ class Golden:
         """Append what happened since the log was read; on disk when this returns, or RefusedError
         and nothing is.
         """
+        if not self.fresh:
+            return
         with self.log.open("ab") as file:
             end = file.tell()
             try:

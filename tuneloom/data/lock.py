@@ -15,10 +15,17 @@ PATIENCE_SECONDS = 60.0
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold FOLDER/.lock, which the kernel lets go of whatever happens to this process.
 
-    Waits for whoever holds it; raises RefusedError after PATIENCE_SECONDS.
+    Waits for whoever holds it; raises RefusedError after PATIENCE_SECONDS, or where it cannot be
+    made.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    with (folder / ".lock").open("a") as file:
+    try:
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise RefusedError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    with lock as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
