@@ -230,16 +230,16 @@ def test_a_state_of_other_data_is_refused() -> None:
 def test_a_state_of_an_older_order_is_refused() -> None:
     state = make(30, config()).state()
     del state["version"]  # as the first order's states were
-    with pytest.raises(DataError, match=r"version 1, this is version 2; finish .* resume=never"):
+    with pytest.raises(DataError, match=r"version 1, this is version 3; finish .* resume=never"):
         make(30, config()).restore(state)
 
 
-def long_and_short(rows: int) -> np.ndarray:
-    """Lengths of a chat set with long documents, up to 32k."""
+def long_and_short(rows: int, longest: int = 32_768) -> np.ndarray:
+    """Lengths of a chat set with long documents."""
     draws = np.random.default_rng(1)
     short = draws.random(rows) < 0.85
     lengths = np.where(short, draws.lognormal(6.3, 0.9, rows), draws.lognormal(9, 0.8, rows))
-    return np.clip(lengths, 16, 32_768).astype(np.int64)
+    return np.clip(lengths, 16, longest).astype(np.int64)
 
 
 def straggling_of(plan: Plan, lengths: np.ndarray, group: int) -> tuple[float, float]:
@@ -281,6 +281,33 @@ def test_dear_packs_wait_for_one_window_and_no_longer() -> None:
     plan = Plan(60_000, seen, config(tokens=32_768, window=8_000, group=64))
     assert sorted(flat(run(plan))) == list(range(60_000))
     assert asked.max() == 2 and lengths[asked == 2].mean() > 2 * lengths.mean()
+
+
+def test_while_windows_grow_the_dearest_packs_wait_for_the_longest_one() -> None:
+    lengths = long_and_short(150_000, 131_072)
+    plan = Plan(150_000, lambda rows: lengths[rows], config(tokens=131_072, window=None, group=32))
+    early = np.concatenate([b for _ in range(30) for b in plan.next_step()])  # 2 + 4 + 8 + 16
+    late = np.concatenate([b for step in iter(plan.next_step, []) for b in step])
+    assert sorted([*early, *late]) == list(range(150_000))
+    assert lengths[early].max() < 0.6 * 131_072 and lengths[late].max() == 131_072
+    again = Plan(150_000, lambda rows: lengths[rows], plan.config)
+    planned, random = straggling_of(again, lengths, 32)
+    assert planned < 1.05 and random > 2
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_window_that_grows_is_finished_as_begun_under_another_global_batch(stop: int) -> None:
+    lengths = long_and_short(20_000)
+
+    def plan(group: int) -> Plan:
+        return Plan(
+            20_000, lambda rows: lengths[rows], config(tokens=32_768, window=None, group=group)
+        )
+
+    first, second = plan(64), plan(16)
+    run(first, stop)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert flat(run(second, 4)) == flat(run(first, 1))
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5, 8])

@@ -2,8 +2,8 @@
 
 Packs of equal tokens differ in cost, because attention grows with the square of a document's
 length: dealt at random to 64 ranks, packs of 32k tokens lose 46 % of the time to waiting. Inside a
-window, bins of like cost are put in one step, and the dearest wait, once, for more of their like;
-where random order loses little anyway, it stays random.
+window, bins of like cost are put in one step, and the dearest wait for more of their like: once,
+and while windows grow; where random order loses little anyway, it stays random.
 """
 
 import numpy as np

@@ -28,7 +28,7 @@ Lengths = Callable[[np.ndarray], np.ndarray]
 EMPTY = np.empty(0, np.int64)
 FIXED = ("rows", "seed", "shuffle", "packing", "tokens", "window", "balance")
 """Keys of a state that must be those of the run it is restored in."""
-VERSION = 2
+VERSION = 3
 """Of the order that a state continues; raise it whenever the same config would give another."""
 
 
@@ -226,6 +226,8 @@ class Plan:
         bins = pack(lengths, self.config.tokens)
         free = np.array([not waited[members].any() for members in bins], bool) & (not last)
         sent = self._without_emptiest(bins, lengths, free, len(fresh))
+        if not last and self._grows(len(fresh), lengths):
+            free = np.ones(len(bins), bool)  # a longer window has more of their like
         sent = self._without_dearest(bins, lengths, free, sent)
         kept = np.setdiff1d(np.arange(len(bins)), sent)
         self._carried = np.concatenate([EMPTY, *(rows[bins[i]] for i in kept)])
@@ -256,6 +258,13 @@ class Plan:
         costs = costs_of([bins[i] for i in sent], lengths)
         generator = _generator(self.config.seed, self._window, 2)
         return np.delete(sent, dearest(costs, free[sent], self._group, self._phase, generator))
+
+    def _grows(self, fresh: int, lengths: np.ndarray) -> bool:
+        """Whether the window after the current one, of `fresh` rows, is longer, by the micro-batches
+        a step that the current one was begun with.
+        """
+        capacity = self._group * self.config.tokens
+        return self.config.window is None and windows.following(fresh, lengths, capacity) > fresh
 
     def _arrangement(self, sent: list[np.ndarray], lengths: np.ndarray) -> np.ndarray:
         """Order of a window's bins: random but for cost, or by their first row in the stream."""
