@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.imports import unswept
 
 LOOPBACK = "127.0.0.1"
 ONE_MACHINE = dict.fromkeys(
@@ -109,7 +110,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="transformers|torch.distributed"
     )
-    from transformers.utils import logging as transformers_logging
+    with unswept():
+        from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

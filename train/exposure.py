@@ -92,7 +92,8 @@ class Exposure:
 def _read(part: Path) -> pa.Table:
     """One part; raises TrainingError where it is damaged: going on would lose rows in silence."""
     try:
-        return pq.read_table(part)
+        with pq.ParquetFile(part) as file:  # `read_table` imports pandas: 0.5 s
+            return file.read()
     except (OSError, pa.ArrowException) as error:
         raise TrainingError(
             f"{part}: which rows were trained on is not readable any more ({str(error)[:80]}); "

@@ -66,6 +66,7 @@ class Feed:
 
     def account(self, bins: list[np.ndarray], step: int, padded: int, exposure: Exposure) -> None:
         """Book one step of all ranks on the ledger and the exposure record; rank 0 only."""
+        self.store.hurry()
         rows = np.concatenate(bins)
         shares = np.arange(len(bins)) % self.world.data_size
         ranks = np.repeat(shares * self.world.sequence, [len(b) for b in bins])
@@ -103,7 +104,7 @@ def make_store(
 
     def construct() -> TokenStore:
         return TokenStore(
-            Path(config.run.root) / ".tokens", rows, render, order, writer=world.first,
+            Path(config.run.root) / ".tokens", rows, render, order, writer=world.first, paced=True,
             max_lost_answer_tokens=config.batch.max_lost_answer_tokens,
         )  # fmt: skip
 

@@ -62,6 +62,7 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
 def import_all() -> None:
     """What a run imports on its way to the first step; standby does it in advance."""
     imports.adapters()
+    imports.arrow()
     with imports.unswept():
         for name in ("deepspeed", "transformers.models.auto.modeling_auto"):
             import_module(name)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,34 @@ def test_two_runs_share_one_cache_and_write_each_row_once(
     written = [tokens.shards.read(path) for path in first.folder.glob("*.arrow")]
     held = np.concatenate([shard.rows for shard in written if shard is not None])
     assert sorted(held.tolist()) == order.tolist()
+
+
+def test_a_paced_writer_waits_to_be_asked_until_it_is_told_to_hurry(
+    tmp_path: Path, rows: Rows, renderer: Renderer
+) -> None:
+    with TokenStore(tmp_path / "cache", rows, renderer, np.arange(COUNT), paced=True) as store:
+        store.lengths(np.arange(100))
+        time.sleep(0.5)
+        first = store.seen.rows
+        assert tokens.AHEAD_ROWS <= first < COUNT
+        store.lengths(np.array([first]))
+        assert first < store.seen.rows
+        store.hurry()
+        deadline = time.monotonic() + 30
+        while store.seen.rows < COUNT and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert store.seen.rows == COUNT
+
+
+def test_a_paced_writer_goes_on_by_itself_after_a_while(
+    tmp_path: Path, rows: Rows, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "PATIENCE_SECONDS", 0.6)
+    started = time.monotonic()
+    with TokenStore(tmp_path / "cache", rows, renderer, np.arange(COUNT), paced=True) as store:
+        while store.seen.rows < COUNT and time.monotonic() < started + 30:
+            time.sleep(0.02)
+        assert store.seen.rows == COUNT and time.monotonic() - started > 0.6
 
 
 def test_closing_stops_the_writer_and_keeps_what_it_wrote(

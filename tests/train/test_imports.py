@@ -14,7 +14,7 @@ import pytest
 from tuneloom import imports
 from tuneloom.testing import tiny_model
 
-UNUSED = ("bitsandbytes", "scipy.optimize", "torch._inductor.compile_fx", "ray", "wandb")
+UNUSED = ("bitsandbytes", "pandas", "scipy.optimize", "torch._inductor.compile_fx", "ray", "wandb")
 TRAINED = """
 import json, sys
 from pathlib import Path

@@ -260,8 +260,8 @@ class Plan:
         return np.delete(sent, dearest(costs, free[sent], self._group, self._phase, generator))
 
     def _grows(self, fresh: int, lengths: np.ndarray) -> bool:
-        """Whether the window after the current one, of `fresh` rows, is longer, by the micro-batches
-        a step that the current one was begun with.
+        """Whether the window after this one of `fresh` rows is longer, by the micro-batches a step
+        that this one was begun with.
         """
         capacity = self._group * self.config.tokens
         return self.config.window is None and windows.following(fresh, lengths, capacity) > fresh
