@@ -50,7 +50,7 @@ def absent(*packages: str) -> Iterator[None]:
         yield
         return
     _forget()
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    sys.modules.update(dict.fromkeys(hidden))
     try:
         yield
     finally:
@@ -104,11 +104,11 @@ def arrow() -> None:
     """
     import pyarrow
 
-    sys.meta_path.insert(0, _NoPandas)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoPandas)
     try:
         pyarrow.array([0], pyarrow.int64())
     finally:
-        sys.meta_path.remove(_NoPandas)  # type: ignore[arg-type]
+        sys.meta_path.remove(_NoPandas)
 
 
 def muon() -> None:
