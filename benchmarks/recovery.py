@@ -1,9 +1,10 @@
 """`python -m benchmarks.recovery`: seconds from a killed rank to the next new step (B3).
 
-Ours, with and without `launch.standby`, bare Ray Train V2 and torchrun, in turn, on one tiny model,
-loop and checkpoints: two gloo ranks, a checkpoint every 10 steps, `kill -9` of one rank between two
-saves, with standby once it says that it waits. What differs is who notices, and how long it takes
-to start again. Wall time, as that is what is lost; read the ratio, which was taken in one run.
+Ours, in a run's first minute and later, when a second gang waits (`launch.standby`), bare Ray
+Train V2 and torchrun, in turn, on one tiny model, loop and checkpoints: two gloo ranks, a
+checkpoint every 10 steps, `kill -9` of one rank between two saves. What differs is who notices,
+and how long it takes to start again. Wall time, as that is what is lost; read the ratio, which was
+taken in one run.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tuneloom.testing import small_config
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10_000
 VICTIMS = {
-    "tuneloom": b"Worker.run", "tuneloom_standby": b"Worker.run", "ray_train": b"TrainWorker",
+    "tuneloom": b"Worker.run", "tuneloom_first_minute": b"Worker.run", "ray_train": b"TrainWorker",
     "torchrun": b"-m\0tuneloom.train\0run.root",
 }  # fmt: skip
 """Words in the command line of a rank."""
@@ -55,8 +56,7 @@ class Started(Run):
         ]
         keys.extend(endless)
         if self.launcher.startswith("tuneloom"):
-            standby = f"launch.standby={str(self.launcher == 'tuneloom_standby').lower()}"
-            return [sys.executable, "-m", "tuneloom", "train", *keys, standby]
+            return [sys.executable, "-m", "tuneloom", "train", *keys]
         if self.launcher == "torchrun":
             keys = [k for k in keys if not k.startswith("launch")]
             return [
@@ -91,7 +91,7 @@ def struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> dict[str
     """Kill one rank; seconds to the next new step, and how many steps were done again."""
     run = Started(lab, launcher, run_id)
     run.wait_for_step(2 * EVERY)
-    if launcher == "tuneloom_standby":
+    if launcher == "tuneloom":
         run.wait_for(lambda: b"wait beside the run" in run.log.read_bytes(), "a standby gang")
     run.wait_for_step(run.step // EVERY * EVERY + EVERY + rng.randrange(3, EVERY - 2))
     ranks = run.ranks()

@@ -116,8 +116,7 @@ class Probes:
             ray.remote(Worker).options(
                 num_cpus=1, num_gpus=gpus, placement_group=slots,
                 placement_group_bundle_index=rank // share, max_restarts=0,
-                runtime_env={"env_vars": environment()},
-            ).remote()
+            ).remote(environment())
             for rank in range(ranks)
         ]  # fmt: skip
         self._asked = [actor.place.remote() for actor in self._actors]

@@ -25,9 +25,10 @@ class LaunchConfig(Config):
     """auto: 1 where the machine has GPUs, else 0."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts from the newest good checkpoint after a worker is lost."""
-    standby: bool = False
-    """A second set of workers waits beside the first, all imported: a restart took 0.85 s in place
-    of 6.2 (benchmarks/recovery.py), for about 0.6 GiB of host memory a rank.
+    standby: Annotated[float, Field(ge=0)] | None = 60.0
+    """Seconds of training after which a second set of workers waits beside the first, all imported,
+    so that a restart takes one second (benchmarks/recovery.py); it holds about 0.6 GiB of host
+    memory a rank, and is left out where little is to spare. true: at once; null or false: never.
     """
     min_workers: Annotated[int, Field(gt=0)] | None = None
     """Ray: ranks to go on with when nodes are gone, until they return; None waits for all."""
@@ -60,6 +61,11 @@ class LaunchConfig(Config):
     dry_run: bool = False
     """Slurm: print the batch script, submit nothing."""
 
+    @field_validator("standby", mode="before")
+    @classmethod
+    def at_once_or_never(cls, value: object) -> object:
+        return {True: 0.0, False: None}[value] if isinstance(value, bool) else value
+
     @field_validator("account", "partition", "memory")
     @classmethod
     def header(cls, value: str | None) -> str | None:
@@ -81,7 +87,11 @@ class LaunchConfig(Config):
         changed = sorted(n for n in given if getattr(self, n) != type(self).model_fields[n].default)
         if changed and self.kind != "slurm":
             raise ValueError(f"launch.{changed[0]}: only launch=slurm reads it; leave it out")
-        if self.standby and self.kind == "inline":
+        if (
+            self.kind == "inline"
+            and "standby" in self.model_fields_set
+            and self.standby is not None
+        ):
             raise ValueError("launch.standby: launch=inline restarts nothing; leave it out")
         if self.min_workers is not None and self.kind != "ray":
             raise ValueError("launch.min_workers: only launch=ray reads it; leave it out")
@@ -96,6 +106,10 @@ class LaunchConfig(Config):
                 f"({self.nodes}); use a multiple of it"
             )
         return self
+
+    @property
+    def asks_for_standby(self) -> bool:
+        return "standby" in self.model_fields_set and self.standby is not None
 
 
 SLURM_ONLY = frozenset({

@@ -42,15 +42,41 @@ def gpus() -> list[Gpu]:
     return [Gpu(name, int(mib) * 2**20, driver) for name, mib, driver in rows]
 
 
-def host_bytes() -> int:
-    """Memory that this process may take: what the machine has left, or its cgroup's limit."""
-    available = int(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists():
-        text = limit.read_text(encoding="utf-8").strip()
-        if text.isdigit():
-            return min(available, int(text))
-    return available
+def host_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may yet take: what the machine has left, or its control groups."""
+    left = [int(psutil.virtual_memory().available)]
+    for limit, used, cache in _group_files(own, root):
+        text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+        if text.isdigit():  # cgroup v1 writes no limit as a number that no machine has
+            left.append(int(text) - int(used.read_text(encoding="utf-8")) + _reclaimable(cache))
+    return max(0, min(left))
+
+
+def _group_files(own: Path, root: Path) -> list[tuple[Path, Path, Path]]:
+    """Limit, use and statistics of the control groups that this process is in, innermost first."""
+    files = []
+    for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = root, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        inner = top / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            files.append((folder / names[0], folder / names[1], folder / "memory.stat"))
+            if folder == top:
+                break
+    return files
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Bytes of files that the kernel takes back when they are needed."""
+    if not statistics.exists():
+        return 0
+    rows = dict(line.split() for line in statistics.read_text(encoding="utf-8").splitlines())
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
 
 
 def cores() -> int:

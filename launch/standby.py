@@ -1,20 +1,26 @@
 """A second gang that has imported everything and waits (`launch.standby`): after a lost worker the
-run goes on at once, where new processes first start and import for some five seconds.
+run goes on at once, where new processes first start and import for some four seconds.
 
 It stands in the slots of the gang that trains, asks Ray for no processor and no GPU, and holds
-about 0.6 GiB of host memory a rank (not seen on a GPU yet). It starts after the gang's first step,
-not to compete with that. Where one of it does not answer, because a whole host is gone, the next
+about 0.6 GiB of host memory a rank (not seen on a GPU yet), so it is left out where a host has
+little to spare. It starts some time after the gang's first step, not to compete with that, nor in
+runs that are over soon. Where one of it does not answer, because a whole host is gone, the next
 gang is placed anew.
 """
 
+import math
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.launch.elastic import ranks_a_bundle
-from tuneloom.launch.worker import Worker
+from tuneloom.launch.worker import Worker, environment
 
+ROOM = 2 * 2**30
+"""Bytes that a host must have to spare for each rank on it; training may yet grow."""
 ANSWER_SECONDS = 10.0
 """How long workers that wait may take to say that they live; they may still be importing."""
 
@@ -34,9 +40,8 @@ class Gang:
         self.actors = [
             ray.remote(Worker).options(
                 num_cpus=cpus, num_gpus=gpus, placement_group=self.slots,
-                placement_group_bundle_index=rank // ranks_a_bundle(self.size),
-                runtime_env={"env_vars": environments[rank]}, max_restarts=0,
-            ).remote()
+                placement_group_bundle_index=rank // ranks_a_bundle(self.size), max_restarts=0,
+            ).remote(environments[rank])
             for rank in range(self.size.workers)
         ]  # fmt: skip
 
@@ -59,40 +64,54 @@ class Gang:
 class Standby:
     """At most one gang that waits to follow the one that trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, after_seconds: float) -> None:
+        """`after_seconds`: from a gang's first step until the one that waits is started."""
+        self._after = after_seconds
         self._gang: Gang | None = None
         self._environments: list[dict[str, str]] = []
-        self._metrics, self._since = Path(), 0.0
+        self._metrics, self._since, self._due = Path(), 0.0, math.inf
+        self._room = 0
         self._importing: list[Any] = []
 
-    def follow(self, gang: Gang, environments: list[dict[str, str]], metrics: Path) -> None:
-        """Be ready to follow `gang` from the next line in `metrics` on."""
+    def follow(self, gang: Gang, places: list[dict[str, Any]], metrics: Path) -> None:
+        """Be ready to follow `gang`, whose ranks stand at `places`, from the next line in `metrics`
+        on.
+        """
         self._gang = Gang(gang.slots, gang.size)
-        self._environments = environments
-        self._metrics, self._since = metrics, _changed(metrics)
+        self._environments = [environment() | place["devices"] for place in places]
+        self._room = ROOM * max(Counter(place["node"] for place in places).values())
+        self._metrics, self._since, self._due = metrics, _changed(metrics), math.inf
 
     def look(self) -> None:
         """Called about once a second while a gang trains."""
-        import ray
-        from ray.exceptions import RayActorError
-
         gang = self._gang
         if gang is None:
             return
-        if not gang.actors and _changed(self._metrics) > self._since:
+        if self._due == math.inf and _changed(self._metrics) > self._since:
+            self._due = time.monotonic() + self._after
+        if not gang.actors and time.monotonic() >= self._due:
             gang.start(self._environments, cpus=0, gpus=0)
-            self._importing = [actor.import_all.remote() for actor in gang.actors]
+            self._importing = [actor.import_all.remote(self._room) for actor in gang.actors]
         if self._importing:
-            done, self._importing = ray.wait(self._importing, num_returns=1, timeout=0)
-            try:
-                ray.get(done)
-            except RayActorError as error:  # none of the run's own: start them again
-                print(f"launch.standby: a worker was lost ({type(error).__name__})", flush=True)
-                gang.end()
-                self._importing = []
-                return
-            if not self._importing:
-                print(f"launch.standby: {len(gang.actors)} workers wait beside the run", flush=True)
+            self._ask(gang)
+
+    def _ask(self, gang: Gang) -> None:
+        """Who has imported, and where is no room for it?"""
+        import ray
+        from ray.exceptions import RayActorError
+
+        done, self._importing = ray.wait(self._importing, num_returns=1, timeout=0)
+        try:
+            refused = [reason for reason in ray.get(done) if reason]
+        except RayActorError as error:  # none of the run's own
+            refused = [f"a worker was lost ({type(error).__name__})"]
+        if refused:
+            print(f"launch.standby: {refused[0]}; none waits, a restart starts anew", flush=True)
+            gang.end()
+            self._importing, self._due = [], math.inf
+            self._since = math.inf
+        elif not self._importing and done:
+            print(f"launch.standby: {len(gang.actors)} workers wait beside the run", flush=True)
 
     def keeps(self, gang: Gang) -> bool:
         """True while the slots of `gang` are held for the next one."""

@@ -76,7 +76,7 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
 def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> None:
     """Gang after gang until one is done; those that only grow or change nodes are no restarts."""
     restarts = grown = 0
-    standby = Standby() if launch.standby else None
+    standby = Standby(launch.standby) if launch.standby is not None else None
     admission = Admission(gpus_per_worker(launch))
     try:
         while (
@@ -142,7 +142,8 @@ def connect(launch: LaunchConfig, *, run: Path | None = None) -> None:
     shared: dict[str, Any] = {"logging_level": "error", "log_to_driver": True}
     if launch.kind == "local":
         ray.init(
-            address="local", num_cpus=max(launch.workers, os.cpu_count() or 1),
+            # As many again, for which Ray keeps processes ready: a restart takes those.
+            address="local", num_cpus=max(2 * launch.workers, os.cpu_count() or 1),
             include_dashboard=False, object_store_memory=80 * 2**20,
             _node_ip_address="127.0.0.1",
             # Ray starts workers at nice 15, so that anything else on a workstation comes first.
@@ -224,8 +225,7 @@ def run_gang(
             for rank, actor in enumerate(actors)
         ]  # fmt: skip
         if standby and growth is None:
-            seen = [environment() | place["devices"] for place in places]
-            standby.follow(gang, seen, folder / "metrics.jsonl")
+            standby.follow(gang, places, folder / "metrics.jsonl")
         looks = [watched.look for watched in (head, growth, standby) if watched]
         wait(calls, meanwhile=lambda: [look() for look in looks])
         return None

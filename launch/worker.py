@@ -25,6 +25,10 @@ def environment() -> dict[str, str]:
 class Worker:
     """Says where it landed and what it sees there, then trains as the rank it is told to be."""
 
+    def __init__(self, environment: dict[str, str]) -> None:
+        # Not by `runtime_env`, with which Ray cannot use a process that is already there.
+        os.environ.update(environment)
+
     def place(self) -> dict[str, Any]:
         """This rank's address, a free port on it, its node, and that node's name."""
         import ray
@@ -40,14 +44,22 @@ class Worker:
             "devices": {name: os.environ[name] for name in DEVICES if name in os.environ},
         }
 
-    def import_all(self) -> None:
-        """Import what training will, and go on waiting; starts nothing on a GPU.
+    def import_all(self, room: int) -> str | None:
+        """Import what training will, and go on waiting; starts nothing on a GPU. Where this host
+        has less than `room` bytes to spare: says so, and imports nothing.
 
         In a thread of the lowest priority, as the gang that trains needs its processors: Linux
         keeps priorities by thread, so the one that will train has its own still.
         """
+        from tuneloom.launch.machine import host_bytes
+
+        if (spare := host_bytes()) < room:
+            host, gib = socket.gethostname(), 2**30
+            return f"{host} has {spare / gib:.1f} GiB to spare, {room / gib:.0f} are wanted"
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU starts nothing there
         with ThreadPoolExecutor(1, initializer=lambda: os.nice(19)) as aside:
             aside.submit(_import_all).result()
+        return None
 
     def examine(self, config: dict[str, Any], rank: int, host: str) -> dict[str, Any]:
         """Preflight: `preflight.Facts` as a mapping."""

@@ -50,7 +50,7 @@ def absent(*packages: str) -> Iterator[None]:
         yield
         return
     _forget()
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield
     finally:
