@@ -87,18 +87,19 @@ def ways(engine: Any, world: Any, root: Path) -> dict[str, Way]:
         beside.save(engine, **content)
 
     def ours_rest(folder: Path) -> Spent:
-        """Steps pass, each with the sum that carries who has written."""
-        written = [0.0]
-        while written[0] < RANKS:
+        """Steps pass, each with the sum that carries who is done."""
+        wall = cpu = 0.0
+        over = False
+        while not over:
+            over = distributed.broadcast_object((beside.root / checkpoint.name(1)).exists())
             time.sleep(0.02)
             summed = torch.tensor(beside.slots(), dtype=torch.float64)
-            written = distributed.sum_over_ranks(summed).tolist()
-        started, cpu = time.perf_counter(), time.thread_time()
-        beside.note(written)
-        spent = time.perf_counter() - started, time.thread_time() - cpu
-        while not (beside.root / checkpoint.name(1)).exists():
-            time.sleep(0.02)
-        return spent
+            done = distributed.sum_over_ranks(summed).tolist()
+            started, cpu_started = time.perf_counter(), time.thread_time()
+            beside.note(done)
+            wall += time.perf_counter() - started
+            cpu += time.thread_time() - cpu_started
+        return wall, cpu
 
     memory = shm.ROOT / distributed.broadcast_object(shm.name_of(root) if world.first else None)
     here = copies.Copies(memory, root, world)

@@ -11,32 +11,39 @@ the run at the next step, on all ranks. Until the commit the checkpoint before i
 """
 
 import json
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from safetensors.torch import save_file
 
-from tuneloom.train import checkpoint
+from tuneloom.train import checkpoint, distributed
 from tuneloom.train.distributed import World
 from tuneloom.train.snapshot import Snapshot
 
 SLOTS = 2
-"""Numbers that this adds to the sum of a step: ranks that have written, ranks that failed."""
+"""Numbers that this adds to the sum of a step: ranks that are done, and that failed."""
 Files = dict[str, dict[str, Any]]
 
 
 class Background:
-    """At most one save under way. Methods are collective unless they say otherwise."""
+    """At most one save under way. Methods and the constructor are collective unless they say
+    otherwise.
+    """
 
     def __init__(self, root: Path, world: World, *, keep: int) -> None:
         self.root, self.world, self.keep = root, world, keep
         self._snapshot = Snapshot()
         self._state: Literal["idle", "writing", "committing"] = "idle"  # the same on all ranks
         self._task: Task | None = None
+        self._writer = Writer()
+        own = secrets.token_hex(4) if world.first else ""
+        self._gang, self._saves = distributed.broadcast_object(own), 0
         self._torn = root
         self._manifest: dict[str, Any] = {}
 
@@ -48,28 +55,32 @@ class Background:
         TrainingError on all ranks when either could not be.
         """
         self.settle()
-        self._torn = checkpoint.open_torn(self.root, self.world, step=step, keep=self.keep)
+        self._saves += 1  # names that no other attempt writes to, and this one once
+        self._torn = self.root / f".torn-{checkpoint.name(step)}-{self._gang}-{self._saves}"
         self._manifest = {
             "step": step, "world_size": self.world.size, "zero_stage": zero_stage,
             "digests": digests,
         }  # fmt: skip
         writes: list[Write] = []
-        self._agreed(lambda: writes.extend(self._copy(engine, trainer, adapters_only)))
-        self._task, self._state = Task(partial(self._write, writes)), "writing"
+        self._all_did(lambda: self.world.first and checkpoint.make_room(self._torn, self.keep))
+        self._all_did(lambda: writes.extend(self._copy(engine, trainer, adapters_only)))
+        self._task, self._state = self._writer.start(partial(self._write, writes)), "writing"
 
     def slots(self) -> list[int]:
         """What this rank adds to the step's sum. Not collective."""
         if self._task is None or self._task.running:
             return [0, 0]
-        return [int(self._state == "writing"), int(self._task.failed)]
+        return [1, int(self._task.failed)]
 
     def note(self, summed: list[float]) -> None:
         """Go on with what all ranks have done; raises TrainingError when one could not write."""
-        written, failed = (int(v) for v in summed)
+        done, failed = (int(v) for v in summed)
         if failed:
             self.settle()
-        elif written == self.world.size:
+        elif self._state == "writing" and done == self.world.size:
             self._commit()
+        elif self._state == "committing" and done:  # by rank 0
+            self._task, self._state = None, "idle"
 
     def settle(self) -> None:
         """Wait until the save under way is a checkpoint; raises TrainingError where it failed."""
@@ -81,8 +92,7 @@ class Background:
 
     def close(self) -> None:
         """No thread of this rank writes after this. Not collective."""
-        if self._task is not None:
-            self._task.join()
+        self._writer.close()
 
     def _copy(self, engine: Any, trainer: dict[str, Any], adapters_only: bool) -> list["Write"]:
         """What is to be written of this rank. DeepSpeed says what its shards are: its writer is
@@ -127,7 +137,8 @@ class Background:
             files = dict(sorted(file for part in parts for file in part.items()))
             manifest = self._manifest | {"files": files}
             final = self.root / checkpoint.name(self._manifest["step"])
-            self._task = Task(partial(checkpoint.commit, self._torn, final, manifest, self.keep))
+            commit = partial(checkpoint.commit, self._torn, final, manifest, self.keep)
+            self._task = self._writer.start(commit)
 
     def _result(self) -> Any:
         """What this rank's thread returned or raised; None without one."""
@@ -137,6 +148,9 @@ class Background:
         return checkpoint.agreed(
             work, torn=self._torn, step=self._manifest["step"], world=self.world
         )
+
+    def _all_did(self, work: Callable[[], Any]) -> None:
+        checkpoint.all_did(work, torn=self._torn, step=self._manifest["step"], world=self.world)
 
 
 @dataclass(frozen=True)
@@ -151,36 +165,59 @@ class Write:
 
 
 class Task:
-    """A call in a thread of its own."""
+    """A call in the writer's thread."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
         self._outcome: Any = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True, name="save")
-        self._thread.start()
+        self._over = threading.Event()
 
-    def _run(self, work: Callable[[], Any]) -> None:
+    def run(self) -> None:
         try:
-            self._outcome = work()
+            self._outcome = self._work()
         except Exception as error:  # raised by `result`, in the loop
             self._error = error
+        self._over.set()
 
     @property
     def running(self) -> bool:
-        return self._thread.is_alive()
+        return not self._over.is_set()
 
     @property
     def failed(self) -> bool:
         return self._error is not None
 
-    def join(self) -> None:
-        self._thread.join()
-
     def result(self) -> Any:
         """Wait for it; raises what it raised, wrapped where that is no failure to write."""
-        self._thread.join()
+        self._over.wait()
         if isinstance(self._error, checkpoint.FAILURES):
             raise self._error
         if self._error is not None:
             raise RuntimeError(f"{type(self._error).__name__}: {self._error}") from self._error
         return self._outcome
+
+
+class Writer:
+    """One thread, there before it is needed: to start one costs the loop 4 ms, until it has the
+    interpreter.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="save")
+        self._thread.start()
+
+    def start(self, work: Callable[[], Any]) -> Task:
+        task = Task(work)
+        self._tasks.put(task)
+        return task
+
+    def close(self) -> None:
+        """After what it was given."""
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task.run()

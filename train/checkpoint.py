@@ -107,7 +107,7 @@ def open_torn(root: Path, world: World, *, step: int, keep: int) -> Path:
     """
     torn = root / f".torn-{name(step)}-{secrets.token_hex(4)}"
     made = agreed(
-        lambda: _make_room(torn, keep) if world.first else None, torn=torn, step=step, world=world
+        lambda: make_room(torn, keep) if world.first else None, torn=torn, step=step, world=world
     )
     first: Path = made[0]
     return first
@@ -117,23 +117,40 @@ def agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> l
     """What every rank's `work` returned, in rank order; one rank's failure is every rank's, and the
     torn folder is gone by then.
     """
-    result, failure = None, None
-    try:
-        result = work()
-    except FAILURES as error:
-        failure = _why(error, torn)
+    result, failure = _tried(work, torn)
     outcomes: list[Any] = distributed.gather_objects((result, failure))
-    failures = [reason for _, reason in outcomes if reason]
-    if failures:
-        if world.first:
-            shutil.rmtree(torn, ignore_errors=True)
-        raise TrainingError(
-            f"checkpoint: step {step} could not be saved in {torn.parent}: {failures[0]}"
-        )
+    _raise([reason for _, reason in outcomes], torn, step, world)
     return [value for value, _ in outcomes]
 
 
-def _make_room(torn: Path, keep: int) -> Path:
+def all_did(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> None:
+    """`agreed` without what was returned: one small sum where no rank failed."""
+    _, failure = _tried(work, torn)
+    failed = torch.tensor([float(failure is not None)])
+    if float(distributed.sum_over_ranks(failed)):
+        _raise(distributed.gather_objects(failure), torn, step, world)
+
+
+def _tried(work: Callable[[], Any], torn: Path) -> tuple[Any, str | None]:
+    """What it returned, and why it could not be done."""
+    try:
+        return work(), None
+    except FAILURES as error:
+        return None, _why(error, torn)
+
+
+def _raise(reasons: list[Any], torn: Path, step: int, world: World) -> None:
+    failures = [reason for reason in reasons if reason]
+    if not failures:
+        return
+    if world.first:
+        shutil.rmtree(torn, ignore_errors=True)
+    raise TrainingError(
+        f"checkpoint: step {step} could not be saved in {torn.parent}: {failures[0]}"
+    )
+
+
+def make_room(torn: Path, keep: int) -> Path:
     """The torn folder; where the last checkpoint would not fit again, all but that one go first."""
     root = torn.parent
     root.mkdir(parents=True, exist_ok=True)
