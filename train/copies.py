@@ -28,6 +28,10 @@ from tuneloom.train.distributed import World
 KEPT = 2
 EXPOSURE = "exposure.parquet"
 """In rank 0's part: rows of the steps that no file of the run folder holds yet."""
+DIGEST = "crc32"
+"""Of a part's files; a checkpoint that is made of them has sha256, like any other."""
+Files = dict[str, dict[str, Any]]
+"""Facts by file name."""
 Parts = dict[tuple[int, int], dict[str, Any]]
 """Manifests by rank and step."""
 
@@ -87,7 +91,7 @@ class Copies:
             checkpoint.write_share(engine, torn, self.world, trainer, adapters_only)
             if exposure is not None:
                 exposure.write_pending(torn / EXPOSURE)
-            _finish(torn, manifest | {"files": checkpoint.facts_of(torn)})
+            _finish(torn, manifest | {"files": facts_of(torn)})
 
         # DeepSpeed's save has barriers: a rank that has no folder must not leave others there.
         room = _failure_of(lambda: (torn / checkpoint.ENGINE).mkdir(parents=True))
@@ -160,6 +164,15 @@ class Copies:
         if size:
             dist.recv(content, src=source, group=self._group)
         return content
+
+
+def facts_of(folder: Path) -> Files:
+    """Size and checksum of every file."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, DIGEST: checkpoint.crc32(p)}
+        for p in files
+    }
 
 
 def _failure_of(work: Callable[[], None]) -> str | None:
@@ -256,7 +269,9 @@ def _faults(base: Path, choice: Choice, mine: int) -> dict[int, str]:
     """What does not verify of the parts that this rank holds."""
     found = {}
     for part, holder in choice.holders.items():
-        if holder == mine and (fault := checkpoint.verify(_part(base, part, choice.step))):
+        if holder == mine and (
+            fault := checkpoint.verify(_part(base, part, choice.step), digest=DIGEST)
+        ):
             found[part] = fault
     return found
 
@@ -266,28 +281,39 @@ def _committed(
 ) -> Path:
     """All parts as one checkpoint in the run folder, by the protocol of every save."""
     step = choice.step
-    manifests = [views[holder][part, step] for part, holder in sorted(choice.holders.items())]
-    files = {name: facts for m in manifests for name, facts in m["files"].items()}
-    manifest = manifests[0] | {"files": dict(sorted(files.items()))}
+    manifests = {part: views[holder][part, step] for part, holder in choice.holders.items()}
     torn = checkpoint.open_torn(root, world, step=step, keep=keep)
 
-    def copy_mine() -> None:
+    def copy_mine() -> Files:
+        files: Files = {}
         for part, holder in choice.holders.items():
             if holder == world.rank:
-                _copy(_part(base, part, step), torn)
+                files |= _copied(_part(base, part, step), torn, manifests[part]["files"])
+        return files
+
+    parts = checkpoint.agreed(copy_mine, torn=torn, step=step, world=world)
+    files = {name: facts for part in parts for name, facts in part.items()}
+    manifest = manifests[min(manifests)] | {"files": dict(sorted(files.items()))}
 
     def commit() -> None:
         if world.first:
             checkpoint.commit(torn, root / checkpoint.name(step), manifest, keep)
             print(f"copies: step {step} was in memory; it is a checkpoint now", flush=True)
 
-    for work in (copy_mine, commit):
-        checkpoint.agreed(work, torn=torn, step=step, world=world)
+    checkpoint.all_did(commit, torn=torn, step=step, world=world)
     return root / checkpoint.name(step)
 
 
-def _copy(part: Path, torn: Path) -> None:
-    shutil.copytree(
-        part, torn, dirs_exist_ok=True, ignore=shutil.ignore_patterns(checkpoint.MANIFEST)
-    )
-    checkpoint.facts_of(torn)
+def _copied(part: Path, torn: Path, known: Files) -> Files:
+    """Copy a part's files; their facts as a checkpoint has them. Raises OSError where one is not
+    what it was when it was looked at.
+    """
+    files: Files = {}
+    for relative, facts in known.items():
+        target = torn / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(part / relative, target)
+        files[relative] = checkpoint.durable_facts(target)
+        if checkpoint.crc32(target) != facts[DIGEST]:
+            raise OSError(f"{part / relative}: copied otherwise than it was kept")
+    return files
