@@ -1,4 +1,4 @@
-"""FP8 products of a frozen weight: e4m3 numbers, one fp32 scale a weight row and a token.
+"""FP8 products: e4m3 numbers, one fp32 scale a weight row and a token. Of a frozen weight:
 
     q(x) = x / s, rounded to e4m3, with s = max |row| / 448
     y  = (q(x) q(W)^T) s_x s_W^T              s_x: (T, 1), s_W: (O, 1)
@@ -10,6 +10,13 @@ the same numbers of W, so dx is the gradient of the network that ran, but for th
 FP8 products want both operands along the sum (Hopper), so backward makes W^T aside, O D bytes for
 as long as its product. Bytes travel as uint8, which no cast of a module to bf16 touches. FP8
 formats: arXiv 2209.05433.
+
+Of a weight that is trained, which stays bf16 and is rounded anew in each pass:
+
+    y = (q(x) q(W)^T) s_x s_W^T    dx = (q(dy) q(W^T)^T) s_d s_V^T    dW = dy^T x, in bf16
+
+s_V: (D, 1), of the rows of W^T. Two of three products are in FP8; dW is summed over tokens, whose
+rounding errors would not average out in e4m3 (torchao's recipe `rowwise_with_gw_hp`).
 """
 
 from __future__ import annotations
@@ -61,6 +68,36 @@ class _Fp8Linear(torch.autograd.Function):
         return dx.view(*dy.shape[:-1], -1), None
 
 
+class Fp8TrainedLinear(nn.Linear):
+    """An nn.Linear whose products are in FP8; its weight and bias are those it was given."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Fp8TrainedLinear.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class _Fp8TrainedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _rounded_product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, dx, dweight = dy.reshape(-1, dy.shape[-1]), None, None
+        if ctx.needs_input_grad[0]:
+            dx = _rounded_product(rows, weight.t().contiguous()).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dweight = rows.t() @ x.reshape(-1, x.shape[-1])
+        return dx, dweight
+
+
 @torch.no_grad()
 def hold(weight: Tensor) -> nn.Parameter:
     """A frozen (O, D) weight as FP8 bytes that carry their scale."""
@@ -76,8 +113,11 @@ def is_held(weight: Tensor) -> bool:
     return hasattr(weight, SCALE)
 
 
-def hold_linears(network: nn.Module, *, keep: Collection[str] = ()) -> list[str]:
+def hold_linears(
+    network: nn.Module, *, keep: Collection[str] = (), trained: bool = False
+) -> list[str]:
     """Hold every linear but the head and those whose last name is in `keep`; returns their names.
+    `trained`: their weights stay as they are, and only their products are in FP8.
 
     Raises ValueError, before any is changed, for a weight whose sides 16 does not divide.
     """
@@ -92,7 +132,8 @@ def hold_linears(network: nn.Module, *, keep: Collection[str] = ()) -> list[str]
             raise ValueError(f"{name} is {tuple(linear.weight.shape)}: {MULTIPLE} divides not both")
     for name, linear in found.items():
         parent, _, last = name.rpartition(".")
-        setattr(network.get_submodule(parent), last, Fp8Linear(linear))
+        kind = Fp8TrainedLinear if trained else Fp8Linear
+        setattr(network.get_submodule(parent), last, kind(linear))
     return list(found)
 
 
@@ -103,6 +144,17 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch._scaled_mm(
         numbers, weight.detach().view(KIND).t(), scale_a=scale,
         scale_b=getattr(weight, SCALE).t(), out_dtype=x.dtype, use_fast_accum=True,
+    )  # fmt: skip
+
+
+def _rounded_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, (T, O) in x's dtype, of x (T, D) and a weight (O, D) that is rounded here."""
+    CALLS["fp8"] += 1
+    numbers, scale = quantise(x)
+    rows, row_scale = quantise(weight)
+    return torch._scaled_mm(
+        numbers, rows.t(), scale_a=scale, scale_b=row_scale.t(), out_dtype=x.dtype,
+        use_fast_accum=True,
     )  # fmt: skip
 
 

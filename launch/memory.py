@@ -113,7 +113,9 @@ def weight_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
     width = BYTES[config.model.dtype]
     adapters = 0 if config.method.kind == "full" else anatomy.trainable
     rest = anatomy.base - anatomy.linear
-    if config.model.fp8:  # a scale of 4 bytes a row is less than a thousandth
+    if (
+        config.model.fp8 and config.method.kind == "lora"
+    ):  # a scale of 4 bytes a row is less than a thousandth
         return anatomy.linear + width * (rest + adapters)
     if config.method.kind != "qlora":
         return width * (anatomy.base + adapters)

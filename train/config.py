@@ -70,8 +70,9 @@ class ModelConfig(Config):
     stand in effects.json.
     """
     fp8: bool = False
-    """LoRA: hold the frozen linears in FP8 (e4m3, a scale a row and a token) and multiply so; the
-    loss of the first batch must stay within 1 % of that in bf16, or the run is refused.
+    """Multiply in FP8 (e4m3, a scale a row and a token). LoRA: the frozen linears are held in it.
+    Full: their weights stay bf16, and so do their gradients. The loss of the first batch must stay
+    within 1 % of that in bf16, or the run is refused.
     """
 
 

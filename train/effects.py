@@ -35,6 +35,9 @@ class Receipt:
     evidence: dict[str, Any]
 
 
+FP8_LINEARS = (fp8.Fp8Linear, fp8.Fp8TrainedLinear)
+
+
 class Witness:
     """Collects evidence during the first steps; `receipts` is called once, after `effects_step`."""
 
@@ -203,7 +206,7 @@ class Witness:
             )
         if model.fp8:
             evidence = {
-                "linears": sum(isinstance(m, fp8.Fp8Linear) for m in self.network.modules()),
+                "linears": sum(isinstance(m, FP8_LINEARS) for m in self.network.modules()),
                 "products_forward": jit.CALLS["fp8"],
             }
             yield Receipt("model.fp8", all(evidence.values()), evidence)

@@ -1,4 +1,5 @@
-"""A frozen base held in FP8 (kernels/fp8.py), let in by its loss: of one batch, before and after.
+"""FP8 (kernels/fp8.py), let in by the loss of one batch, before and after: a frozen base is held in
+it, and where all weights are trained, their products are in it.
 
 The batch is the run's first, on all ranks; adapters are not there yet, and would add nothing (B is
 0). What was compared stands in effects.json.
@@ -49,7 +50,8 @@ def hold(
         return None
     refuse_device(world.device)
     before = _loss(network, micros, world)
-    linears = hold_linears(network, config.method.extra_modules)
+    trained = config.method.kind == "full"
+    linears = hold_linears(network, config.method.extra_modules, trained=trained)
     after = _loss(network, micros, world)
     gap = abs(after - before) / before
     if not gap <= LOSS_GAP:  # a NaN is refused, too
@@ -58,12 +60,17 @@ def hold(
             f"{gap:.2%} apart where {LOSS_GAP:.0%} is allowed; set model.fp8=false"
         )
     weights = [linear.weight for linear in linears]
-    held = sum(w.numel() + 4 * w.shape[0] for w in weights)
-    return Held(len(weights), held, sum(2 * w.numel() for w in weights), before, after, gap)
+    in_bf16 = sum(2 * w.numel() for w in weights)
+    held = in_bf16 if trained else sum(w.numel() + 4 * w.shape[0] for w in weights)
+    return Held(len(weights), held, in_bf16, before, after, gap)
 
 
-def hold_linears(network: nn.Module, extra_modules: list[str]) -> list[nn.Linear]:
-    """The linears that are now in FP8: all but the head and modules that are trained whole."""
+def hold_linears(
+    network: nn.Module, extra_modules: list[str], *, trained: bool = False
+) -> list[nn.Linear]:
+    """The linears that are now in FP8: all but the head and an adapter's modules that are trained
+    whole. `trained`: their weights are bf16 still.
+    """
     experts = moe_blocks(network)
     if experts:
         raise ConfigError(
@@ -72,7 +79,7 @@ def hold_linears(network: nn.Module, extra_modules: list[str]) -> list[nn.Linear
         )
     keep = {name.rsplit(".", 1)[-1] for name in extra_modules}
     try:
-        names = fp8.hold_linears(network, keep=keep)
+        names = fp8.hold_linears(network, keep=keep, trained=trained)
     except ValueError as error:
         raise ConfigError(f"model.fp8: {error}; set model.fp8=false") from None
     return [network.get_submodule(name) for name in names]  # type: ignore[misc]

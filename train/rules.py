@@ -129,9 +129,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("model.fp8", "method.kind", "method.dora"),
-        lambda c: c.model.fp8 and (c.method.kind != "lora" or c.method.dora),
-        "FP8 holds what is frozen: full weights move in every step, QLoRA's are in NF4, DoRA needs "
-        "each row's norm; set method=lora with method.dora=false, or model.fp8=false",
+        lambda c: c.model.fp8 and (c.method.kind == "qlora" or c.method.dora),
+        "QLoRA's weights are in NF4, and DoRA needs each row's norm; set method=lora or full with "
+        "method.dora=false, or model.fp8=false",
     ),
     Rule(
         ("model.fp8", "zero.stage"),

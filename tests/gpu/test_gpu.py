@@ -90,6 +90,14 @@ def test_a_base_in_fp8_gives_the_curve_of_bf16(lab: Path, kernels: str) -> None:
     assert effects(lab, f"fp8-{kernels}")["model.fp8"]["linears"] == 14
 
 
+def test_full_weights_train_in_fp8_as_in_bf16(lab: Path) -> None:
+    options = ("method=full", "model.dtype=bf16", "optim.lr=1e-3")
+    train(lab, "full-bf16", *options)
+    train(lab, "full-fp8", "model.fp8=true", *options)
+    assert metrics(lab, "full-fp8") == pytest.approx(metrics(lab, "full-bf16"), rel=1e-2)
+    assert effects(lab, "full-fp8")["model.fp8"]["linears"] == 14
+
+
 def test_fp8_rounds_and_multiplies_on_the_gpu_as_on_the_cpu() -> None:
     from tuneloom.kernels import fp8
 

@@ -95,6 +95,29 @@ def test_a_product_lies_within_the_rounding_of_its_operands() -> None:
     assert 0.036 < (y - x @ w.t()).norm() / (x @ w.t()).norm() < 0.038
 
 
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_a_trained_weight_is_rounded_in_both_passes_and_its_gradient_is_not(tokens: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 48)
+    with torch.no_grad():
+        plain.weight *= torch.logspace(-2, 2, 48)[:, None]
+    linear = fp8.Fp8TrainedLinear(plain)
+    assert linear.weight is plain.weight and list(linear.state_dict()) == ["weight", "bias"]
+    x = torch.randn(2, tokens, 64).transpose(0, 1).requires_grad_()  # not contiguous
+    dy = torch.randn(tokens, 2, 48)
+    y = linear(x)
+    y.backward(dy)
+    rows, drows = x.detach().reshape(-1, 64), dy.reshape(-1, 48)
+    rounded = exact(*fp8.quantise(rows)) @ exact(*fp8.quantise(linear.weight.detach())).t()
+    assert (y.reshape(-1, 48) - linear.bias - rounded).abs().max() <= 2e-6 * rounded.abs().max()
+    turned = exact(*fp8.quantise(linear.weight.detach().t()))  # W^T by its own rows
+    dx = exact(*fp8.quantise(drows)) @ turned.t()
+    assert x.grad is not None and linear.weight.grad is not None and linear.bias.grad is not None
+    assert (x.grad.reshape(-1, 64) - dx).abs().max() <= 2e-6 * dx.abs().max()
+    torch.testing.assert_close(linear.weight.grad, drows.t() @ rows)
+    torch.testing.assert_close(linear.bias.grad, drows.sum(0))
+
+
 def test_weights_take_half_the_bytes_of_bf16_and_a_scale_a_row() -> None:
     weight = held(torch.randn(96, 128, dtype=torch.bfloat16))
     assert weight.nbytes == 96 * 128 and getattr(weight, fp8.SCALE).nbytes == 4 * 96

@@ -62,6 +62,26 @@ def test_adapters_are_saved_as_without_fp8(lab: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_full_weights_train_in_fp8_as_in_bf16(lab: Path, two: Gang, stage: int) -> None:
+    runs = [f"f8full{fp8}{stage}".lower() for fp8 in (False, True)]
+    for run, fp8 in zip(runs, (False, True), strict=True):
+        two.fit(small_config(lab, run, method__kind="full", zero__stage=stage, model__fp8=fp8,
+                             **HALF))  # fmt: skip
+    plain, rounded = (metrics(lab, run) for run in runs)
+    assert rounded == pytest.approx(plain, rel=5e-3) and rounded != plain
+    assert rounded[-1] < rounded[0] - 0.1
+    (receipt,) = [r for r in written(lab, runs[1], "effects.json")["receipts"]
+                  if r["option"] == "model.fp8"]  # fmt: skip
+    assert receipt["evidence"]["linears"] == 14 and receipt["evidence"]["products_forward"] > 28
+    held = written(lab, runs[1], "effects.json")["fp8"]
+    assert held["bytes"] == held["bytes_in_bf16"] and held["gap"] < 1e-3
+    saved = [load_file(lab / f"runs/{run}/weights/model.safetensors") for run in runs]
+    assert {k: (t.shape, t.dtype) for k, t in saved[0].items()} == {
+        k: (t.shape, t.dtype) for k, t in saved[1].items()
+    }
+
+
 def test_recomputed_layers_and_modules_trained_whole_go_with_fp8(lab: Path, one: Gang) -> None:
     settings = {"model__checkpointing": "on", "method__extra_modules": ["down_proj"]}
     targets = ["q_proj", "v_proj"]
@@ -96,7 +116,6 @@ def test_a_base_whose_loss_fp8_moves_is_refused_with_both_losses(
 @pytest.mark.parametrize(
     ("settings", "keys"),
     [
-        ({"method__kind": "full"}, "model.fp8, method.kind"),
         ({"method__kind": "qlora"}, "model.fp8, method.kind"),
         ({"method__dora": True}, "model.fp8, method.kind"),
         ({"zero__stage": 3}, "model.fp8, zero.stage"),
