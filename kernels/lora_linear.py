@@ -4,8 +4,8 @@
     dx = sum_i dy_i W_i + drop_i'(s_i dy_i B_i A_i)    dA_i = (s_i dy_i B_i)^T drop_i(x)
     dB_i = s_i dy_i^T (drop_i(x) A_i^T)    dW_i = dy_i^T x, db_i = sum_t dy_i, if trained
 
-x: (..., D) fp32, bf16, fp16; W_i: (O_i, D), or NF4, dequantised in each pass, or fp8.py's; A_i:
-(R, D); B_i: (O_i, R); s_i: alpha / R, or alpha / sqrt(R) for rsLoRA. Adapter terms are accumulated
+x: (..., D) fp32, bf16, fp16; W_i: (O_i, D), or NF4, dequantised in each pass (nf4.py), or fp8.py's;
+A_i: (R, D); B_i: (O_i, R); s_i: alpha / R, or alpha / sqrt(R) for rsLoRA. Adapter terms are added
 into y and dx by the matrix product itself (beta = 1): no (T, O) temporaries as in PEFT. A dropout
 mask is drawn from a seed, and drawn again in backward: 8 bytes kept a linear (PEFT keeps the mask
 and the dropped x of every linear). LoRA: arXiv 2106.09685; rsLoRA: 2312.03732.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tuneloom.kernels import fp8
+from tuneloom.kernels import fp8, nf4
 
 GROUP = "_tuneloom_group"
 """Attribute of a module whose linear sits in an augmented matrix (augmented_lora.py)."""
@@ -118,15 +118,13 @@ def _refuse_shards(weight: Tensor) -> None:
         raise Unsupported("weights sharded by ZeRO-3")
 
 
-def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as a matrix of `dtype`; NF4 is dequantised (117 MB for an 8B gate in bf16)."""
+def dense(weight: Tensor, dtype: torch.dtype, turn: nf4.Turn) -> Tensor:
+    """The weight as a matrix of `dtype`; NF4 is dequantised (117 MB for an 8B gate in bf16), and
+    holds until the next weight is asked for.
+    """
     if weight.dtype != torch.uint8:
         return weight.detach().to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
-    state: Any = weight
-    matrix: Tensor = dequantize_4bit(weight.detach(), state.quant_state)
-    return matrix.to(dtype)
+    return nf4.matrix(weight, turn).to(dtype)
 
 
 def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
@@ -189,7 +187,7 @@ def project(x: Tensor, linears: tuple[Linear, ...]) -> tuple[list[Tensor], Kept]
     ys, products, seeds = [], [], []
     for linear in linears:
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        weight = _operand(linear.weight, x.dtype)
+        weight = _operand(linear.weight, x.dtype, "forward")
         y = _base(x, weight, bias if linear.magnitude is None else None)
         seed = draw_seed() if linear.dropout else 0
         if linear.a is not None and linear.b is not None:
@@ -236,7 +234,7 @@ def project_backward(
                 dm = torch.linalg.vecdot(dy, scaled, dim=0) / linear.magnitude
             dy = dy * gain
         if wants_x:
-            dx = _add_base(dx, dy, _operand(linear.weight, dy.dtype))
+            dx = _add_base(dx, dy, _operand(linear.weight, dy.dtype, "backward"))
         dweight = dy.t() @ x if wants_weight else None
         da = db = None
         if product is not None and linear.b is not None:
@@ -252,9 +250,9 @@ def project_backward(
     return dx, gradients
 
 
-def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _operand(weight: Tensor, dtype: torch.dtype, turn: nf4.Turn) -> Tensor:
     """What a product takes: a matrix of `dtype`, or the weight itself where it is held in FP8."""
-    return weight if fp8.is_held(weight) else dense(weight, dtype)
+    return weight if fp8.is_held(weight) else dense(weight, dtype, turn)
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -62,7 +62,7 @@ def forecast(
     """Bytes of one rank of `ranks` under `config`."""
     shards = ranks if config.zero.stage >= 1 else 1
     optimizer = optimizer_bytes(config, anatomy) // shards
-    weights = weight_bytes(config, anatomy)
+    weights = weight_bytes(config, anatomy) + unpacked_bytes(config, anatomy)
     if config.zero.stage == 3:
         weights //= ranks
     gradients = gradient_bytes(config, anatomy, ranks)
@@ -135,6 +135,11 @@ def nf4_bytes(linears: tuple[int, ...], method: MethodConfig) -> int:
             constants = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 * 256 + 4
         total += math.ceil(elements / 2) + constants + 4 * 16
     return total
+
+
+def unpacked_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+    """The largest linear twice, as a matrix, where NF4 is unpacked ahead (kernels/nf4.py)."""
+    return 2 * BYTES[config.model.dtype] * max(anatomy.linears) if config.method.prefetch else 0
 
 
 def optimizer_bytes(config: TrainConfig, anatomy: Anatomy) -> int:

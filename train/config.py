@@ -94,6 +94,10 @@ class MethodConfig(Config):
     """QLoRA: quantise the NF4 block constants too, 0.37 bits a parameter less (arXiv
     2305.14314).
     """
+    prefetch: bool = False
+    """QLoRA with model.kernels: unpack the next NF4 weight while this one is multiplied by, on a
+    stream of its own on a GPU; two matrices of the largest weight in memory.
+    """
 
 
 class ObjectiveConfig(Config):

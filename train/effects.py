@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
-from tuneloom.kernels import attention, fp8, jit, loss_head
+from tuneloom.kernels import attention, fp8, jit, loss_head, nf4
 from tuneloom.train import compiled, masters, offload, sequence, tiles
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
@@ -51,6 +51,9 @@ class Witness:
         self._documents: list[int] = []
         attention.CALLS.clear()
         jit.CALLS.clear()
+        self.prefetch = nf4.of(self.network)
+        if self.prefetch is not None:
+            self.prefetch.counts.clear()
         sequence.SEEN.clear()
         tiles.SEEN.clear()
         compiled.SEEN.clear()
@@ -109,6 +112,11 @@ class Witness:
                 if type(m).__name__ == "Linear4bit" and not hasattr(m, "lora_A")
             ]
             yield Receipt("method=qlora", bool(quantised), {"modules_in_nf4": len(quantised)})
+        if method.prefetch:
+            asked = {"hits": 0, "misses": 0} | dict(self.prefetch.counts if self.prefetch else {})
+            held = self.prefetch.bytes if self.prefetch else 0
+            evidence = asked | {"buffer_bytes": held}
+            yield Receipt("method.prefetch", asked["hits"] > 0, evidence)
         if method.dora:
             vectors = [n for n in moved if "lora_magnitude_vector" in n]
             yield Receipt(

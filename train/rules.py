@@ -168,6 +168,24 @@ RULES: tuple[Rule, ...] = (
         "method.extra_modules and method.dropout",
     ),
     Rule(
+        ("method.prefetch", "method.kind"),
+        lambda c: c.method.prefetch and c.method.kind != "qlora",
+        "only QLoRA holds weights in NF4, to be unpacked ahead; set method=qlora, or "
+        "method.prefetch=false",
+    ),
+    Rule(
+        ("method.prefetch", "model.kernels"),
+        lambda c: c.method.prefetch and not c.model.kernels,
+        "without the fused layers bitsandbytes unpacks each weight inside its own product; set "
+        "model.kernels=true",
+    ),
+    Rule(
+        ("method.prefetch", "method.dora", "method.dropout"),
+        lambda c: c.method.prefetch and c.method.dora and c.method.dropout > 0,
+        "DoRA with dropout runs PEFT's own layers, and bitsandbytes' products in them; set "
+        "method.dropout=0, or method.prefetch=false",
+    ),
+    Rule(
         ("data.format", "objective.kind"),
         lambda c: (
             (c.data.format, c.objective.kind) == ("text", "sft")

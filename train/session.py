@@ -155,6 +155,8 @@ class Session:
         self.shape = flops.shape_of(network, frozen=config.method.kind != "full")
         self.engine = zero.build_engine(network, config, settings)
         self.network: nn.Module = self.engine.module
+        if config.method.prefetch:
+            _prefetch(self.network, self.patched)
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
 
         # the proof that packs are isolated, before a step is taken
@@ -610,6 +612,18 @@ def _patch(network: nn.Module) -> dict[str, Any]:
     from tuneloom.kernels.patch import patch
 
     return dict(patch(network).report)
+
+
+def _prefetch(network: nn.Module, patched: dict[str, Any]) -> None:
+    """Unpack NF4 weights ahead, where layers take them from kernels/."""
+    from tuneloom.kernels import nf4
+
+    if not any("activation_diet" in ops for ops in patched.values()):
+        raise ConfigError(
+            f"method.prefetch: model.kernels fuses no layer of {', '.join(patched)}, and "
+            "bitsandbytes unpacks in its own products; set method.prefetch=false"
+        )
+    nf4.install(network)
 
 
 def _device_name(device: torch.device) -> str:

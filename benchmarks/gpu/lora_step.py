@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.timing import Plan, agreement, ceilings, device, interleave
+from tuneloom.kernels import nf4
 from tuneloom.kernels.fp8 import CAPABILITY, hold_linears
 
 PUBLISHED_BF16 = 989.0
@@ -62,6 +63,7 @@ class Way:
     liger: bool = False
     compiled: bool = False
     nf4: bool = False
+    prefetch: bool = False
     fp8: bool = False
     exact: bool = False
     """fp32 throughout: the truth of the parity gate."""
@@ -80,6 +82,7 @@ LOW_WAYS = {
     "ours, bf16": Way(ours=True),
     "ours, FP8": Way(ours=True, fp8=True),
     "ours, NF4": Way(ours=True, nf4=True),
+    "ours, NF4, prefetch": Way(ours=True, nf4=True, prefetch=True),
     "PEFT, NF4 (recompute)": Way(recompute=True, nf4=True),
     "PEFT, NF4, kept activations": Way(nf4=True),
 }
@@ -136,7 +139,9 @@ def _fits(step: Step, ids: Tensor) -> bool:
 
 
 def run_low_precision(plan: Plan, dry: bool) -> dict[str, Any]:
-    """B10: a base in FP8, with its agreement with fp32 beside bf16's, and in NF4."""
+    """B10: a base in FP8, with its agreement with fp32 beside bf16's, and in NF4, which
+    is unpacked where it is used or ahead of it.
+    """
     shape = replace(TINY, width=128, inner=128, head=32) if dry else LLAMA_8B
     return _compare(shape, LOW_WAYS, plan)
 
@@ -279,6 +284,8 @@ def _model(shape: Shape, way: Way) -> Any:
         from tuneloom.kernels.augmented_lora import augment
 
         augment(model)
+    if way.prefetch:
+        nf4.install(model)
     return model.train()
 
 

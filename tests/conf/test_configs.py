@@ -135,6 +135,15 @@ BROKEN: list[list[str]] = [
     ["model.tile_tokens=2048", "batch.sequence_parallel=4", "launch.workers=4"],
     ["method=full", "method.dora=true"],
     ["method=full", "method.extra_modules=[lm_head]"],
+    ["method.prefetch=true", "model.kernels=true"],
+    ["method=qlora", "method.prefetch=true"],
+    [
+        "method=qlora",
+        "method.prefetch=true",
+        "model.kernels=true",
+        "method.dora=true",
+        "method.dropout=0.1",
+    ],
     ["data.format=text"],
     ["data.format=preference"],
     [

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,56 @@ def test_qlora_and_the_8_bit_optimizer_train(lab: Path) -> None:
     tiny_model(lab / "wide", hidden=128)
     train(lab, "nf4", f"model.path={lab}/wide", "method=qlora", "optim=adamw8bit")
     assert metrics(lab, "nf4")[-1] < metrics(lab, "nf4")[0]
+
+
+def test_nf4_unpacked_on_a_side_stream_gives_the_same_bits() -> None:
+    """Weights so large that unpacking one outlasts a launch, products so small that they wait."""
+    from bitsandbytes.nn import Linear4bit
+
+    from tuneloom.kernels import nf4
+    from tuneloom.kernels.lora_linear import linear_of, lora_linears
+
+    torch.manual_seed(0)
+    sides = [(4096, 4096), (4096, 14336), (14336, 4096)] * 4
+    layers: list[Any] = []
+    for depth, out in sides:
+        four: Any = Linear4bit(
+            depth, out, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
+        )
+        weight = torch.randn(out, depth, device="cuda") / depth**0.5
+        four.load_state_dict({"weight": weight.bfloat16().cpu()})
+        layers.append(four.to("cuda"))
+    x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda")
+
+    def passes() -> list[torch.Tensor]:
+        found = []
+        for index in range(20):
+            rows = y = x.roll(index, 0).requires_grad_()
+            with torch.set_grad_enabled(index % 5 != 4):  # every fifth is a validation
+                for layer in layers:
+                    (y,) = lora_linears(y, (linear_of(layer),))
+            if y.requires_grad:
+                y.float().square().sum().backward()
+                assert rows.grad is not None
+                found.append(rows.grad)
+            found.append(y.detach())
+        return found
+
+    plain = passes()
+    prefetch = nf4.install(torch.nn.ModuleList(layers))
+    ahead = passes()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, ahead, plain)) and len(ahead) == len(plain) == 36
+    assert prefetch.counts["hits"] > 10 * prefetch.counts["misses"]
+
+
+def test_a_qlora_learns_alike_with_weights_unpacked_ahead(lab: Path) -> None:
+    tiny_model(lab / "wide", hidden=128)
+    options = (f"model.path={lab}/wide", "method=qlora", "model.kernels=true")
+    for ahead in ("false", "true"):
+        train(lab, f"nf4-{ahead}", f"method.prefetch={ahead}", "model.attention=eager", *options)
+    assert metrics(lab, "nf4-true") == pytest.approx(metrics(lab, "nf4-false"), rel=1e-4)
+    assert effects(lab, "nf4-true")["method.prefetch"]["hits"] > 0  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("kernels", ["false", "true"])

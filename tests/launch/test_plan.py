@@ -319,6 +319,14 @@ def test_nf4_bytes_are_those_bitsandbytes_takes(double: bool) -> None:
     )
 
 
+def test_nf4_unpacked_ahead_takes_the_largest_linear_twice() -> None:
+    def held(*overrides: str) -> int:
+        keys = ("method=qlora", "model.kernels=true", *overrides)
+        return plan_of("meta-llama/Meta-Llama-3-8B", *keys).memory.device
+
+    assert held("method.prefetch=true") - held() == 2 * 2 * 4096 * 14336  # 117 MB each, in bf16
+
+
 def test_an_8b_base_in_fp8_takes_a_byte_a_weight_of_its_linears() -> None:
     def gigabytes(*overrides: str) -> float:
         config = shaped("meta-llama/Meta-Llama-3-8B", *overrides)

@@ -37,7 +37,7 @@ def test_the_lora_block_and_the_low_precision_step_run() -> None:
     assert {"PEFT", "ours", "ours, augmented"} <= set(block["linears"][0]["overhead"])
     assert set(block["elementwise"][0]["times"]) == {"rms_norm", "add_rms_norm", "rope", "swiglu"}
     low = lora_step.run_low_precision(ONCE, dry=True)
-    assert {"ours, NF4", "ours, FP8"} <= set(low["rows"])
+    assert {"ours, NF4", "ours, NF4, prefetch", "ours, FP8"} <= set(low["rows"])
     assert low["parity"]["ours, FP8"]["passed"], low["parity"]
 
 

@@ -13,6 +13,7 @@ from tuneloom.errors import ConfigError, TrainingError
 from tuneloom.testing import Gang, metrics, small_config, tiny_model
 from tuneloom.train import effects
 from tuneloom.train.model import moe_blocks
+from tuneloom.train.session import _prefetch
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory, lab: Path) -> Path:
     """A lab whose base is 128 wide, which NF4's blocks need (96 fails on a CPU)."""
     folder = tmp_path_factory.mktemp("wide")
     tiny_model(folder / "base", hidden=128)
-    (folder / "rows.jsonl").write_bytes((lab / "rows.jsonl").read_bytes())
+    for name in ("rows.jsonl", "validation.jsonl"):
+        (folder / name).write_bytes((lab / name).read_bytes())
     return folder
 
 
@@ -91,6 +93,36 @@ def test_qlora_holds_linears_in_nf4_and_learns(wide: Path, two: Gang, stage: int
     losses = metrics(wide, run_id)
     assert losses[-1] < losses[0]
     assert receipts(wide, run_id)["method=qlora"]["modules_in_nf4"] == 14
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_nf4_unpacked_ahead_gives_the_same_losses_and_says_how_often(
+    wide: Path, two: Gang, stage: int
+) -> None:
+    settings = {
+        "steps": 4, "zero__stage": stage, "method__kind": "qlora", "model__kernels": True,
+        "model__dtype": "bf16", "method__dropout": 0.1, "batch__accumulation": 2,
+        "batch__tokens": 256, "data__validation": str(wide / "validation.jsonl"),
+        "train__validate_every": 1,
+    }  # fmt: skip
+    for ahead in (False, True):
+        config = small_config(
+            wide, f"ahead{ahead}{stage}".lower(), method__prefetch=ahead, **settings
+        )
+        two.fit(config)
+    for key in ("train/loss", "train/grad_norm", "eval/loss"):
+        plain, ahead = (metrics(wide, f"ahead{on}{stage}", key) for on in ("false", "true"))
+        assert plain == ahead and len(ahead) == 4, key
+    evidence = receipts(wide, f"aheadtrue{stage}")["method.prefetch"]
+    assert evidence["hits"] > 5 * evidence["misses"] > 0
+    assert evidence["buffer_bytes"] == 2 * 2 * 128 * 256  # the MLP's, in bf16
+
+
+def test_unpacking_ahead_is_refused_where_no_layer_would_ask_for_it() -> None:
+    with pytest.raises(
+        ConfigError, match=r"method\.prefetch: model\.kernels fuses no layer of Gem"
+    ):
+        _prefetch(torch.nn.Linear(1, 1), {"GemmaMLP": {"gated": 2}})
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
