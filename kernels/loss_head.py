@@ -28,15 +28,19 @@ _LABELS = "_tuneloom_labels"
 
 
 @contextlib.contextmanager
-def loss_from_head(network: nn.Module, labels: Tensor) -> Iterator[bool]:
-    """Within, the head of `network` returns the loss sum against `labels`, flat, -100 ignored."""
+def loss_from_head(
+    network: nn.Module, labels: Tensor, *, kept: Tensor | None = None
+) -> Iterator[bool]:
+    """Within, the head of `network` returns the loss sum against `labels`, flat, -100 ignored;
+    `kept`, the positions that are not, saves a GPU from waiting for their number.
+    """
     causal: Any = network
     head = causal.get_output_embeddings()
     if not getattr(head, "_tuneloom_loss_head", False):
         CALLS["loss from logits: the head is not a patched linear"] += 1
         yield False
         return
-    head.__dict__[_LABELS] = labels
+    head.__dict__[_LABELS] = labels, kept
     try:
         yield True
     finally:
@@ -45,7 +49,8 @@ def loss_from_head(network: nn.Module, labels: Tensor) -> Iterator[bool]:
 
 def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     """Of a patched head; hidden: (..., D), as many positions as labels within the context."""
-    labels = self.__dict__.get(_LABELS)
-    if labels is None:
+    asked = self.__dict__.get(_LABELS)
+    if asked is None:
         return functional.linear(hidden, self.weight, self.bias)
-    return linear_cross_entropy(hidden, self.weight, labels, bias=self.bias)
+    labels, kept = asked
+    return linear_cross_entropy(hidden, self.weight, labels, bias=self.bias, kept=kept)

@@ -25,6 +25,21 @@ loss.
 
 
 @dataclass(frozen=True)
+class Frame:
+    """The one shape of all packs of a run, which a captured layer asks for."""
+
+    tokens: int
+    max_length: int
+    documents: int
+    """Most rows of a pack."""
+
+    @property
+    def places(self) -> int:
+        """Documents that cu_seqlens names: the rows, and padding in pieces of `max_length`."""
+        return self.documents + -(-self.tokens // self.max_length)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """B rows of S positions: B = 1 when packed, S = the longest row when padded."""
 
@@ -36,6 +51,7 @@ class MicroBatch:
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
     targets: tuple[int, ...]
+    kept: Tensor | None = None  # (targets,) int64, positions of a pack with a label, or one without
     sharded: bool = False
     """Its tensors are one rank's part of the positions; all else is of the whole."""
 
@@ -90,19 +106,22 @@ class MicroBatch:
         part = slice(index * width, (index + 1) * width)
         return replace(
             self, input_ids=self.input_ids[:, part], labels=self.labels[:, part],
-            position_ids=self.position_ids[:, part], sharded=True,
+            position_ids=self.position_ids[:, part], kept=None, sharded=True,
         )  # fmt: skip
 
 
 def collate(
-    rows: Sequence[int], examples: Sequence[Example], *, packing: bool, multiple: int = 1
-) -> MicroBatch:
+    rows: Sequence[int], examples: Sequence[Example], *, packing: bool, multiple: int = 1,
+    frame: Frame | None = None,
+) -> MicroBatch:  # fmt: skip
     """One micro-batch of these rows; `packing` chooses the layout, `multiple` divides S.
 
-    What a pack lacks to it is padded as one more document, which no other sees.
+    What a pack lacks to it, or to `frame`, is padded as documents that no other sees.
     """
     lengths = tuple(len(ids) for ids, _ in examples)
     targets = tuple(int(target[1:].sum()) for _, target in examples)
+    if frame is not None:
+        return _framed(tuple(int(r) for r in rows), examples, lengths, targets, frame)
     if not examples:
         blank = torch.zeros(1, multiple, dtype=torch.int64)
         cu_seqlens = torch.tensor([0, multiple], dtype=torch.int32) if packing else None
@@ -126,13 +145,44 @@ def _pack(
     multiple: int,
 ) -> MicroBatch:
     lacking = -sum(lengths) % multiple
-    padding = [np.zeros(lacking, np.int64)] if lacking else []
-    spans = [*lengths, *map(len, padding)]
+    return _joined(rows, examples, lengths, targets, [lacking] if lacking else [])
+
+
+def _framed(
+    rows: tuple[int, ...],
+    examples: Sequence[Example],
+    lengths: tuple[int, ...],
+    targets: tuple[int, ...],
+    frame: Frame,
+) -> MicroBatch:
+    """A pack of the frame's shape: padding in pieces, then documents of no token."""
+    lacking = frame.tokens - sum(lengths)
+    assert lacking >= 0 and len(rows) <= frame.documents, (lengths, frame)
+    whole, rest = divmod(lacking, frame.max_length)
+    pieces = [frame.max_length] * whole + [rest] * bool(rest)
+    micro = _joined(rows, examples, lengths, targets, pieces)
+    assert micro.cu_seqlens is not None and micro.max_length <= frame.max_length, (lengths, frame)
+    empty = frame.places + 1 - len(micro.cu_seqlens)
+    offsets = torch.cat([micro.cu_seqlens, micro.cu_seqlens[-1:].expand(empty)])
+    return replace(micro, cu_seqlens=offsets, max_length=frame.max_length)
+
+
+def _joined(
+    rows: tuple[int, ...],
+    examples: Sequence[Example],
+    lengths: tuple[int, ...],
+    targets: tuple[int, ...],
+    pieces: list[int],
+) -> MicroBatch:
+    """Documents one behind the other, then padding, each piece a document of its own."""
+    padding = [np.zeros(length, np.int64) for length in pieces]
+    spans = [*lengths, *pieces]
     offsets = np.concatenate([[0], np.cumsum(spans)]).astype(np.int32)
     ids = np.concatenate([*(ids for ids, _ in examples), *padding]).astype(np.int64)
     blank = [part + IGNORED for part in padding]
     labels = np.concatenate([*(_shifted(i, t) for i, t in examples), *blank])
     positions = np.arange(len(ids)) - np.repeat(offsets[:-1], spans)
+    kept = np.flatnonzero(labels != IGNORED)
     return MicroBatch(
         input_ids=torch.from_numpy(ids)[None],
         labels=torch.from_numpy(labels)[None],
@@ -142,6 +192,7 @@ def _pack(
         rows=rows,
         lengths=lengths,
         targets=targets,
+        kept=torch.from_numpy(kept if len(kept) else np.zeros(1, np.int64)),
     )
 
 

@@ -69,6 +69,10 @@ class ModelConfig(Config):
     """Decoder layers through torch.compile, each by itself; seconds and graphs of the cold start
     stand in effects.json.
     """
+    cuda_graphs: bool = False
+    """Decoder layers as CUDA graphs, for models so small that launches take the time: every pack is
+    padded to batch.tokens. Captured before the first step; the seconds stand in effects.json.
+    """
     fp8: bool = False
     """Multiply in FP8 (e4m3, a scale a row and a token). LoRA: the frozen linears are held in it.
     Full: their weights stay bf16, and so do their gradients. The loss of the first batch must stay
@@ -123,6 +127,10 @@ class BatchConfig(Config):
     packing: bool = True
     tokens: Positive = 8192
     """Packed: token budget of one micro-batch on one rank."""
+    documents: Positive | None = None
+    """Packed: most examples of one pack. None: as many as fit, but batch.tokens / 32 under
+    model.cuda_graphs, where each place costs, used or not.
+    """
     sequences: Positive = 8
     """Not packed: examples of one micro-batch on one rank, padded to the longest."""
     accumulation: Positive = 1

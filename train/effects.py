@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
 from tuneloom.kernels import attention, fp8, jit, loss_head, nf4
-from tuneloom.train import compiled, masters, offload, sequence, tiles
+from tuneloom.train import compiled, graphed, masters, offload, sequence, tiles
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
@@ -41,8 +41,11 @@ FP8_LINEARS = (fp8.Fp8Linear, fp8.Fp8TrainedLinear)
 class Witness:
     """Collects evidence during the first steps; `receipts` is called once, after `effects_step`."""
 
-    def __init__(self, config: TrainConfig, engine: Any, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, engine: Any, world: World, graphs: graphed.Graphs | None = None
+    ) -> None:
         self.config, self.engine, self.world = config, engine, world
+        self.graphs = graphs
         self.network: nn.Module = engine.module
         self._sharded = engine.zero_optimization_stage() > 0
         self._gradients: dict[str, float] = {}
@@ -57,6 +60,7 @@ class Witness:
         sequence.SEEN.clear()
         tiles.SEEN.clear()
         compiled.SEEN.clear()
+        graphed.SEEN.clear()
         offload.MOVED.clear()
 
     def saw_micro_batches(self, documents: list[int]) -> None:
@@ -212,6 +216,8 @@ class Witness:
                 layers_run > 0 and spent.graphs > 0,
                 {"compiled_forwards": layers_run} | asdict(spent),
             )
+        if model.cuda_graphs:
+            yield self._graphs()
         if model.fp8:
             evidence = {
                 "linears": sum(isinstance(m, FP8_LINEARS) for m in self.network.modules()),
@@ -235,6 +241,18 @@ class Witness:
             seen = dict(tiles.SEEN) | {"losses": jit.CALLS[loss_head.OP]}
             tiled = seen.get("tiles", 0) > seen.get("forwards", 0) and seen["losses"] > 0
             yield Receipt(f"model.tile_tokens={model.tile_tokens}", tiled, seen)
+
+    def _graphs(self) -> Receipt:
+        """All layers of all micro-batches, replayed from one capture each."""
+        assert self.graphs is not None
+        layers, replays = len(self.graphs.captured), graphed.SEEN["replays"]
+        evidence = {
+            "layers_captured": layers,
+            "seconds": self.graphs.seconds,
+            "gib": self.graphs.gib,
+            "replayed_forwards": replays,
+        }
+        return Receipt("model.cuda_graphs", replays == layers * len(self._documents) > 0, evidence)
 
     def _batch(self) -> Iterator[Receipt]:
         if self.config.batch.packing:

@@ -12,10 +12,23 @@ from tuneloom.data.plan import Plan, PlanConfig, epoch_order, share
 from tuneloom.data.render import Renderer
 from tuneloom.data.rows import Rows, open_rows
 from tuneloom.data.tokens import TokenStore
-from tuneloom.train.batches import MicroBatch, collate
+from tuneloom.train.batches import Frame, MicroBatch, collate
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World, barrier
 from tuneloom.train.exposure import Exposure
+
+DENSEST = 32
+"""Mean tokens of a document below which packs of one shape are split: attention launches blocks for
+every place in cu_seqlens, used or not."""
+
+
+def frame_of(config: TrainConfig) -> Frame | None:
+    """The shape that packs are padded to, where layers are captured."""
+    batch = config.batch
+    if not config.model.cuda_graphs:
+        return None
+    documents = batch.documents or -(-batch.tokens // DENSEST)
+    return Frame(batch.tokens, batch.max_length, documents)
 
 
 class Feed:
@@ -26,6 +39,7 @@ class Feed:
     ) -> None:
         self.config, self.world, self.accumulation = config, world, accumulation
         batch, data = config.batch, config.data
+        self.frame = frame_of(config)
         self.rows: Rows = open_rows(data.path, data.split, data.format, verify=world.first)
         self.renderer = renderer(config, tokenizer)
         order = epoch_order(len(self.rows), config.seed, 0, batch.shuffle)
@@ -34,6 +48,7 @@ class Feed:
             seed=config.seed, epochs=config.epochs, shuffle=batch.shuffle, packing=batch.packing,
             tokens=batch.tokens, sequences=batch.sequences, window=batch.window,
             balance=batch.balance, group=world.data_size * accumulation,
+            documents=self.frame.documents if self.frame else batch.documents,
         ))  # fmt: skip
         self.ledger = Ledger()
 
@@ -60,9 +75,15 @@ class Feed:
 
     def _collated(self, rows: np.ndarray) -> MicroBatch:
         examples = [self.store.example(int(row)) for row in rows]
-        packing, multiple = self.config.batch.packing, self.world.sequence
-        micro = collate(list(rows), examples, packing=packing, multiple=multiple)
+        micro = collate(
+            list(rows), examples, packing=self.config.batch.packing, multiple=self.world.sequence,
+            frame=self.frame,
+        )  # fmt: skip
         return micro.to(self.world.device)
+
+    def blank(self) -> MicroBatch:
+        """A micro-batch without a row, in the shape that all have where layers are captured."""
+        return self._collated(np.empty(0, np.int64))
 
     def account(self, bins: list[np.ndarray], step: int, padded: int, exposure: Exposure) -> None:
         """Book one step of all ranks on the ledger and the exposure record; rank 0 only."""

@@ -22,16 +22,16 @@ def loss_sum(network: Any, micro: MicroBatch) -> Tensor:
     indices, so the logits are (targets, V) and not (T, V). A batch without any label still runs the
     head on one position and returns 0 with a graph, since every rank must take part in backward.
     """
-    inputs = micro.model_inputs()
+    inputs, labelled = micro.model_inputs(), None
     if micro.labels.shape[0] == 1:
-        keep = (micro.labels[0] != IGNORED).nonzero()[:, 0]  # (targets,)
-        if keep.numel() == 0:
-            keep = torch.zeros(1, dtype=torch.int64, device=keep.device)
+        keep = micro.kept if micro.kept is not None else _labelled(micro.labels[0])
         inputs["logits_to_keep"] = keep
         labels = micro.labels[0, keep]
+        if micro.kept is not None:
+            labelled = torch.arange(micro.target_tokens, device=labels.device)
     else:
         labels = micro.labels.flatten()
-    with loss_from_head(network, labels) as fused:  # model.kernels=true: no logits are made
+    with loss_from_head(network, labels, kept=labelled) as fused:
         out: Tensor = network(**inputs).logits
     if fused:
         return out
@@ -39,3 +39,11 @@ def loss_sum(network: Any, micro: MicroBatch) -> Tensor:
     if micro.target_tokens == 0:
         return logits.float().sum() * 0.0
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """(targets,) positions with a label, or one without; a GPU waits here, unless the batch says
+    them.
+    """
+    keep = (labels != IGNORED).nonzero()[:, 0]
+    return keep if keep.numel() else torch.zeros(1, dtype=torch.int64, device=labels.device)

@@ -128,6 +128,54 @@ RULES: tuple[Rule, ...] = (
         "resumed run would; set method=lora with method.dropout=0",
     ),
     Rule(
+        ("model.cuda_graphs", "batch.packing"),
+        lambda c: c.model.cuda_graphs and not c.batch.packing,
+        "a graph has one shape, and rows padded to the longest have many; set batch.packing=true",
+    ),
+    Rule(
+        ("model.cuda_graphs", "model.attention"),
+        lambda c: c.model.cuda_graphs and c.model.attention in ("sdpa", "eager"),
+        "their shapes follow the documents of a pack; set model.attention=auto, varlen or flash",
+    ),
+    Rule(
+        (
+            "model.cuda_graphs",
+            "model.checkpointing",
+            "model.tile_tokens",
+            "model.compile",
+            "model.fp8",
+        ),
+        lambda c: (
+            c.model.cuda_graphs
+            and (
+                c.model.compile
+                or c.model.fp8
+                or c.model.tile_tokens is not None
+                or c.model.checkpointing != "off"
+            )
+        ),
+        "recomputation and tiles start a backward of their own in the captured one, compiled "
+        "layers would capture themselves, and FP8's bytes would lose their scales as arguments of "
+        "a graph; leave them off, or set model.cuda_graphs=false",
+    ),
+    Rule(
+        ("model.cuda_graphs", "zero.stage", "batch.sequence_parallel"),
+        lambda c: c.model.cuda_graphs and (c.zero.stage == 3 or c.batch.sequence_parallel > 1),
+        "ZeRO-3 gathers weights by hooks in the layers, to another place each time, and sequence "
+        "parallelism exchanges heads in them; set zero.stage=2 and batch.sequence_parallel=1",
+    ),
+    Rule(
+        ("model.cuda_graphs", "method.kind", "method.dropout"),
+        lambda c: c.model.cuda_graphs and (c.method.kind == "qlora" or c.method.dropout > 0),
+        "NF4's blocks would be lost as arguments of a graph, and a mask drawn from a seed of the "
+        "host would be the same in every replay; set method=lora with method.dropout=0",
+    ),
+    Rule(
+        ("batch.documents", "batch.packing"),
+        lambda c: c.batch.documents is not None and not c.batch.packing,
+        "it limits packs; set batch.sequences, or batch.packing=true",
+    ),
+    Rule(
         ("model.fp8", "method.kind", "method.dora"),
         lambda c: c.model.fp8 and (c.method.kind == "qlora" or c.method.dora),
         "QLoRA's weights are in NF4, and DoRA needs each row's norm; set method=lora or full with "

@@ -31,6 +31,7 @@ from tuneloom.train import (
     evaluation,
     flops,
     fp8,
+    graphed,
     method,
     model,
     probe,
@@ -151,6 +152,8 @@ class Session:
             torch.manual_seed(config.seed)
             network = method.apply(network, config.method)
             self.compiled = compiled.install(network, config.model, world.device)
+            if config.model.cuda_graphs:
+                graphed.refuse(network, config.model, world.device)
         network.train()
         self.shape = flops.shape_of(network, frozen=config.method.kind != "full")
         self.engine = zero.build_engine(network, config, settings)
@@ -178,9 +181,10 @@ class Session:
             else:
                 checkpoint.restore(self.engine, found, world, universal=universal)
             self._restore(found)
+        self.graphs = self._capture()  # once weights lie where the engine keeps them
         self._open_metrics()
         if self.step < config.train.effects_step:
-            self.witness = effects.Witness(config, self.engine, world)
+            self.witness = effects.Witness(config, self.engine, world, self.graphs)
         hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
         if self.copies_at is not None:
             self.copies = copies.Copies(self.copies_at, self.folder, world)
@@ -201,6 +205,17 @@ class Session:
         )  # fmt: skip
         if across is not None:
             model.choose_attention(network, self.config.model, exchange=across)
+
+    def _capture(self) -> graphed.Graphs | None:
+        """The layers as CUDA graphs, where they are asked for; each rank captures its own."""
+        if not self.config.model.cuda_graphs:
+            return None
+        inputs = self.feed.blank().model_inputs()
+        graphs = graphed.capture(self.network, inputs, accumulation=self.feed.accumulation)
+        if self.world.first:
+            layers, seconds = len(graphs.captured), graphs.seconds
+            print(f"model.cuda_graphs: {layers} layers captured in {seconds:.1f} s", flush=True)
+        return graphs
 
     def _swaps(self) -> bool:
         return self.config.zero.offload_parameters == "nvme"

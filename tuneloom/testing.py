@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ class Gang:
     once.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, setup: Callable[[], None] | None = None) -> None:
+        """`setup` runs first in every process; it is a function that a module has by name."""
         import multiprocessing
 
         context = multiprocessing.get_context("spawn")
@@ -132,7 +134,8 @@ class Gang:
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, theirs, setup),
+                                      daemon=True)  # fmt: skip
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -162,7 +165,9 @@ class Gang:
             process.kill()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+def _serve(
+    rank: int, size: int, port: int, pipe: Any, setup: Callable[[], None] | None
+) -> None:  # fmt: skip
     """One rank of a Gang: a config in, None or the exception out."""
     import os
 
@@ -182,6 +187,8 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     from tuneloom.train.loop import fit
 
     distributed.start()
+    if setup is not None:
+        setup()
     while True:
         try:
             config = pipe.recv()

@@ -22,6 +22,7 @@ from torch.nn import functional
 from benchmarks.gpu.timing import Plan, agreement, ceilings, device, interleave
 from tuneloom.kernels import nf4
 from tuneloom.kernels.fp8 import CAPABILITY, hold_linears
+from tuneloom.train import graphed
 
 PUBLISHED_BF16 = 989.0
 """TFLOP/s of an H100 or H200, dense, from its data sheet: the M of MFU."""
@@ -62,6 +63,7 @@ class Way:
     recompute: bool = False
     liger: bool = False
     compiled: bool = False
+    graphs: bool = False
     nf4: bool = False
     prefetch: bool = False
     fp8: bool = False
@@ -76,7 +78,11 @@ STEP_WAYS = {
     "PEFT, kept activations": Way(),
     "PEFT, Liger": Way(liger=True),
 }
-SMALL_WAYS = {**STEP_WAYS, "PEFT, torch.compile": Way(compiled=True)}
+SMALL_WAYS = {
+    **STEP_WAYS,
+    "ours, CUDA graphs": Way(ours=True, graphs=True),
+    "PEFT, torch.compile": Way(compiled=True),
+}
 """torch.compile only where its cold start fits ten minutes."""
 LOW_WAYS = {
     "ours, bf16": Way(ours=True),
@@ -226,7 +232,7 @@ def flops_per_token(shape: Shape) -> float:
 def _missing(way: Way) -> str:
     if way.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
         return "liger-kernel needs to be installed, and a GPU"
-    if way.compiled and not torch.cuda.is_available():
+    if (way.compiled or way.graphs) and not torch.cuda.is_available():
         return "needs a GPU"
     if way.fp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
         return "the GPU has no FP8 products"
@@ -311,6 +317,8 @@ def _built(shape: Shape, way: Way) -> Iterator[Step]:
     """A callable that takes one optimizer step on ids."""
     with _own_llama():
         model = _model(shape, way)
+        if way.graphs:
+            graphed.capture(model, {"input_ids": _ids(shape, shape.rows, shape.length)})
         adapters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=torch.cuda.is_available() or None)
         network = torch.compile(model) if way.compiled else model
@@ -365,7 +373,10 @@ def _first_step(shape: Shape, way: Way) -> dict[str, Tensor]:
     small = replace(shape, layers=2)
     with _own_llama():
         model = _model(small, way)
-        loss = _loss(model, model, _ids(small, 1, min(shape.length, 256)), way)
+        ids = _ids(small, 1, min(shape.length, 256))
+        if way.graphs:
+            graphed.capture(model, {"input_ids": ids})
+        loss = _loss(model, model, ids, way)
         loss.backward()
         named = model.named_parameters()
         found = {n: p.grad.detach().cpu() for n, p in named if p.grad is not None}

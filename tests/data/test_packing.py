@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneloom.data.packing import pack
+from tuneloom.data.packing import pack, split
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 90))
@@ -60,3 +60,13 @@ def test_nothing_packs_to_nothing() -> None:
 def test_a_length_over_the_budget_is_a_fault_of_the_caller() -> None:
     with pytest.raises(AssertionError):
         pack(np.array([11]), 10)
+
+
+def test_bins_of_too_many_members_are_split_evenly_and_lose_none() -> None:
+    lengths = np.random.default_rng(0).integers(1, 9, 500)
+    bins = pack(lengths, 64)
+    parts = split(bins, 7)
+    assert max(map(len, bins)) > 7 >= max(map(len, parts))
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(500))
+    assert split(bins, None) is bins
+    assert [len(part) for part in split([np.arange(10)], 4)] == [4, 3, 3]

@@ -225,6 +225,16 @@ def test_a_state_of_other_data_is_refused() -> None:
         make(30, config(balance=False)).restore(state)
     with pytest.raises(DataError, match="made with window=16, this run has None"):
         make(30, config(window=None)).restore(state)
+    with pytest.raises(DataError, match="made with documents=None, this run has 3"):
+        make(30, config(documents=3)).restore(state)
+    del state["documents"]  # as in states from before the key
+    make(30, config()).restore(state)
+
+
+def test_no_pack_holds_more_documents_than_asked_for_and_no_row_is_lost() -> None:
+    steps = run(make(200, config(documents=3, tokens=256)))
+    assert max(len(members) for bins in steps for members in bins) == 3
+    assert sorted(flat(steps)) == list(range(200))
 
 
 def test_a_state_of_an_older_order_is_refused() -> None:

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.train.cpu_graphs import PACKS, build, pack
 from tuneloom.testing import free_port, metrics, tiny_model
+from tuneloom.train import graphed
+from tuneloom.train.loss import loss_sum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,6 +169,54 @@ def test_the_fused_ops_give_the_curve_of_the_plain_ones(lab: Path) -> None:
     train(lab, "plain", "model.dtype=bf16")
     train(lab, "fused", "model.dtype=bf16", "model.kernels=true")
     assert metrics(lab, "fused") == pytest.approx(metrics(lab, "plain"), rel=1e-2)
+
+
+@pytest.mark.parametrize("kernels", ["false", "true"])
+def test_layers_as_cuda_graphs_give_the_curve_of_plain_ones(lab: Path, kernels: str) -> None:
+    options = ("model.dtype=bf16", "batch.documents=16", f"model.kernels={kernels}")
+    train(lab, f"ungraphed-{kernels}", *options)
+    train(lab, f"graphed-{kernels}", "model.cuda_graphs=true", *options)
+    plain, replayed = (metrics(lab, f"{name}-{kernels}") for name in ("ungraphed", "graphed"))
+    assert len(replayed) == 20 and replayed == pytest.approx(plain, rel=1e-2)
+    found = effects(lab, f"graphed-{kernels}")["model.cuda_graphs"]
+    assert (found["layers_captured"], found["replayed_forwards"]) == (2, 4)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_replays_follow_the_layers_own_steps_and_never_wait(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty steps over three packs, one capture; a wait for the GPU inside one is an error."""
+    captures: list[int] = []
+    make = torch.cuda.make_graphed_callables
+
+    def counted(functions: Any, samples: Any) -> Any:
+        captures.append(len(functions))
+        return make(functions, samples)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", counted)
+    device = torch.device("cuda")
+    losses: list[list[float]] = []
+    for replays in (False, True):
+        network = build(kernels=kernels, backend="varlen", device="cuda")
+        if replays:
+            graphed.capture(network, pack(()).to(device).model_inputs())
+        adapters = [p for p in network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(adapters, lr=1e-3, fused=True)
+        found: list[float] = []
+        for step in range(20):
+            micro = pack(PACKS[step % 3]).to(device)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss = loss_sum(network, micro)
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss))
+        losses.append(found)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and captures == [3]
 
 
 def test_an_8b_shape_with_random_weights_takes_steps(lab: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.gpu import lora_block, lora_step, loss_head
 from benchmarks.gpu.timing import Plan
+from tests.train import cpu_graphs
 
 ONCE = Plan(blocks=1, warm_up=0, timed=1)
 
@@ -15,6 +16,22 @@ def test_the_lora_step_runs_and_ours_agrees_with_float32() -> None:
     assert set(found["rows"]) >= {"ours", "ours, augmented", "PEFT, kept activations"}
     assert all(gate["passed"] for gate in found["parity"].values()), found["parity"]
     assert set(found["not_run"]) == {"PEFT, Liger"}  # it needs a GPU
+
+
+def test_the_small_models_run_and_name_what_needs_a_gpu() -> None:
+    found = lora_step.run_small(ONCE, dry=True)
+    graphs, peers = "ours, CUDA graphs", {"PEFT, Liger", "PEFT, torch.compile"}
+    assert set(found["not_run"]) == {graphs, *peers}
+    assert found["not_run"][graphs] == "needs a GPU"
+
+
+def test_a_captured_step_passes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_graphs.install(monkeypatch.setattr)
+    way = lora_step.SMALL_WAYS["ours, CUDA graphs"]
+    truth = lora_step._first_step(lora_step.TINY, lora_step.Way(exact=True))
+    assert lora_step.agreement(lora_step._first_step(lora_step.TINY, way), truth)["passed"]
+    with lora_step._built(lora_step.TINY, way) as step:
+        step(lora_step._ids(lora_step.TINY, lora_step.TINY.rows, lora_step.TINY.length))
 
 
 def test_the_gate_fails_a_wrong_loss() -> None:

@@ -26,6 +26,13 @@ def pack(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return [np.sort(members) for members in np.split(order[by_bin], cuts)]
 
 
+def split(bins: list[np.ndarray], most: int | None) -> list[np.ndarray]:
+    """The same bins, those of more than `most` members in even parts."""
+    if most is None:
+        return bins
+    return [part for b in bins for part in np.array_split(b, -(-len(b) // most))]
+
+
 @dataclass
 class _Open:
     """Open bins as ranges (first, last + 1), stacked by the room they have left."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from tuneloom.data import windows
 from tuneloom.data.balance import arrange, costs_of, dearest
-from tuneloom.data.packing import pack
+from tuneloom.data.packing import pack, split
 from tuneloom.errors import DataError
 
 FULL = 0.98
@@ -26,7 +26,7 @@ CARRIED = 8
 Lengths = Callable[[np.ndarray], np.ndarray]
 """Row indices -> tokens of each (0: dropped); blocks until they are tokenised."""
 EMPTY = np.empty(0, np.int64)
-FIXED = ("rows", "seed", "shuffle", "packing", "tokens", "window", "balance")
+FIXED = ("rows", "seed", "shuffle", "packing", "tokens", "documents", "window", "balance")
 """Keys of a state that must be those of the run it is restored in."""
 VERSION = 3
 """Of the order that a state continues; raise it whenever the same config would give another."""
@@ -47,6 +47,8 @@ class PlanConfig:
     balance: bool
     """Whether packs of like cost may share a step; false: always in random order."""
     group: int
+    documents: int | None = None
+    """Most rows of a pack; None: as many as fit."""
 
 
 def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
@@ -138,7 +140,10 @@ class Plan:
 
     def _of_packs(self) -> dict[str, Any]:
         config = self.config
-        return {"tokens": config.tokens, "window": config.window, "balance": config.balance}
+        return {
+            "tokens": config.tokens, "documents": config.documents, "window": config.window,
+            "balance": config.balance,
+        }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`; a DataError names what differs from the run that saved it.
@@ -153,9 +158,9 @@ class Plan:
                 "resume=never"
             )
         for key, mine in self.state().items():
-            if key in FIXED and state[key] != mine:
+            if key in FIXED and state.get(key) != mine:  # older states know no `documents`
                 raise DataError(
-                    f"resume: the checkpoint was made with {key}={state[key]}, this run has "
+                    f"resume: the checkpoint was made with {key}={state.get(key)}, this run has "
                     f"{mine}, and the order of rows would differ; set it back or set resume=never"
                 )
         self._window, self._next = state["index"], state["next"]
@@ -223,7 +228,7 @@ class Plan:
         self._dropped = rows[lengths == 0]
         waited = (np.arange(len(rows)) < len(self._waiting))[lengths > 0]
         rows, lengths = rows[lengths > 0], lengths[lengths > 0]
-        bins = pack(lengths, self.config.tokens)
+        bins = split(pack(lengths, self.config.tokens), self.config.documents)
         free = np.array([not waited[members].any() for members in bins], bool) & (not last)
         sent = self._without_emptiest(bins, lengths, free, len(fresh))
         if not last and self._grows(len(fresh), lengths):
