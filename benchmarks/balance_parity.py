@@ -6,7 +6,8 @@ Balancing puts packs of like cost into one step, so long documents meet long one
 are trained on twice, once as the plan arranges them and once in random order, for each of several
 seeds; the losses on held-out documents are compared with how far seeds lie apart. Documents are
 Debian package records, one to ten to a document, up to 128 tokens, in steps of 8 packs. `EVEN`
-is scaled from 32,768 to 128, so that costs differ as they do at 32k. Two runs at a time; 10 minutes on two cores.
+is scaled from 32,768 to 128, so that costs differ as they do at 32k. Two runs
+at a time; 10 minutes on two cores.
 """
 
 import json
