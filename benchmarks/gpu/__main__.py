@@ -7,7 +7,8 @@
 Each name is one process of its own with a limit of 10 minutes, so that a crash, a fragmented
 allocator or a peer's monkey patch reaches no other. Results: benchmarks/results/gpu_NAME.json.
 Needs torch >= 2.11, triton >= 3.6, transformers >= 5.17, peft; peers are taken if installed
-(liger-kernel, cut-cross-entropy, bitsandbytes), and named under `not_run` if not.
+(liger-kernel, cut-cross-entropy, bitsandbytes, trl, unsloth), and named under `not_run` if not;
+`trainers` needs deepspeed, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks import record
 LIMIT_SECONDS = 600
 BENCHMARKS = {
     "lora_step": ("B6", "benchmarks.gpu.lora_step:run_step"),
+    "trainers": ("B6", "benchmarks.gpu.trainers:run"),
     "loss_head": ("B7", "benchmarks.gpu.loss_head:run"),
     "lora_block": ("B8", "benchmarks.gpu.lora_block:run"),
     "small_06b": ("B9", "benchmarks.gpu.lora_step:run_small"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu import lora_block, lora_step, loss_head
+from benchmarks.gpu import lora_block, lora_step, loss_head, trainers
 from benchmarks.gpu.timing import Plan
 from tests.train import cpu_graphs
 
@@ -60,3 +60,11 @@ def test_the_lora_block_and_the_low_precision_step_run() -> None:
 
 def test_reach_finds_the_largest_micro_batch_that_fits() -> None:
     assert set(lora_step.run_reach(ONCE, dry=True)["tokens"].values()) == {64}
+
+
+def test_whole_trainers_run_and_name_those_that_cannot() -> None:
+    found = trainers.run(Plan(blocks=1, warm_up=1, timed=2), dry=True)
+    assert set(found["rows"]) == {"ours", "TRL, its defaults"}, found["not_run"]
+    assert all(row["range"][0] > 0 for row in found["rows"].values())
+    assert found["ratios"].keys() == {"ours / TRL, its defaults"}
+    assert found["not_run"].keys() == trainers.TRL.keys() - {"TRL, its defaults"}
