@@ -87,7 +87,9 @@ def forecast(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activation_bytes(config, saved) + working_bytes(config, anatomy, cuda=cuda),
+        activations=activation_bytes(config, saved)
+        + working_bytes(config, anatomy, cuda=cuda)
+        + captured_bytes(config, anatomy, saved),
         loss_head=loss_head_bytes(config, anatomy, saved, cuda=cuda),
         temporary=temporary_bytes(config, anatomy, ranks, cuda=cuda),
         context=GPU_CONTEXT if cuda else PROCESS,
@@ -185,6 +187,17 @@ def activation_bytes(config: TrainConfig, saved: Saved) -> int:
     kept = sum(saved.per_layer) - sum(recomputed)
     inputs = 1 if config.model.checkpoint_offload else len(recomputed)
     return kept + inputs * saved.layer_input + max(recomputed) + saved.tile + saved.outside
+
+
+def captured_bytes(config: TrainConfig, anatomy: Anatomy, saved: Saved) -> int:
+    """What CUDA graphs hold beside what backward needs: each layer's output and the gradients of
+    its output, its input and its weights, in places of their own (make_graphed_callables).
+    """
+    if not config.model.cuda_graphs:
+        return 0
+    trained = anatomy.linear if config.method.kind == "full" else anatomy.trainable
+    hidden = 3 * len(saved.per_layer) * saved.layer_input
+    return hidden + BYTES[config.model.dtype] * trained
 
 
 def working_bytes(config: TrainConfig, anatomy: Anatomy, *, cuda: bool) -> int:

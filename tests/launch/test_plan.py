@@ -327,6 +327,16 @@ def test_nf4_unpacked_ahead_takes_the_largest_linear_twice() -> None:
     assert held("method.prefetch=true") - held() == 2 * 2 * 4096 * 14336  # 117 MB each, in bf16
 
 
+def test_captured_layers_hold_three_hidden_states_and_their_gradients_more() -> None:
+    def held(*overrides: str) -> int:
+        keys = ("batch.tokens=4096", "batch.max_length=4096", *overrides)
+        return plan_of("meta-llama/Meta-Llama-3-8B", *keys).memory.activations
+
+    adapters = 41_943_040  # r=16 on all linears
+    more = held("model.cuda_graphs=true") - held()
+    assert more == 3 * 32 * 4096 * 4096 * 2 + 2 * adapters
+
+
 def test_an_8b_base_in_fp8_takes_a_byte_a_weight_of_its_linears() -> None:
     def gigabytes(*overrides: str) -> float:
         config = shaped("meta-llama/Meta-Llama-3-8B", *overrides)
