@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
-# B1; B2; B3; B5; and what is beside them
-BENCHMARKS := activation_diet kernels packing balance_parity first_step checkpoint recovery estimator \
-	ingest pii compile
+# B1; B2; B3; B4; B5; and what is beside them
+BENCHMARKS := activation_diet kernels packing first_step recovery checkpoint estimator \
+	ingest pii compile balance_parity
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:

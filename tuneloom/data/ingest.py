@@ -4,10 +4,10 @@ Blocks are prepared (in any number of processes), merged by id, deduplicated, sp
 The result is a function of rows and recipe: not of workers, order of files, time zone or locale.
 """
 
-import json
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,40 +35,53 @@ from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.scratch import Column, Scratch
 from tuneloom.data.sources import find_sources
-from tuneloom.data.store import publish, read_manifest, write_json
+from tuneloom.data.store import publish, write_json
 from tuneloom.errors import ConfigError, RefusedError
 
 STAGES = ("prepare", "merge", "decide", "write")
 
 
+@dataclass(frozen=True)
+class Made:
+    """A dataset that was made: its folder NAME@ID, and what stands in it. (Another process that
+    makes the same dataset puts its own copy there, so nobody reads this one's back.)
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    seconds: dict[str, float]
+
+
 def main(config: IngestConfig, prepare: Prepare) -> int:
     """Ingest, print what became of the rows and the next command."""
-    folder = ingest(config, prepare)
-    manifest = read_manifest(folder)
-    for what, rows in balance(manifest["counts"]):
+    made = make(config, prepare)
+    for what, rows in balance(made.manifest["counts"]):
         print(f"  {what:<32}{rows:>12,}")
-    if refused := manifest.get("refused_files"):
+    if refused := made.manifest.get("refused_files"):
         print(f"  {'files refused':<32}{len(refused):>12,}")
-    for name, part in manifest["splits"].items():
+    for name, part in made.manifest["splits"].items():
         print(f"  {'split ' + name:<32}{part['rows']:>12,}")
-    timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
-    print("  seconds: " + ", ".join(f"{stage} {timing[stage]}" for stage in STAGES))
-    print(f"{folder}")
+    print("  seconds: " + ", ".join(f"{stage} {made.seconds[stage]}" for stage in STAGES))
+    print(f"{made.folder}")
     print(f"next: tuneloom train data.path={Path(config.root) / config.data.name} model.path=...")
     return 0
 
 
 def ingest(config: IngestConfig, prepare: Prepare = prepare_here) -> Path:
     """Make the dataset; returns its folder NAME@ID."""
+    return make(config, prepare).folder
+
+
+def make(config: IngestConfig, prepare: Prepare) -> Made:
+    """Make the dataset, and say what it is."""
     root = Path(config.root)
     draft = _draft(root)
     try:
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=root) as spill:
             manifest, seconds = _make(config, prepare, draft, Path(spill))
         write_paperwork(draft, manifest)
-        folder = publish(draft, root, manifest)
-        write_json(folder / "timing.json", seconds)
-        return folder
+        write_json(draft / "timing.json", seconds)
+        return Made(publish(draft, root, manifest), manifest, seconds)
     except OSError as error:  # full, or gone: what readers meet is a DataError already
         place = error.filename or root
         why = error.strerror or error
