@@ -59,8 +59,8 @@ F8 (control files in wrong shapes) and F9 (rows in wrong shapes) are struck by t
 tests/train/test_damage.py and test_checkpoint.py; tests/data/test_bad_data.py, test_hostile_rows.py
 and test_dirty.py.
 
-Not struck here: a disk full of W&B's own files (F15); a Ray whose store is kept in Redis (F16); a
-slow NFS (F20: no kernel of this machine delays writes to a mount); NCCL, GPUs out of memory, ECC.
+Not struck here: a Ray whose store is kept in Redis (F16); a slow NFS (F20: no kernel of this
+machine delays writes to a mount); NCCL, GPUs out of memory, ECC.
 """
 
 

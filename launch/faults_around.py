@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from tuneloom.launch.drill_lab import (
     is_rank,
     standing_in,
 )
+from tuneloom.launch.faults import tmpfs
 from tuneloom.launch.faults_inside import clock_set_back
 from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
 from tuneloom.testing import free_port
@@ -36,6 +38,7 @@ from tuneloom.testing import free_port
 NOBODY = 65534
 CUT_SECONDS = 45.0
 TURNS = 3
+WANDB_BYTES = 64 << 10
 MOST_ADDED = 2.0
 """Seconds that an unreachable W&B may cost."""
 
@@ -242,6 +245,7 @@ def tracker_unreachable(lab: Lab, rng: random.Random) -> Iterator[Figures]:
                 )  # fmt: skip
             spent[what].append(phases)
     usual = np.median(offline, axis=0)
+    yield from tracker_disk_full(lab, rng)
     for what, run in last.items():
         start, steps, end = (np.median(spent[what], axis=0) - usual).tolist()
         kept = _tracked(run.folder)
@@ -251,6 +255,23 @@ def tracker_unreachable(lab: Lab, rng: random.Random) -> Iterator[Figures]:
         yield figures(lab, run, "F15", f"W&B {what}; {kept} of {lab.steps} rows in its file; added "
                       f"{added}", [run.process.returncode], [DONE], lost=0, seconds=seconds,
                       held=seconds < MOST_ADDED and kept == lab.steps)  # fmt: skip
+
+
+def tracker_disk_full(lab: Lab, rng: random.Random) -> list[Figures]:
+    """F15: a full disk under W&B's own files, and no other; then room again, and its rows."""
+    folder = lab.folder / "runs" / "f15-full"
+    folder.mkdir(parents=True)
+    with tmpfs(folder / "wandb", WANDB_BYTES) as disk:
+        run = Run(lab, folder.name, "tracker=offline")
+        code, before = run.end(), _tracked(folder)
+        said = "no row is lost" in run.log.read_text(errors="replace")
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        subprocess.run([sys.executable, "-m", "tuneloom.train.metrics", folder], check=True)
+        after = _tracked(folder)
+    what = (f"disk of W&B's files full; {before} of {lab.steps} rows in them, {after} after "
+            "`python -m tuneloom.train.metrics`")  # fmt: skip
+    return [figures(lab, run, "F15", what, [code], [DONE], lost=0,
+                    held=said and before < after == lab.steps)]  # fmt: skip
 
 
 def _phases(lab: Lab, run_id: str, *more: str, **options: Any) -> tuple[Run, list[float]]:

@@ -1,7 +1,7 @@
-"""F5 fifty times: SIGTERM to ranks of real runs, in each phase; all save the same step and end 75.
+"""F5 seventy times: SIGTERM to ranks of real runs, in each phase; all save the same step, end 75.
 
-The two ranks are processes that train one run after another, so that fifty runs cost the imports of
-one. Ranks started by the command, and signals to the driver, are F5's other rows.
+The two ranks are processes that train one run after another, so that all these runs cost the
+imports of one. Ranks started by the command, and signals to the driver, are F5's other rows.
 """
 
 import os
@@ -18,10 +18,14 @@ from tuneloom.errors import STOPPED, Stopped
 from tuneloom.launch.drill_lab import Figures, Lab
 from tuneloom.testing import Gang, chat_rows, small_config
 from tuneloom.train import checkpoint
+from tuneloom.train.metrics import Clock
 
 TRIALS = 10
 """Of each way."""
 SKEW_SECONDS = 5.0
+STAY_SECONDS = 0.05
+SHOWN = "TUNELOOM_DRILL_PHASES"
+"""Names the folder where drill and ranks agree on a phase to be struck in."""
 GRACE_SECONDS = 30.0
 
 
@@ -50,11 +54,39 @@ class Trial:
 
     def in_phase(self, phase: str) -> None:
         """Wait until the run is there, then up to half a second more where it stays there."""
+        if phase in ("data", "evaluation"):
+            self._inside(phase)
+            return
         marks = {"warm-up": "run.json", "a save": "checkpoints/.torn-step-*"}
         mark = marks.get(phase, "metrics.jsonl")
         self.wait_for(lambda: any(self.folder.glob(mark)))
-        if phase == "steps":  # data, forward, backward, evaluation: wherever it falls
+        if phase == "steps":  # forward, backward, optimizer: wherever it falls
             time.sleep(self.rng.random() / 2)
+
+    def _inside(self, phase: str) -> None:
+        """Wait until a rank is in that phase, which it stays in for 50 ms."""
+        self.wait_for((self.folder / "metrics.jsonl").exists)
+        place = Path(os.environ[SHOWN])
+        asked, there = place / f"asked-{phase}", place / f"in-{phase}"
+        asked.touch()
+        self.wait_for(there.exists)
+        asked.unlink()
+        there.unlink()
+
+
+def phases_shown() -> None:
+    """In a rank: stay in a phase that is asked for, and say so."""
+    place = Path(os.environ[SHOWN])
+    switch = Clock.switch
+
+    def shown(clock: Clock, phase: str) -> str:
+        ended = switch(clock, phase)
+        if (place / f"asked-{phase}").exists():
+            (place / f"in-{phase}").touch()
+            time.sleep(STAY_SECONDS)
+        return ended
+
+    setattr(Clock, "switch", shown)  # noqa: B010 - mypy takes no method of that name
 
 
 def one_rank(trial: Trial) -> None:
@@ -77,16 +109,19 @@ def both_twice(trial: Trial) -> None:
 
 WAYS: list[tuple[str, Callable[[Trial], None], str]] = [
     ("to one rank in warm-up", one_rank, "warm-up"), ("to one rank in steps", one_rank, "steps"),
+    ("to one rank reading data", one_rank, "data"),
+    ("to one rank in an evaluation", one_rank, "evaluation"),
     ("to one rank in a save", one_rank, "a save"),
     ("to both, 0 to 5 s apart", both_apart, "steps"), ("to both, twice", both_twice, "steps"),
 ]  # fmt: skip
 
 
-def fifty_times(lab: Lab, rng: random.Random) -> list[Figures]:
+def seventy_times(lab: Lab, rng: random.Random) -> list[Figures]:
     """Each way ten times; `held` when every one was as it should be."""
     chat_rows(lab.folder / "validation.jsonl", 16, seed=1)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited: a late signal ends no rank
-    gang = Gang(2)
+    os.environ[SHOWN] = str(lab.folder)
+    gang = Gang(2, setup=phases_shown)
     signal.signal(signal.SIGTERM, before)
     good: Counter[str] = Counter()
     slowest = 0.0
@@ -136,4 +171,4 @@ def stopped(
     return None, seconds
 
 
-FAULTS: dict[str, Callable[[Lab, random.Random], Iterable[Figures]]] = {"F5x50": fifty_times}
+FAULTS: dict[str, Callable[[Lab, random.Random], Iterable[Figures]]] = {"F5x70": seventy_times}

@@ -1,4 +1,8 @@
-"""metrics.jsonl always, a progress line, and where each second of the run went."""
+"""metrics.jsonl always, a progress line, and where each second of the run went.
+
+`python -m tuneloom.train.metrics RUN` writes the rows of metrics.jsonl that W&B's files of the run
+lack into one more file, which `wandb sync` uploads.
+"""
 
 import json
 import os
@@ -14,7 +18,9 @@ from typing import Any
 
 import torch
 
-from tuneloom.errors import TrainingError
+from tuneloom.errors import CONFIGURATION, DONE, TrainingError
+from tuneloom.train import runs
+from tuneloom.train.config import TrackerConfig
 from tuneloom.train.tracker import Tracker
 
 PHASES = ("productive", "data", "collective", "checkpoint", "evaluation", "startup", "lost")
@@ -127,7 +133,9 @@ class Metrics:
         """Keep rows up to `step`; returns where the seconds of all rows went."""
         if not self.path.exists():
             return Kept({})
-        kept, total, dropped, until = [], dict.fromkeys(PHASES, 0.0), 0.0, 0.0
+        kept: list[str] = []
+        rows: list[dict[str, Any]] = []
+        total, dropped, until = dict.fromkeys(PHASES, 0.0), 0.0, 0.0
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             row = _row(line)
             if row is None:
@@ -138,10 +146,12 @@ class Metrics:
                 dropped += sum(seconds.values())
                 continue
             kept.append(line)
+            rows.append(row)
             total = {phase: total[phase] + seconds[phase] for phase in PHASES}
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
+        self.tracker.fill(rows)
         return Kept(total, dropped, until)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -197,3 +207,25 @@ def _row(line: str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return dict(row)
+
+
+def main(arguments: list[str]) -> int:
+    """Fill W&B's files of a run; exit codes of the contract."""
+    folder = Path(arguments[0]).resolve()
+    try:
+        config = dict(runs.recorded(folder)["config"])
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, KeyError) as error:
+        print(f"tuneloom.train.metrics: {folder} is no run: {error!r}", file=sys.stderr)
+        return CONFIGURATION
+    settings = TrackerConfig(mode="offline", project=config["tracker"]["project"])
+    tracker = Tracker(settings, folder, folder.name, config)
+    written = tracker.fill(row for row in map(_row, lines) if row is not None)
+    tracker.finish()
+    files = f"{folder}/wandb/offline-run-*"
+    print(f"tracker: {written} rows of {len(lines)} written; `wandb sync {files}` uploads them")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

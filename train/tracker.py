@@ -3,13 +3,20 @@
 `wandb.init` blocks 90 s on a server that does not answer and then raises (measured, 0.31.0), and a
 failed one cannot be followed by an offline one of the same id. So training only ever writes a file,
 and what the network does costs no step and loses no row.
+
+W&B's writer is a process of its own that keeps up to 32 KiB of rows back, and drops without a word
+what a full disk does not take (both measured, 0.31.0). So metrics.jsonl is the record, and `fill`
+writes what W&B's files lack of it: at every resume, and by `python -m tuneloom.train.metrics RUN`.
 """
 
 import json
+import logging
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,7 @@ class Tracker:
     def __init__(
         self, tracker: TrackerConfig, folder: Path, run_id: str, config: dict[str, Any]
     ) -> None:
+        self.folder = folder
         self.run: Any = None
         self.uploader: Uploader | None = None
         self.mode, self.reason = _decide(tracker.mode)
@@ -31,27 +39,65 @@ class Tracker:
             return
         import wandb
 
-        root = folder / "wandb"
-        root.mkdir(exist_ok=True)
-        earlier = sorted(root.glob("offline-run-*"))
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, x_disable_stats=True
         )  # fmt: skip
-        self.run = wandb.init(
-            mode="offline", settings=settings, project=tracker.project, id=run_id, name=run_id,
-            dir=str(folder), config=config, resume="allow",
-        )  # fmt: skip
-        if self.mode == "online":
-            self.uploader = Uploader(earlier, Path(self.run.dir).parent)
+        root = folder / "wandb"
+        with self._tolerated("could not begin"):
+            root.mkdir(exist_ok=True)
+            earlier = sorted(root.glob("offline-run-*"))
+            self.run = wandb.init(
+                mode="offline", settings=settings, project=tracker.project, id=run_id, name=run_id,
+                dir=str(folder), config=config, resume="allow",
+            )  # fmt: skip
+            if self.mode == "online":
+                self.uploader = Uploader(earlier, Path(self.run.dir).parent)
+
+    @contextmanager
+    def _tolerated(self, what: str) -> Iterator[None]:
+        """What W&B cannot write ends no run; it is said once, with the way out."""
+        import wandb
+
+        # What W&B cannot write into its own debug.log would be a page of traceback a line.
+        logging.raiseExceptions, before = False, logging.raiseExceptions
+        try:
+            yield
+        except (OSError, wandb.Error) as error:
+            self.run = None
+            self._incomplete(f"{what} ({error})")
+        finally:
+            logging.raiseExceptions = before
+
+    def _incomplete(self, why: str) -> None:
+        print(
+            f"tracker: W&B's file {why}; no row is lost: `python -m tuneloom.train.metrics "
+            f"{self.folder}` writes those of metrics.jsonl that it lacks",
+            flush=True,
+        )
 
     def log(self, row: dict[str, Any]) -> None:
         if self.run is not None:
-            self.run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            with self._tolerated(f"ends before step {row['step']}"):
+                self.run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def fill(self, rows: Iterable[dict[str, Any]]) -> int:
+        """Log those whose step no earlier file of this run has; returns how many."""
+        if self.run is None:
+            return 0
+        there = {row.step.num for path in _files(self.folder) for row in _history(path)}
+        lacking = [row for row in rows if row["step"] not in there]
+        for row in lacking:
+            self.log(row)
+        return len(lacking)
 
     def finish(self) -> None:
         """Close the file; wait for its upload while that gets on, and say so where it did not."""
         if self.run is not None:
-            self.run.finish()
+            (file,) = Path(self.run.dir).parent.glob("*.wandb")
+            with self._tolerated("was not closed"):
+                self.run.finish()
+                if not _ended(file):
+                    self._incomplete("has no end, as where a disk is full")
             self.run = None
         if self.uploader is not None:
             left = self.uploader.finish()
@@ -81,7 +127,7 @@ def _records(path: Path) -> Iterator[bytes]:
             at += 32768 - at % 32768
             continue
         _, size, kind = struct.unpack_from("<IHB", data, at)
-        if kind == 0:
+        if kind == 0 or at + 7 + size > len(data):  # cut off with its writer
             return
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
@@ -92,32 +138,42 @@ def _records(path: Path) -> Iterator[bytes]:
 
 def rows_written(run: Path) -> list[dict[str, Any]]:
     """Rows of every W&B file of a run; `finish` returns up to seconds before the last is written
-    (wandb 0.31.0), so a file without its end is read again for a while.
+    (wandb 0.31.0), so a file without its end is waited for.
     """
+    files = _files(run)
+    for path in files:
+        _ended(path)
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+        for path in files
+        for row in _history(path)
+    ]
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def _ended(path: Path) -> bool:
+    """Whether a W&B file has its end, or gets it within 5 s."""
     deadline = time.monotonic() + 5.0
-    while True:
-        rows, ended = _history(run)
-        if ended or time.monotonic() > deadline:
-            return rows
+    while not (ended := any(_parsed(data).HasField("exit") for data in deque(_records(path), 1))):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.1)
+    return ended
 
 
-def _history(run: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Rows parsed with W&B's own message types, and whether every file has its end."""
+def _history(path: Path) -> Iterator[Any]:
+    """Its rows, as W&B's own messages."""
+    for data in _records(path):
+        record = _parsed(data)
+        if record.HasField("history"):
+            yield record.history
+
+
+def _parsed(data: bytes) -> Any:
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
-
-    rows, open_files = [], 0
-    for path in sorted(run.glob("wandb/**/*.wandb")):
-        open_files += 1
-        for data in _records(path):
-            record = messages.Record()
-            record.ParseFromString(data)
-            open_files -= record.WhichOneof("record_type") == "exit"
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append(
-                    {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
-                )
-    return rows, not open_files
+    return messages.Record.FromString(data)

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tuneloom.errors import Stopped
+from tuneloom.launch.faults import tmpfs
 from tuneloom.testing import Gang, metrics, small_config
 
 History = Callable[[Path], list[dict[str, Any]]]
@@ -38,6 +42,55 @@ def test_a_resumed_run_is_one_wandb_run(lab: Path, one: Gang, offline_history: H
     files = list(folder.glob("wandb/**/*.wandb"))
     assert {path.name for path in files} == {"run-continued.wandb"} and len(files) == 2
     assert [row["_step"] for row in offline_history(folder) if "train/loss" in row] == [1, 2, 3, 4]
+
+
+def test_rows_that_died_with_the_writer_of_wandb_are_written_at_the_resume(
+    lab: Path, one: Gang, offline_history: History
+) -> None:
+    """A killed host takes up to 32 KiB of rows with it that W&B's writer kept back."""
+    folder = lab / "runs/cut-off"
+    folder.mkdir(parents=True)
+    (folder / "stop").touch()
+    config = small_config(lab, "cut-off", steps=4, tracker__mode="offline")
+    with pytest.raises(Stopped):
+        one.fit(config)
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert offline_history(folder) == []
+    one.fit(config)
+    steps = [row["_step"] for row in offline_history(folder) if "train/loss" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_full_disk_of_wandb_ends_no_run_and_its_rows_can_be_written_later(
+    lab: Path, offline_history: History
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    folder = lab / "runs/full"
+    folder.mkdir(parents=True)
+    config = small_config(lab, "full", steps=100, epochs=100.0, tracker__mode="offline")
+    fill = [sys.executable, "-m", "tuneloom.train.metrics", str(folder)]
+    with tmpfs(folder / "wandb", 64 << 10) as disk:
+        ran = subprocess.run(
+            [sys.executable, "-c", TRAIN, json.dumps(config)], capture_output=True, text=True
+        )
+        assert ran.returncode == 0 and "Traceback" not in ran.stdout + ran.stderr, ran.stderr
+        assert "no row is lost" in ran.stdout and str(folder) in ran.stdout
+        assert len(offline_history(folder)) < 100
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        filled = subprocess.run(fill, capture_output=True, text=True, check=True)
+        assert " written; `wandb sync " in filled.stdout
+        rows = [row for row in offline_history(folder) if "train/loss" in row]
+        assert [row["train/loss"] for row in rows] == metrics(lab, "full")
+        again = subprocess.run(fill, capture_output=True, text=True, check=True)
+        assert "tracker: 0 rows of " in again.stdout
+
+
+def test_what_is_no_run_is_not_filled(tmp_path: Path) -> None:
+    fill = [sys.executable, "-m", "tuneloom.train.metrics", str(tmp_path)]
+    ran = subprocess.run(fill, capture_output=True, text=True)
+    assert ran.returncode == 2 and "is no run" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_without_a_key_auto_is_offline_and_the_record_says_so(
