@@ -49,6 +49,10 @@ LAST_WORDS_SECONDS = 5.0
 """After a rank failed, the others stand in a collective with it and will not answer any more."""
 NODES_SECONDS = 120.0
 """How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
+LAST_LINES_SECONDS = 1.0
+"""For what ranks print last to come here: `ray.shutdown` drops what is still on its way, and waits
+(half a second) at the end of an interpreter alone.
+"""
 
 
 def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
@@ -68,6 +72,7 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.enter_context(signals_ask_to_stop(folder))
         stack.callback(ray.shutdown)
         connect(launch, run=folder)
+        stack.callback(time.sleep, LAST_LINES_SECONDS)
         keeps_its_folder(config)
         with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
             attempts(config, launch, signals)
