@@ -184,6 +184,24 @@ def test_what_an_attempt_could_not_upload_the_next_one_does(lab: Path, server: S
     assert [row["_step"] for row in rows] == [1, 2, 3, 4]
 
 
+def test_a_file_that_was_cut_off_with_its_host_is_completed_on_the_server(
+    lab: Path, server: Server
+) -> None:
+    config = small_config(lab, "cut-off-online", steps=4, tracker__mode="online")
+    folder = lab / "runs/cut-off-online"
+    folder.mkdir(parents=True)
+    (folder / "stop").touch()
+    server.failing = True
+    assert train(config, server, grace=2.0).returncode == STOPPED
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    file.write_bytes(file.read_bytes()[:1000])
+    server.failing = False
+    second = train(config, server)
+    assert second.returncode == 0, second.stderr
+    rows = [row for row in server.history["cut-off-online"].values() if "train/loss" in row]
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4]
+
+
 def test_a_killed_run_leaves_no_uploader_behind(lab: Path, server: Server) -> None:
     config = small_config(lab, "killed-online", steps=100_000, tracker__mode="online")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
