@@ -74,8 +74,8 @@ def token_of(process: psutil.Process) -> Path:
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         for child in process.children(recursive=True):
-            if child.name() == "gcs_server":
-                environment = child.environ()
+            # Right after its exec a process has its name and not yet an environment.
+            if child.name() == "gcs_server" and (environment := child.environ()):
                 assert environment["RAY_AUTH_MODE"] == "token"
                 return Path(environment["RAY_AUTH_TOKEN_PATH"])
         time.sleep(0.05)
