@@ -36,6 +36,8 @@ class Trial:
     gang: Gang
     folder: Path
     rng: random.Random
+    inside: int = 0
+    """The rank that is in the phase waited for, of phases that ranks show."""
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
         """Every millisecond; AssertionError after two minutes or when a rank ended by itself."""
@@ -67,11 +69,13 @@ class Trial:
         """Wait until a rank is in that phase, which it stays in for 50 ms."""
         self.wait_for((self.folder / "metrics.jsonl").exists)
         place = Path(os.environ[SHOWN])
-        asked, there = place / f"asked-{phase}", place / f"in-{phase}"
+        asked = place / f"asked-{phase}"
+        for left in place.glob("in-*"):  # of a rank that came in while it was taken back
+            left.unlink()
         asked.touch()
-        self.wait_for(there.exists)
+        self.wait_for(lambda: any(place.glob(f"in-{phase}-*")))
+        self.inside = int(next(place.glob(f"in-{phase}-*")).name[-1])
         asked.unlink()
-        there.unlink()
 
 
 def phases_shown() -> None:
@@ -82,7 +86,7 @@ def phases_shown() -> None:
     def shown(clock: Clock, phase: str) -> str:
         ended = switch(clock, phase)
         if (place / f"asked-{phase}").exists():
-            (place / f"in-{phase}").touch()
+            (place / f"in-{phase}-{os.environ['RANK']}").touch()
             time.sleep(STAY_SECONDS)
         return ended
 
@@ -91,6 +95,10 @@ def phases_shown() -> None:
 
 def one_rank(trial: Trial) -> None:
     trial.strike(trial.rng.randrange(2))
+
+
+def the_one_inside(trial: Trial) -> None:
+    trial.strike(trial.inside)
 
 
 def both_apart(trial: Trial) -> None:
@@ -109,8 +117,8 @@ def both_twice(trial: Trial) -> None:
 
 WAYS: list[tuple[str, Callable[[Trial], None], str]] = [
     ("to one rank in warm-up", one_rank, "warm-up"), ("to one rank in steps", one_rank, "steps"),
-    ("to one rank reading data", one_rank, "data"),
-    ("to one rank in an evaluation", one_rank, "evaluation"),
+    ("to a rank reading data", the_one_inside, "data"),
+    ("to a rank in an evaluation", the_one_inside, "evaluation"),
     ("to one rank in a save", one_rank, "a save"),
     ("to both, 0 to 5 s apart", both_apart, "steps"), ("to both, twice", both_twice, "steps"),
 ]  # fmt: skip
@@ -136,6 +144,7 @@ def seventy_times(lab: Lab, rng: random.Random) -> list[Figures]:
                     print(f"drill: SIGTERM {way}: {fault}", flush=True)
     finally:
         gang.close()
+        del os.environ[SHOWN]
     counts = ", ".join(f"{way} {good[way]} of {TRIALS}" for way, _, _ in WAYS)
     what = f"SIGTERM, all ranks save the same step and end 75: {counts}; seconds of the slowest"
     return [Figures("F5", what, str(STOPPED), 0, slowest, 0, 0, 0,

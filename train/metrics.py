@@ -4,6 +4,7 @@
 lack into one more file, which `wandb sync` uploads.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch
 
-from tuneloom.errors import CONFIGURATION, DONE, TrainingError
+from tuneloom.errors import DONE, ConfigError, TrainingError, TuneloomError
 from tuneloom.train import runs
 from tuneloom.train.config import TrackerConfig
-from tuneloom.train.tracker import Tracker
+from tuneloom.train.tracker import Tracker, steps_written
 
 PHASES = ("productive", "data", "collective", "checkpoint", "evaluation", "startup", "lost")
 """Where rank 0's wall time goes. `collective` is what it waits in the loop's own reductions of
@@ -130,12 +131,12 @@ class Metrics:
         self.tracker = tracker
 
     def open_at(self, step: int) -> Kept:
-        """Keep rows up to `step`; returns where the seconds of all rows went."""
+        """Keep rows up to `step`, and give W&B those that it lacks; returns where the seconds of
+        all rows went.
+        """
         if not self.path.exists():
             return Kept({})
-        kept: list[str] = []
-        rows: list[dict[str, Any]] = []
-        total, dropped, until = dict.fromkeys(PHASES, 0.0), 0.0, 0.0
+        kept, total, dropped, until = [], dict.fromkeys(PHASES, 0.0), 0.0, 0.0
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             row = _row(line)
             if row is None:
@@ -146,12 +147,13 @@ class Metrics:
                 dropped += sum(seconds.values())
                 continue
             kept.append(line)
-            rows.append(row)
             total = {phase: total[phase] + seconds[phase] for phase in PHASES}
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
-        self.tracker.fill(rows)
+        if self.tracker.run is not None:
+            for row in lacking(self.path.parent):
+                self.tracker.log(row)
         return Kept(total, dropped, until)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -209,23 +211,48 @@ def _row(line: str) -> dict[str, Any] | None:
     return dict(row)
 
 
-def main(arguments: list[str]) -> int:
-    """Fill W&B's files of a run; exit codes of the contract."""
-    folder = Path(arguments[0]).resolve()
+def lacking(folder: Path) -> Iterator[dict[str, Any]]:
+    """Rows of metrics.jsonl whose step W&B's files of the run do not have."""
+    there = steps_written(folder)
+    with (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as lines:
+        rows = map(_row, lines)
+        yield from (row for row in rows if row is not None and row["step"] not in there)
+
+
+def fill(folder: Path) -> str:
+    """Write what W&B's files of a run lack; returns what was done.
+
+    Raises ConfigError for a folder that holds no run, RefusedError while it is being written, and
+    TrainingError when rows are lacking still.
+    """
+    found = runs.recorded(folder)
+    if not found or not (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"{folder}: no run with a metrics.jsonl is here; give a run's folder")
+    with runs.locked(folder):
+        before = list(lacking(folder))
+        if not before:
+            return f"W&B's files of {folder} have every row of metrics.jsonl"
+        settings = TrackerConfig(mode="offline", project=found["config"]["tracker"]["project"])
+        tracker = Tracker(settings, folder, found["config"]["run"]["id"], found["config"])
+        for row in before:
+            tracker.log(row)
+        tracker.finish()
+        if left := len(list(lacking(folder))):
+            raise TrainingError(f"{folder}/wandb: {left} rows are lacking still; look at its disk")
+    return f"{len(before)} rows written; `wandb sync {folder}/wandb/offline-run-*` uploads them"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fill` as a command."""
+    parser = argparse.ArgumentParser(prog="python -m tuneloom.train.metrics")
+    parser.add_argument("run", type=Path, help="folder of a run")
     try:
-        config = dict(runs.recorded(folder)["config"])
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, KeyError) as error:
-        print(f"tuneloom.train.metrics: {folder} is no run: {error!r}", file=sys.stderr)
-        return CONFIGURATION
-    settings = TrackerConfig(mode="offline", project=config["tracker"]["project"])
-    tracker = Tracker(settings, folder, folder.name, config)
-    written = tracker.fill(row for row in map(_row, lines) if row is not None)
-    tracker.finish()
-    files = f"{folder}/wandb/offline-run-*"
-    print(f"tracker: {written} rows of {len(lines)} written; `wandb sync {files}` uploads them")
+        print(f"tracker: {fill(parser.parse_args(argv).run.resolve())}")
+    except TuneloomError as error:
+        print(f"tuneloom.train.metrics: {error}", file=sys.stderr)
+        return error.exit_code
     return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -51,6 +51,17 @@ def claim(config: TrainConfig) -> IO[str]:
     finished or different run and resume does not allow it, or when it cannot be made.
     """
     folder = folder_of(config)
+    lock = locked(folder, PATIENCE_SECONDS if _is_restart() else 0.0)
+    _check_same_run(config, folder)
+    return lock
+
+
+def locked(folder: Path, patience: float = 0.0) -> IO[str]:
+    """The lock of a run's folder, which is made; held while the returned file is open.
+
+    Raises RefusedError when another process holds it for more than `patience` seconds, ConfigError
+    when the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a+", encoding="utf-8")
@@ -58,7 +69,7 @@ def claim(config: TrainConfig) -> IO[str]:
         raise ConfigError(
             f"run.root: {folder} cannot be written ({error.strerror}); choose another"
         ) from None
-    if not _locked(lock, PATIENCE_SECONDS if _is_restart() else 0.0):
+    if not _taken(lock, patience):
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise RefusedError(
@@ -68,7 +79,6 @@ def claim(config: TrainConfig) -> IO[str]:
     lock.truncate()
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()
-    _check_same_run(config, folder)
     return lock
 
 
@@ -79,7 +89,7 @@ def _is_restart() -> bool:
     )
 
 
-def _locked(lock: IO[str], patience: float) -> bool:
+def _taken(lock: IO[str], patience: float) -> bool:
     """Take the lock, if need be within `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:

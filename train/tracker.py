@@ -5,8 +5,9 @@ failed one cannot be followed by an offline one of the same id. So training only
 and what the network does costs no step and loses no row.
 
 W&B's writer is a process of its own that keeps up to 32 KiB of rows back, and drops without a word
-what a full disk does not take (both measured, 0.31.0). So metrics.jsonl is the record, and `fill`
-writes what W&B's files lack of it: at every resume, and by `python -m tuneloom.train.metrics RUN`.
+what a full disk does not take, and all after it (measured, 0.31.0). So metrics.jsonl is the
+record, and what W&B's files lack of it is written at a resume, or by
+`python -m tuneloom.train.metrics RUN`.
 """
 
 import json
@@ -14,8 +15,9 @@ import logging
 import os
 import struct
 import time
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ class Tracker:
             )  # fmt: skip
             if self.mode == "online":
                 self.uploader = Uploader(earlier, Path(self.run.dir).parent)
+        if self.run is None:
+            self.mode, self.reason = "off", "W&B's file could not begin"
 
     @contextmanager
     def _tolerated(self, what: str) -> Iterator[None]:
@@ -79,16 +83,6 @@ class Tracker:
         if self.run is not None:
             with self._tolerated(f"ends before step {row['step']}"):
                 self.run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-
-    def fill(self, rows: Iterable[dict[str, Any]]) -> int:
-        """Log those whose step no earlier file of this run has; returns how many."""
-        if self.run is None:
-            return 0
-        there = {row.step.num for path in _files(self.folder) for row in _history(path)}
-        lacking = [row for row in rows if row["step"] not in there]
-        for row in lacking:
-            self.log(row)
-        return len(lacking)
 
     def finish(self) -> None:
         """Close the file; wait for its upload while that gets on, and say so where it did not."""
@@ -120,14 +114,16 @@ def _netrc_has_wandb() -> bool:
 
 
 def _records(path: Path) -> Iterator[bytes]:
-    """Records of a .wandb file: a 7-byte head, then LevelDB's log format in blocks of 32 KiB."""
+    """Records of a .wandb file up to one that is damaged or cut off: a 7-byte head, then LevelDB's
+    log format in blocks of 32 KiB, its checksum a plain CRC-32 (wandb 0.31.0).
+    """
     data, at, parts = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
-        _, size, kind = struct.unpack_from("<IHB", data, at)
-        if kind == 0 or at + 7 + size > len(data):  # cut off with its writer
+        checksum, size, kind = struct.unpack_from("<IHB", data, at)
+        if zlib.crc32(data[at + 6 : at + 7 + size]) != checksum:
             return
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
@@ -148,6 +144,11 @@ def rows_written(run: Path) -> list[dict[str, Any]]:
         for path in files
         for row in _history(path)
     ]
+
+
+def steps_written(run: Path) -> set[int]:
+    """Steps that have a row in a W&B file of a run."""
+    return {row.step.num for path in _files(run) for row in _history(path)}
 
 
 def _files(run: Path) -> list[Path]:

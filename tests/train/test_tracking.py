@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from tuneloom.errors import Stopped
+from tuneloom.errors import RefusedError, Stopped
 from tuneloom.launch.faults import tmpfs
 from tuneloom.testing import Gang, metrics, small_config
+from tuneloom.train.metrics import fill
+from tuneloom.train.runs import locked
 
 History = Callable[[Path], list[dict[str, Any]]]
 
@@ -44,18 +46,25 @@ def test_a_resumed_run_is_one_wandb_run(lab: Path, one: Gang, offline_history: H
     assert [row["_step"] for row in offline_history(folder) if "train/loss" in row] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:1000], lambda data: b"", lambda data: data[:500] + b"?" + data[501:]],
+    ids=["cut-off", "empty", "flipped"],
+)
 def test_rows_that_died_with_the_writer_of_wandb_are_written_at_the_resume(
-    lab: Path, one: Gang, offline_history: History
-) -> None:
+    lab: Path, one: Gang, offline_history: History, request: pytest.FixtureRequest,
+    damage: Callable[[bytes], bytes],
+) -> None:  # fmt: skip
     """A killed host takes up to 32 KiB of rows with it that W&B's writer kept back."""
-    folder = lab / "runs/cut-off"
+    name = f"died-{request.node.callspec.id}"
+    folder = lab / "runs" / name
     folder.mkdir(parents=True)
     (folder / "stop").touch()
-    config = small_config(lab, "cut-off", steps=4, tracker__mode="offline")
+    config = small_config(lab, name, steps=4, tracker__mode="offline")
     with pytest.raises(Stopped):
         one.fit(config)
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    file.write_bytes(file.read_bytes()[:1000])
+    file.write_bytes(damage(file.read_bytes()))
     assert offline_history(folder) == []
     one.fit(config)
     steps = [row["_step"] for row in offline_history(folder) if "train/loss" in row]
@@ -70,7 +79,7 @@ def test_a_full_disk_of_wandb_ends_no_run_and_its_rows_can_be_written_later(
     folder = lab / "runs/full"
     folder.mkdir(parents=True)
     config = small_config(lab, "full", steps=100, epochs=100.0, tracker__mode="offline")
-    fill = [sys.executable, "-m", "tuneloom.train.metrics", str(folder)]
+    command = [sys.executable, "-m", "tuneloom.train.metrics", str(folder)]
     with tmpfs(folder / "wandb", 64 << 10) as disk:
         ran = subprocess.run(
             [sys.executable, "-c", TRAIN, json.dumps(config)], capture_output=True, text=True
@@ -78,19 +87,29 @@ def test_a_full_disk_of_wandb_ends_no_run_and_its_rows_can_be_written_later(
         assert ran.returncode == 0 and "Traceback" not in ran.stdout + ran.stderr, ran.stderr
         assert "no row is lost" in ran.stdout and str(folder) in ran.stdout
         assert len(offline_history(folder)) < 100
+        still = subprocess.run(command, capture_output=True, text=True)
+        assert still.returncode == 5 and "lacking still" in still.stderr, still.stderr
+        assert "Traceback" not in still.stdout + still.stderr
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        filled = subprocess.run(fill, capture_output=True, text=True, check=True)
+        filled = subprocess.run(command, capture_output=True, text=True, check=True)
         assert " written; `wandb sync " in filled.stdout
         rows = [row for row in offline_history(folder) if "train/loss" in row]
         assert [row["train/loss"] for row in rows] == metrics(lab, "full")
-        again = subprocess.run(fill, capture_output=True, text=True, check=True)
-        assert "tracker: 0 rows of " in again.stdout
+        again = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "have every row" in again.stdout
+
+
+def test_a_run_at_work_is_not_filled(lab: Path, one: Gang) -> None:
+    one.fit(small_config(lab, "at-work", steps=1, tracker__mode="offline"))
+    with locked(lab / "runs/at-work"), pytest.raises(RefusedError, match="is being written by"):
+        fill(lab / "runs/at-work")
 
 
 def test_what_is_no_run_is_not_filled(tmp_path: Path) -> None:
-    fill = [sys.executable, "-m", "tuneloom.train.metrics", str(tmp_path)]
-    ran = subprocess.run(fill, capture_output=True, text=True)
-    assert ran.returncode == 2 and "is no run" in ran.stderr and "Traceback" not in ran.stderr
+    command = [sys.executable, "-m", "tuneloom.train.metrics", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 2 and "no run with a metrics.jsonl" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_without_a_key_auto_is_offline_and_the_record_says_so(

@@ -136,13 +136,19 @@ def train(
     )  # fmt: skip
 
 
+def to_be_stopped(lab: Path, run_id: str) -> Path:
+    """The folder of a run that its first command leaves after one step."""
+    folder = lab / "runs" / run_id
+    folder.mkdir(parents=True)
+    (folder / "stop").touch()
+    return folder
+
+
 def test_a_key_makes_it_online_and_a_resumed_run_continues_the_same_wandb_run(
     lab: Path, server: Server
 ) -> None:
     config = small_config(lab, "online", steps=4, tracker__mode="auto")
-    folder = lab / "runs/online"
-    folder.mkdir(parents=True)
-    (folder / "stop").touch()
+    folder = to_be_stopped(lab, "online")
     first = train(config, server)
     assert first.returncode == STOPPED, first.stderr
     assert "tracker: W&B online (a key was found)" in first.stdout
@@ -172,9 +178,7 @@ def test_an_unreachable_server_costs_a_line_and_loses_no_row(
 
 def test_what_an_attempt_could_not_upload_the_next_one_does(lab: Path, server: Server) -> None:
     config = small_config(lab, "caught-up", steps=4, tracker__mode="online")
-    folder = lab / "runs/caught-up"
-    folder.mkdir(parents=True)
-    (folder / "stop").touch()
+    to_be_stopped(lab, "caught-up")
     server.failing = True
     assert train(config, server, grace=2.0).returncode == STOPPED
     assert server.history == {}
@@ -188,9 +192,7 @@ def test_a_file_that_was_cut_off_with_its_host_is_completed_on_the_server(
     lab: Path, server: Server
 ) -> None:
     config = small_config(lab, "cut-off-online", steps=4, tracker__mode="online")
-    folder = lab / "runs/cut-off-online"
-    folder.mkdir(parents=True)
-    (folder / "stop").touch()
+    folder = to_be_stopped(lab, "cut-off-online")
     server.failing = True
     assert train(config, server, grace=2.0).returncode == STOPPED
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
