@@ -30,7 +30,9 @@ from tuneloom.launch.faults import tmpfs
 from tuneloom.train import shm
 
 UNINTERRUPTED = 0.42
-"""Of the time, for the uninterrupted run: the soak then has room for a goodput of 0.42 / 0.58 (measured: 0.71 and 0.74)."""
+"""Of the time, for the uninterrupted run: the soak then has room for a goodput of 0.42 / 0.58
+(measured: 0.71 and 0.74).
+"""
 PACE_STEPS = 500
 """Of the short run."""
 EVERY, MEMORY_EVERY = 100, 50
