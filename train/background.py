@@ -122,7 +122,7 @@ class Background:
         return writes
 
     def _write(self, writes: list["Write"]) -> Files:
-        """In the thread: this rank's files, each with size and sha256."""
+        """In the thread: this rank's files, each with size and digest."""
         files: Files = {}
         for write in writes:
             write.run()

@@ -28,8 +28,6 @@ from tuneloom.train.distributed import World
 KEPT = 2
 EXPOSURE = "exposure.parquet"
 """In rank 0's part: rows of the steps that no file of the run folder holds yet."""
-DIGEST = "crc32"
-"""Of a part's files; a checkpoint that is made of them has sha256, like any other."""
 Files = dict[str, dict[str, Any]]
 """Facts by file name."""
 Parts = dict[tuple[int, int], dict[str, Any]]
@@ -167,12 +165,9 @@ class Copies:
 
 
 def facts_of(folder: Path) -> Files:
-    """Size and checksum of every file."""
+    """Size and digest of every file."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, DIGEST: checkpoint.crc32(p)}
-        for p in files
-    }
+    return {str(p.relative_to(folder)): checkpoint.facts_of(p) for p in files}
 
 
 def _failure_of(work: Callable[[], None]) -> str | None:
@@ -269,9 +264,7 @@ def _faults(base: Path, choice: Choice, mine: int) -> dict[int, str]:
     """What does not verify of the parts that this rank holds."""
     found = {}
     for part, holder in choice.holders.items():
-        if holder == mine and (
-            fault := checkpoint.verify(_part(base, part, choice.step), digest=DIGEST)
-        ):
+        if holder == mine and (fault := checkpoint.verify(_part(base, part, choice.step))):
             found[part] = fault
     return found
 
@@ -314,6 +307,6 @@ def _copied(part: Path, torn: Path, known: Files) -> Files:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(part / relative, target)
         files[relative] = checkpoint.durable_facts(target)
-        if checkpoint.crc32(target) != facts[DIGEST]:
+        if files[relative] != facts:
             raise OSError(f"{part / relative}: copied otherwise than it was kept")
     return files

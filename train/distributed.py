@@ -6,8 +6,10 @@ import random
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.errors import ConfigError, RefusedError, TrainingError, TuneloomError
 from tuneloom.imports import unswept
 
 LOOPBACK = "127.0.0.1"
@@ -64,6 +66,10 @@ class World:
                 f"launch.workers to a multiple of {sequence}"
             )
         return replace(self, sequence=sequence)
+
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+"""A process that is in no group."""
 
 
 def start(*, timeout_seconds: int = 3600) -> World:
@@ -212,8 +218,10 @@ def barrier() -> None:
 
 
 def gather_objects(value: object) -> list[object]:
-    """One small picklable value a rank, in rank order, on all ranks."""
-    if dist.get_world_size() == 1:
+    """One small picklable value a rank, in rank order, on all ranks; of a process without a group,
+    its own.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -221,9 +229,27 @@ def gather_objects(value: object) -> list[object]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on all ranks."""
-    if dist.get_world_size() == 1:
+    """Rank 0's value on all ranks; of a process without a group, its own."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def on_first(work: Callable[[], Any], *, where: Path) -> Any:
+    """What `work` returns on rank 0, on all ranks; its error is every rank's error. `where` names
+    the place in one of the disk.
+    """
+    outcome: Any = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = work()
+        except TuneloomError as error:
+            outcome = error
+        except OSError as error:  # a full disk: said on every rank, not waited for
+            outcome = TrainingError(f"{where}: {error}")
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, TuneloomError):
+        raise outcome
+    return outcome

@@ -222,18 +222,7 @@ class Session:
 
     def _on_first(self, work: Any) -> Any:
         """Rank 0's result on all ranks; its error is every rank's error."""
-        outcome: Any = None
-        if self.world.first:
-            try:
-                outcome = work()
-            except TuneloomError as error:
-                outcome = error
-            except OSError as error:  # a full disk: said on every rank, not waited for
-                outcome = TrainingError(f"{self.folder}: {error}")
-        outcome = distributed.broadcast_object(outcome)
-        if isinstance(outcome, TuneloomError):
-            raise outcome
-        return outcome
+        return distributed.on_first(work, where=self.folder)
 
     def _claim(self) -> None:
         self._lock = runs.claim(self.config)
@@ -243,15 +232,15 @@ class Session:
         if config.resume == "never":
             return None
         if config.resume != "auto":
-            return self._on_first(lambda: checkpoint.opened(Path(config.resume)))
-        found = self._on_first(lambda: checkpoint.newest(root))
+            return checkpoint.opened(Path(config.resume), self.world)
+        found = checkpoint.newest(root, self.world)
         if self.copies_at is None:
             return found
         rescued = copies.rescue(
             self.copies_at, root, self.world, newer_than=found.step if found else 0,
             keep=config.checkpoint.keep,
         )  # fmt: skip
-        return self._on_first(lambda: checkpoint.opened(rescued)) if rescued else found
+        return checkpoint.opened(rescued, self.world) if rescued else found
 
     def _accumulation(self, found: checkpoint.Found | None) -> int:
         """Micro-batches of this rank a step; a resumed run keeps its global batch on any world

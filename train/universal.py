@@ -20,6 +20,7 @@ from tuneloom.errors import TrainingError
 from tuneloom.train import masters
 from tuneloom.train.checkpoint import ENGINE, PARAMETERS, Found
 from tuneloom.train.config import ZeroConfig
+from tuneloom.train.shards import load, load_mapped
 
 MOMENTS = ("fp32", "exp_avg", "exp_avg_sq")
 WHOLE = "mp_rank_00_model_states.pt"
@@ -29,7 +30,6 @@ WHOLE = "mp_rank_00_model_states.pt"
 def convert(found: Found, *, world_size: int, stage: int) -> Path:
     """A folder beside the checkpoint that loads at `world_size` and `stage`; run on one rank.
 
-    The files it reads were verified against the manifest before, so unpickling them is safe.
     Raises ConfigError where ZeRO-0 is on one side and the optimizer is not AdamW.
     """
     target = found.folder.with_name(f".universal-{found.folder.name}")
@@ -106,19 +106,19 @@ def _share(whole: torch.Tensor, length: int, engine: Any) -> torch.Tensor:
 
 def _whole(folder: Path) -> dict[str, Any]:
     """fp32, exp_avg, exp_avg_sq and step of one parameter, as tensors."""
-    held = {file.stem: torch.load(file, weights_only=False) for file in sorted(folder.iterdir())}
+    held = {file.stem: load(file) for file in sorted(folder.iterdir())}
     return {key: v["param"] if isinstance(v, dict) else v for key, v in held.items()}
 
 
 def _count_on(engine: Any, file: Path) -> None:
-    state = torch.load(file, weights_only=False)
+    state = load_mapped(file)
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, state[counter])
 
 
 def _split(whole: Path, target: Path) -> None:
     """ZeRO-0's one file as one folder a parameter, in the form that `ds_to_universal` writes."""
-    state = torch.load(whole, weights_only=False)
+    state = load_mapped(whole)
     saved, names = state.pop("optimizer"), state["trained_parameters"]
     plain = saved.get("optimizer_state_dict", saved)  # under bf16 and fp16 one level deeper
     high = [p for group in saved.get("fp32_groups", ()) for p in group]
@@ -138,7 +138,7 @@ def _split(whole: Path, target: Path) -> None:
 def _run_converter(source: Path, target: Path) -> None:
     """In a process of its own: the converter forks, and torch is already running threads here."""
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source),
+        sys.executable, "-m", "tuneloom.train.shards", "--input_folder", str(source),
         "--output_folder", str(target), "--num_extract_workers", "1", "--num_merge_workers", "1",
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True)
@@ -150,18 +150,14 @@ def _run_converter(source: Path, target: Path) -> None:
 def _mend(folder: Path, world_size: int, stage: int) -> None:
     """Supply the model-state files, step counters and shapes that `stage` looks for."""
     states = sorted(folder.glob("*model_states.pt"))
-    state = torch.load(states[0], weights_only=False)
+    state = load(states[0])
     for file in states:
         file.unlink()
     parameters = [p for p in (folder / PARAMETERS).iterdir() if p.is_dir()]
     optimizer_file = folder / PARAMETERS / "optimizer_state.pt"
-    optimizer = torch.load(optimizer_file, weights_only=False)
+    optimizer = load(optimizer_file)
     counted = [p / "step.pt" for p in parameters if (p / "step.pt").exists()]
-    step = (
-        torch.load(counted[0], weights_only=False)
-        if counted
-        else optimizer["optimizer_state_dict"]["state"][0]["step"]
-    )
+    step = load(counted[0]) if counted else optimizer["optimizer_state_dict"]["state"][0]["step"]
     step = step if torch.is_tensor(step) else torch.tensor(float(step))
     if not counted:  # ZeRO-3 writes flat tensors and no step of their own
         shapes = {name: shape for group in state["param_shapes"] for name, shape in group.items()}
@@ -182,6 +178,6 @@ def _mend(folder: Path, world_size: int, stage: int) -> None:
 
 def _shape(parameter: Path, shape: Any) -> None:
     for moment in MOMENTS:
-        held = torch.load(parameter / f"{moment}.pt", weights_only=False)
+        held = load(parameter / f"{moment}.pt")
         flat = held["param"] if isinstance(held, dict) else held
         torch.save({"param": flat.reshape(shape), "cat_dim": 0}, parameter / f"{moment}.pt")

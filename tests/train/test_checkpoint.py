@@ -118,9 +118,9 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     said: list[str] = []
-    found = checkpoint.newest(root, said.append)
+    found = checkpoint.newest(root, say=said.append)
     assert found is not None and found.step == 4
-    assert "sha256" in said[0] and checkpoint.name(STEPS) in said[0]
+    assert "xxh3_128" in said[0] and checkpoint.name(STEPS) in said[0]
 
 
 def test_a_damaged_checkpoint_named_by_the_user_is_refused(lab: Path, one: Gang) -> None:

@@ -123,7 +123,7 @@ def test_a_manifest_in_any_wrong_shape_costs_one_interval_and_never_the_run(
     content = SHAPES[shape]
     manifest.write_bytes(manifest.read_bytes()[:200] if content is None else content)
     said: list[str] = []
-    found = checkpoint.newest(copy, said.append)
+    found = checkpoint.newest(copy, say=said.append)
     assert found is not None and found.step == 2
     assert len(said) == 1 and "damaged" in said[0]
 

@@ -110,7 +110,7 @@ def steps_found(folders: Iterable[Path]) -> list[int | None]:
     """What the next run would resume from after each death, in order."""
     found = []
     for run in sorted(folders):
-        newest = checkpoint.newest(run / "checkpoints", print)
+        newest = checkpoint.newest(run / "checkpoints")
         found.append(newest.step if newest else None)
     return found
 
