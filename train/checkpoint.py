@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tuneloom.errors import ConfigError, TrainingError
-from tuneloom.train import distributed, masters, shards
+from tuneloom.train import distributed, masters, runs, shards
 from tuneloom.train.distributed import ALONE, World
 
 MANIFEST = "MANIFEST.json"
@@ -268,10 +268,14 @@ def _why(error: Exception, torn: Path) -> str:
 
 
 def commit(torn: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
-    """The manifest last, then the name; from the rename on the checkpoint exists."""
+    """The manifest last, then the name; from the rename on the checkpoint exists. Raises OSError
+    where another process has taken the run over.
+    """
     _write_durably(torn / MANIFEST, sealed(manifest))
     for folder in (torn / ENGINE, torn):
         _sync_folder(folder)
+    if not runs.is_ours(final.parent.parent):
+        raise OSError("another process has taken this run over, and writes it now")
     if final.exists():  # of a later past, when a run was resumed from an older checkpoint by name
         os.rename(final, final.with_name(f".torn-replaced-{final.name}"))
     os.rename(torn, final)

@@ -19,6 +19,8 @@ from tuneloom.train.config import TrainConfig
 PATIENCE_SECONDS = 30.0
 """How long a restart waits for the attempt before it to let go of the run folder."""
 RECORD = "run.json"
+LOCK = "lock"
+"""Its content names the process that holds it."""
 C = TypeVar("C", bound=TrainConfig)
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "wandb", "hydra-core",
             "bitsandbytes",
@@ -64,7 +66,7 @@ def locked(folder: Path, patience: float = 0.0) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a+", encoding="utf-8")
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"run.root: {folder} cannot be written ({error.strerror}); choose another"
@@ -77,9 +79,21 @@ def locked(folder: Path, patience: float = 0.0) -> IO[str]:
         )
     lock.seek(0)
     lock.truncate()
-    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.write(f"{_here()}\n")
     lock.flush()
     return lock
+
+
+def is_ours(folder: Path) -> bool:
+    """False once another process has taken the run's lock: a network's file system gives a lock
+    away when it has not heard of its holder for a while, and does not tell the holder.
+    """
+    lock = folder / LOCK
+    return not lock.exists() or lock.read_text(encoding="utf-8").strip() == _here()
+
+
+def _here() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def _is_restart() -> bool:

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -328,3 +330,20 @@ def test_resuming_does_not_validate_the_same_step_twice(lab: Path, two: Gang) ->
                 train__validate_every=4)  # fmt: skip
     two.fit(config(lab, "revalidated", **settings))
     assert metrics(lab, "revalidated", "eval/loss") == metrics(lab, "validated", "eval/loss")
+
+
+def test_a_run_that_another_process_has_taken_over_commits_nothing(lab: Path, two: Gang) -> None:
+    """As where a network's file system has given the lock away (F17)."""
+    run = lab / "runs/taken-over"
+
+    def take() -> None:
+        while not (run / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        (run / "lock").write_text("process 7 on elsewhere\n")
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    with pytest.raises(TrainingError, match="another process has taken this run over"):
+        two.fit(config(lab, "taken-over", steps=2000, checkpoint__every=500, zero__stage=2))
+    taker.join()
+    assert list((run / "checkpoints").iterdir()) == []
