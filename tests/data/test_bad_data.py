@@ -132,6 +132,22 @@ def test_a_folder_in_place_of_the_link_is_refused_before_anything_is_published(
     assert [path.name for path in (tmp_path / "sets").glob("[!.]*")] == ["d"]
 
 
+def test_the_same_ingest_again_leaves_a_version_that_is_read_alone_and_replaces_a_damaged_one(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "raw.jsonl").write_bytes(GOOD)
+    assert ingest(tmp_path, tmp_path / "raw.jsonl") == 0
+    (folder,) = (tmp_path / "sets").glob("d@*")
+    shard, made = next(folder.glob("*.parquet")), folder.stat().st_ino
+    content = shard.read_bytes()
+    assert ingest(tmp_path, tmp_path / "raw.jsonl") == 0
+    assert folder.stat().st_ino == made
+    shard.write_bytes(content[:-1] + b"x")
+    assert ingest(tmp_path, tmp_path / "raw.jsonl") == 0
+    assert folder.stat().st_ino != made and shard.read_bytes() == content
+    assert len(list((tmp_path / "sets").glob("[!.]*"))) == 2  # it and the link
+
+
 @pytest.mark.parametrize("text", [b'{"title": "caf\xe9"}', b'{"not":' * 3000 + b"{}" + b"}" * 3000])
 def test_a_schema_that_cannot_be_read_is_named(
     tmp_path: Path, capsys: Capture, text: bytes

@@ -35,7 +35,7 @@ from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.scratch import Column, Scratch
 from tuneloom.data.sources import find_sources
-from tuneloom.data.store import publish, write_json
+from tuneloom.data.store import TIMING, publish, write_json
 from tuneloom.errors import ConfigError, RefusedError
 
 STAGES = ("prepare", "merge", "decide", "write")
@@ -80,7 +80,7 @@ def make(config: IngestConfig, prepare: Prepare) -> Made:
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=root) as spill:
             manifest, seconds = _make(config, prepare, draft, Path(spill))
         write_paperwork(draft, manifest)
-        write_json(draft / "timing.json", seconds)
+        write_json(draft / TIMING, seconds)
         return Made(publish(draft, root, manifest), manifest, seconds)
     except OSError as error:  # full, or gone: what readers meet is a DataError already
         place = error.filename or root

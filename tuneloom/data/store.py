@@ -1,5 +1,6 @@
 """A dataset folder on disk: shards, manifest, and the id that is the digest of what they hold."""
 
+import filecmp
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from tuneloom.data.lock import alone_in
 from tuneloom.data.rows import manifest_of
 from tuneloom.errors import DataError
 
+TIMING = "timing.json"
 ROWS_PER_SHARD = 50_000
 ROWS_PER_GROUP = 10_000
 COLUMNS = ("id", "record", "source", "meta")
@@ -120,7 +122,9 @@ def manifest_id(manifest: dict[str, Any]) -> str:
 
 
 def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
-    """Move a finished draft to NAME@ID in one step and point the link NAME at it."""
+    """Move a finished draft to NAME@ID in one step and point the link NAME at it. A version that is
+    there to the byte stays: a run may be reading it.
+    """
     name, identity = manifest["name"], manifest["id"]
     write_json(draft / "manifest.json", manifest)
     draft.chmod(0o755)  # mkdtemp made it private
@@ -130,14 +134,26 @@ def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
         if link.exists() and not link.is_symlink():
             raise DataError(f"{link}: a folder stands where the link to the newest version belongs")
         shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
-        if folder.exists():  # the same again: whatever happened to the old copy, this one is whole
-            folder.rename(old)
-        draft.rename(folder)
+        if folder.exists() and same_files(folder, draft):
+            shutil.rmtree(draft)
+        else:
+            if folder.exists():  # damaged since, or packed by another version of Parquet
+                folder.rename(old)
+            draft.rename(folder)
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(folder.name)
         fresh.replace(link)
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """True when two folders hold the same files, byte for byte, but for how long they took."""
+    names, others = (
+        {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {TIMING}
+        for folder in (one, other)
+    )
+    return names == others and not any(filecmp.cmpfiles(one, other, names, shallow=False)[1:])
 
 
 def write_json(path: Path, value: Any) -> None:
