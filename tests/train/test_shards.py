@@ -73,13 +73,17 @@ for content in json.loads(sys.argv[1]):
 
 def test_no_page_of_a_checkpoint_is_kept_once_it_is_restored(lab: Path, one: Gang) -> None:
     """Weights that stay in the file would keep a deleted checkpoint on the disk."""
+    kinds = [(stage, "adamw") for stage in range(4)] + [(2, "adamw8bit"), (2, "muon")]
     runs, before = [], []
-    for stage in range(4):
-        settings = {"steps": 4, "checkpoint__every": 2, "checkpoint__keep": 2}
-        runs.append(small_config(lab, f"mapped{stage}", zero__stage=stage, **settings))
+    for stage, optim in kinds:
+        settings = {"steps": 4, "checkpoint__every": 2, "checkpoint__keep": 2,
+                    "zero__stage": stage, "optim__name": optim, "method__rank": 64}  # fmt: skip
+        if optim == "muon":
+            settings["optim__clip"] = 0.0
+        runs.append(small_config(lab, f"mapped{stage}{optim}", **settings))
         one.fit(runs[-1])
-        before.append(metrics(lab, f"mapped{stage}"))
-        shutil.rmtree(lab / f"runs/mapped{stage}/checkpoints" / checkpoint.name(4))
+        before.append(metrics(lab, f"mapped{stage}{optim}"))
+        shutil.rmtree(lab / f"runs/mapped{stage}{optim}/checkpoints" / checkpoint.name(4))
     ran = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(runs)],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -87,8 +91,8 @@ def test_no_page_of_a_checkpoint_is_kept_once_it_is_restored(lab: Path, one: Gan
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert [line for line in ran.stdout.splitlines() if line.startswith("MAPPED")] == [
         "MAPPED [0, 0]"
-    ] * 4
-    assert [metrics(lab, f"mapped{stage}") for stage in range(4)] == before
+    ] * len(kinds)
+    assert [metrics(lab, f"mapped{stage}{optim}") for stage, optim in kinds] == before
 
 
 def test_every_file_is_verified_by_one_rank_and_a_ranks_own_by_itself() -> None:
