@@ -51,11 +51,13 @@ def bed() -> Iterator[SlurmBed]:
         yield bed
 
 
-def sbatch(bed: SlurmBed, run_id: str, *overrides: str) -> str:
+def sbatch(
+    bed: SlurmBed, run_id: str, *overrides: str, options: tuple[str, ...] = ()
+) -> str:  # fmt: skip
     """Submit on two nodes, as a user does; returns the job's number."""
     return bed.run(
-        "sbatch", "--parsable", "--nodes=2", "--mem=3000", str(SCRIPT), *RUN, f"run.id={run_id}",
-        *overrides, cwd=bed.base,
+        "sbatch", "--parsable", "--nodes=2", "--mem=3000", *options, str(SCRIPT), *RUN,
+        f"run.id={run_id}", *overrides, cwd=bed.base,
     )  # fmt: skip
 
 
@@ -159,6 +161,29 @@ def test_preemption_saves_and_requeues_then_term_saves_and_ends_with_75(bed: Slu
     assert f"resumed {saved} of requeued" in said, said
     steps = metrics(bed.base, "requeued", "step")
     assert steps == list(range(1, len(steps) + 1))
+    assert left_behind(bed, job) == []
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("stage", ["modules", "ray"])
+def test_a_warning_before_training_goes_back_into_the_queue_at_once(
+    bed: SlurmBed, stage: str
+) -> None:
+    """While env.sh loads modules, or while Ray's head starts."""
+    slow = bed.base / "slow.sh"
+    slow.write_text(". slurm/env.sh; touch loading; sleep 3", encoding="utf-8")
+    settings = {"modules": slow, "ray": "slurm/env.sh"}[stage]
+    job = sbatch(bed, "early", "steps=100000", options=(f"--export=ALL,TUNELOOM_ENV={settings}",))
+    begun = {"modules": bed.base / "loading", "ray": bed.base / f"runs/.slurm/{job}/head.log"}
+    deadline = time.monotonic() + 60
+    while not begun[stage].exists():
+        assert time.monotonic() < deadline, output(bed, job)
+        time.sleep(0.05)
+    bed.run("scancel", "--batch", "--signal=USR1", job)
+    bed.wait_job(job, {"PENDING"}, timeout=30)
+    bed.run("scancel", job)
+    assert "exit 75; back into the queue as restart 1" in output(bed, job)
+    assert not (bed.base / "runs/early").exists()
     assert left_behind(bed, job) == []
 
 
