@@ -1,5 +1,6 @@
 """The run folder: made or continued, locked against a second writer, recorded before step 0."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,10 @@ from tuneloom.train.config import TrainConfig
 
 PATIENCE_SECONDS = 30.0
 """How long a restart waits for the attempt before it to let go of the run folder."""
+HELD = (errno.EWOULDBLOCK, errno.EACCES)
+"""What flock says of a lock that another holds; NFS, which makes it a lock by fcntl, the second."""
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What it says on a file system without locks, such as Lustre without `-o flock`."""
 RECORD = "run.json"
 LOCK = "lock"
 """Its content names the process that holds it."""
@@ -104,13 +109,24 @@ def _is_restart() -> bool:
 
 
 def _taken(lock: IO[str], patience: float) -> bool:
-    """Take the lock, if need be within `patience` seconds."""
+    """Take the lock, if need be within `patience` seconds; False when another process holds it.
+
+    Raises RefusedError where the file system has no locks: two writers could not be kept apart.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except OSError:
+        except OSError as error:
+            if error.errno in LOCKLESS:
+                raise RefusedError(
+                    f"run.root: the file system of {Path(lock.name).parent} gives no lock "
+                    f"({error.strerror}), so a second writer would not be seen; choose a run.root "
+                    "on another, or mount it with flock (Lustre: -o flock)"
+                ) from None
+            if error.errno not in HELD:
+                raise
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
