@@ -15,12 +15,14 @@ from typing import Any
 
 import yaml
 
-from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.errors import DONE, STOPPED, TRAINING, ConfigError, RefusedError
 from tuneloom.launch.config import SLURM_ONLY, JobConfig, LaunchConfig, training_of
-from tuneloom.train.runs import folder_of
+from tuneloom.train.runs import folder_of, recorded
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
         "BOOT_FAIL", "DEADLINE", "PREEMPTED")  # fmt: skip
+FORGOTTEN = "FORGOTTEN"
+"""Ours: slurmctld drops a job MinJobAge seconds (300 by default) after its end."""
 POLL_SECONDS = 2.0
 
 
@@ -36,7 +38,7 @@ def launch_slurm(job: JobConfig) -> int:
     path.write_text(script, encoding="utf-8")
     number = submit(path)
     print(f"slurm: job {number}, run {job.run.id}; scancel {number} ends it", flush=True)
-    return follow(number, output_of(folder, number)) if job.launch.follow else 0
+    return follow(number, folder) if job.launch.follow else 0
 
 
 def render(job: JobConfig) -> str:
@@ -106,13 +108,19 @@ def output_of(folder: Path, number: str) -> Path:
 
 
 def write_config(job: JobConfig, folder: Path) -> None:
-    """The resolved config as an experiment of its own, without what only the submission reads."""
+    """The resolved config as an experiment of its own, without what only the submission reads.
+
+    Unmasked, since the job needs every value; so only its owner may read it.
+    """
     content = job.model_dump(mode="json")
     content["launch"] = {k: v for k, v in content["launch"].items() if k not in SLURM_ONLY}
     content["launch"]["kind"] = "ray"
     (folder / "experiment").mkdir(parents=True, exist_ok=True)
+    path = folder / "experiment" / "job.yaml"
+    path.unlink(missing_ok=True)
+    path.touch(0o600, exist_ok=False)
     text = "# @package _global_\n" + yaml.safe_dump(content, sort_keys=False)
-    (folder / "experiment" / "job.yaml").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def submit(path: Path) -> str:
@@ -132,9 +140,11 @@ def submit(path: Path) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def follow(number: str, output: Path) -> int:
-    """Copy the job's output here until it is over, through requeues; returns its exit code."""
-    shown = 0
+def follow(number: str, folder: Path) -> int:
+    """Copy the output of a job of the run in `folder` here until it is over, through requeues;
+    returns its exit code.
+    """
+    output, shown = output_of(folder, number), 0
     try:
         while True:
             state, code = state_of(number)
@@ -148,10 +158,24 @@ def follow(number: str, output: Path) -> int:
             if state in OVER:
                 print(f"slurm: job {number} is {state}, exit {code}", flush=True)
                 return code or (0 if state == "COMPLETED" else 1)
+            if state == FORGOTTEN:
+                return code_of_run(number, folder)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         print(f"\nslurm: job {number} goes on; its output is in {output}", flush=True)
         return 0
+
+
+def code_of_run(number: str, folder: Path) -> int:
+    """The exit code by run.json, where nobody knows the job's any more."""
+    state = recorded(folder).get("state", "nothing")
+    code = {"done": DONE, "stopped": STOPPED}.get(state, TRAINING)
+    print(
+        f"slurm: job {number} is over, and slurmctld has forgotten how it ended; {folder}/run.json "
+        f"says {state}, exit {code}; the same command resumes what is not done",
+        flush=True,
+    )
+    return code
 
 
 def state_of(number: str) -> tuple[str, int]:
@@ -160,6 +184,8 @@ def state_of(number: str) -> tuple[str, int]:
         ["scontrol", "show", "job", "-o", number], capture_output=True, text=True, check=False,
         timeout=120,
     )  # fmt: skip
+    if "Invalid job id" in done.stderr:
+        return FORGOTTEN, 0
     facts = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
     return facts.get("JobState", "UNKNOWN"), int(facts.get("ExitCode", "0:0").split(":")[0])
 

@@ -1,0 +1,88 @@
+"""What launch=slurm prints, writes and asks for, without a Slurm."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tuneloom import cli
+from tuneloom.config import build
+from tuneloom.launch.config import JobConfig, LaunchConfig
+from tuneloom.launch.slurm import header, write_config
+from tuneloom.testing import small_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_a_dry_run_prints_the_script_and_needs_no_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["train", "experiment=demo", f"run.root={tmp_path}/runs", "run.id=printed",
+               "launch=slurm", "launch.gpus_per_worker=0"]  # fmt: skip
+    assert cli.main([*command, "launch.dry_run=true"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n#SBATCH --requeue\n")
+    assert f"#SBATCH --output={tmp_path}/runs/printed/slurm/%j.out\n" in script
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main(command) == 4
+    assert "no sbatch on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        ({"nodes": 2, "workers": 16, "account": "lab", "partition": "a100", "time": "2-00:30"},
+         {"--account=lab", "--partition=a100", "--time=2-00:30", "--nodes=2",
+          "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=8"}),
+        ({"workers": 2, "gpus_per_node": 4, "cpus_per_worker": 3, "time": 90, "memory": "64G"},
+         {"--time=90", "--ntasks-per-node=2", "--gpus-per-node=4", "--cpus-per-task=3",
+          "--mem=64G"}),
+        ({"workers": 2, "gpus_per_worker": 0}, {"--ntasks-per-node=2", "--cpus-per-task=1"}),
+    ],
+)  # fmt: skip
+def test_the_header_asks_for_what_the_config_says_and_for_nothing_else(
+    asked: dict[str, object], lines: set[str]
+) -> None:
+    found = set(
+        header(LaunchConfig.model_validate({"kind": "slurm"} | asked), name="x", output="y")
+    )
+    always = {"--requeue", "--job-name=x", "--output=y", "--open-mode=append"}
+    assert found == always | lines | {"--signal=B:USR1@180", f"--nodes={asked.get('nodes', 1)}"}
+
+
+def test_only_its_owner_reads_the_config_of_a_job(lab: Path, tmp_path: Path) -> None:
+    content = small_config(lab, "private") | {"launch": {"kind": "slurm", "gpus_per_worker": 0}}
+    path = tmp_path / "experiment/job.yaml"
+    path.parent.mkdir()
+    path.write_text("of a submission before", encoding="utf-8")
+    path.chmod(0o644)
+    write_config(build(JobConfig, content), tmp_path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text(encoding="utf-8").startswith("# @package _global_\n")
+
+
+def test_the_digest_of_the_code_changes_with_any_module_or_config(tmp_path: Path) -> None:
+    for part in ("tuneloom", "train", "launch", "kernels", "conf"):
+        shutil.copytree(ROOT / part, tmp_path / part, symlinks=True)
+
+    def code() -> dict[str, str | None]:
+        script = (
+            "import json; from tuneloom.train.runs import code_version as v; print(json.dumps(v()))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return dict(json.loads(done.stdout))
+
+    digests = [code()["digest"], code()["digest"]]
+    for changed in ("train/loop.py", "launch/slurm.py", "conf/train.yaml", "tuneloom/errors.py"):
+        with (tmp_path / changed).open("a", encoding="utf-8") as file:
+            file.write("# a line more\n")
+        digests.append(code()["digest"])
+    assert digests[0] == digests[1] and len(set(digests)) == 5
