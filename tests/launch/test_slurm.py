@@ -4,18 +4,21 @@ left.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tuneloom.launch.slurm import render_default
+from tuneloom.launch.slurm import follow, render_default
 from tuneloom.launch.slurm_bed import SlurmBed, missing
 from tuneloom.testing import chat_rows, free_port, metrics, tiny_model
+from tuneloom.train.runs import code_version
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "slurm/finetune.sbatch"
@@ -26,6 +29,8 @@ RUN = [
     "batch.window=64", "optim.lr=5e-3", "optim.warmup_steps=2", "zero=stage0", "checkpoint.every=0",
     "train.drill=false", "tracker=off",
 ]  # fmt: skip
+
+DISTURBED = ("steps=150", "checkpoint.every=10")
 
 
 def test_the_script_of_the_repository_is_the_rendered_one() -> None:
@@ -76,10 +81,32 @@ def wait_for_steps(bed: SlurmBed, job: str, run_id: str, count: int) -> None:
         time.sleep(0.3)
 
 
+def torchrun(bed: SlurmBed, run_id: str, *overrides: str) -> None:
+    """The same run without Slurm or Ray, to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+         f"--master-port={free_port()}", "-m", "tuneloom.train", *RUN, f"run.id={run_id}",
+         *overrides],
+        env=bed.environment() | {"PYTHONPATH": str(ROOT)}, cwd=bed.base, capture_output=True,
+        text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bed: SlurmBed) -> list[float]:
+    """The losses of DISTURBED from start to end."""
+    torchrun(bed, "undisturbed", *DISTURBED)
+    return metrics(bed.base, "undisturbed")
+
+
 def left_behind(bed: SlurmBed, job: str) -> list[str]:
-    """Processes, scratch folders and tokens of a job that has ended."""
+    """Processes, scratch folders, open ports and tokens of a job that has ended."""
     found = []
     for node in bed.addresses:
+        sockets = bed.inside(node, "ss", "-Hltn").splitlines()
+        assert any(":6818 " in line for line in sockets)  # slurmd's
+        found += [line for line in sockets if ":6818 " not in line]
         lines = bed.inside(node, "ps", "-eo", "args").splitlines()
         found += [line for line in lines if "ray" in line or "tuneloom train" in line]
         found += [f for f in bed.inside(node, "ls", "/tmp").split() if f.startswith("tuneloom-")]
@@ -124,44 +151,84 @@ def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed) -> None:
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(bed, job)
     facts = json.loads((bed.base / "runs/whole/run.json").read_text(encoding="utf-8"))
     assert (facts["state"], facts["world_size"], facts["launcher"]["nodes"]) == ("done", 2, 2)
+    assert facts["code"] == code_version()
     assert "preflight: 2 rank(s) on 2 node(s) agree; slowest link" in output(bed, job)
     assert left_behind(bed, job) == []
-    torchrun = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-         f"--master-port={free_port()}", "-m", "tuneloom.train", *RUN, "run.id=torchrun"],
-        env=bed.environment() | {"PYTHONPATH": str(ROOT)}, cwd=bed.base, capture_output=True,
-        text=True, timeout=180, check=False,
-    )  # fmt: skip
-    assert torchrun.returncode == 0, torchrun.stderr
+    torchrun(bed, "torchrun")
     other = json.loads((bed.base / "runs/torchrun/run.json").read_text(encoding="utf-8"))
     for key in ("config_digest", "data_order", "first_loss"):
         assert facts[key] == other[key], key
 
 
-@pytest.mark.slurm
-def test_preemption_saves_and_requeues_then_term_saves_and_ends_with_75(bed: SlurmBed) -> None:
-    """A job of a higher partition takes both nodes; Slurm's warning is the one of a time limit."""
-    job = sbatch(bed, "requeued", "steps=100000")
-    wait_for_steps(bed, job, "requeued", 3)
-    token = bed.base / f"runs/.slurm/{job}/token"
-    assert token.stat().st_mode & 0o777 == 0o600
-    assert strangers_that_got_in(bed, job) == []
-    assert token_in_processes(bed, token.read_text(encoding="utf-8")) == []
+def preempt(bed: SlurmBed, job: str) -> None:
+    """A job of a higher partition takes both nodes."""
     bed.run("sbatch", "-N2", "-p", "high", "--exclusive", "--wrap", "sleep 2", cwd=bed.base)
-    bed.wait_job(job, {"PENDING"})
-    saved = sorted((bed.base / "runs/requeued/checkpoints").glob("step-*"))[-1].name
-    assert bed.job(job)["Restarts"] == "1"
-    rows = len(metrics(bed.base, "requeued"))
+
+
+def let_time_run_out(bed: SlurmBed, job: str) -> None:
+    """A limit 35 to 95 s from now, of which the job asked to hear 100 s ahead."""
+    hours, minutes, seconds = map(int, bed.job(job)["RunTime"].split(":"))
+    limit = (hours * 3600 + minutes * 60 + seconds + 35) // 60 + 1
+    bed.run("scontrol", "update", f"jobid={job}", f"TimeLimit={limit}")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("warn", [preempt, let_time_run_out])
+def test_a_warning_saves_and_requeues_then_term_saves_and_ends_with_75(
+    bed: SlurmBed, warn: Callable[[SlurmBed, str], None]
+) -> None:
+    name = warn.__name__
+    job = sbatch(bed, name, "steps=100000", options=("--signal=B:USR1@100",))
+    wait_for_steps(bed, job, name, 3)
+    warn(bed, job)
+    assert bed.wait_job(job, {"PENDING", *ENDED})["JobState"] == "PENDING", output(bed, job)
+    bed.run("scontrol", "update", f"jobid={job}", "TimeLimit=20")
+    saved = sorted((bed.base / f"runs/{name}/checkpoints").glob("step-*"))[-1].name
+    rows = metrics(bed.base, name, "step")
+    assert (bed.job(job)["Restarts"], saved) == ("1", f"step-{int(rows[-1]):06d}")
     bed.wait_job(job, {"RUNNING"})
-    wait_for_steps(bed, job, "requeued", rows + 3)
+    wait_for_steps(bed, job, name, len(rows) + 3)
     bed.run("scancel", "--batch", "--signal=TERM", job)
     ended = bed.wait_job(job, ENDED)
     said = output(bed, job)  # of the ranks, which Ray brings a moment later
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0"), said
-    assert f"resumed {saved} of requeued" in said, said
-    steps = metrics(bed.base, "requeued", "step")
+    assert f"resumed {saved} of {name}" in said, said
+    steps = metrics(bed.base, name, "step")
     assert steps == list(range(1, len(steps) + 1))
     assert left_behind(bed, job) == []
+
+
+def requeue(bed: SlurmBed, job: str) -> None:
+    """As an operator does; Slurm's TERM comes first, so the step is saved."""
+    begun = time.monotonic()
+    bed.run("scontrol", "requeue", job)
+    bed.wait_job(job, {"PENDING"})
+    assert time.monotonic() - begun < 25  # the script's own end, not Slurm's KILL after KillWait
+
+
+def cut_power_of_n2(bed: SlurmBed, job: str) -> None:
+    """Slurm would notice after SlurmdTimeout; a health check says it at once."""
+    bed.kill_node("n2")
+    bed.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
+    bed.wait_job(job, {"PENDING"})
+    bed.start_node("n2")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("disturb", [requeue, cut_power_of_n2])
+def test_a_job_that_slurm_puts_back_ends_with_the_losses_of_an_undisturbed_run(
+    bed: SlurmBed, undisturbed: list[float], disturb: Callable[[SlurmBed, str], None]
+) -> None:
+    name = disturb.__name__
+    job = sbatch(bed, name, *DISTURBED)
+    wait_for_steps(bed, job, name, 12)
+    disturb(bed, job)
+    ended = bed.wait_job(job, ENDED)
+    said = output(bed, job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
+    assert "resumed step-0000" in said, said
+    assert left_behind(bed, job) == []
+    assert metrics(bed.base, name) == undisturbed
 
 
 @pytest.mark.slurm
@@ -191,6 +258,10 @@ def test_a_warning_before_training_goes_back_into_the_queue_at_once(
 def test_scancel_saves_and_leaves_nothing_on_either_node(bed: SlurmBed) -> None:
     job = sbatch(bed, "cancelled", "steps=100000")
     wait_for_steps(bed, job, "cancelled", 2)
+    token = bed.base / f"runs/.slurm/{job}/token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert strangers_that_got_in(bed, job) == []
+    assert token_in_processes(bed, token.read_text(encoding="utf-8")) == []
     bed.run("scancel", job)
     assert bed.wait_job(job, ENDED)["JobState"] == "CANCELLED"
     bed.wait_idle()
@@ -238,6 +309,43 @@ def test_launch_slurm_submits_follows_and_ends_with_the_exit_code_of_the_run(bed
     assert done.returncode == 3, done.stdout + done.stderr
     assert "run submitted in runs/submitted" in done.stdout
     assert "is FAILED, exit 3" in done.stdout
+
+
+@pytest.mark.slurm
+def test_a_sweep_submits_a_job_a_point_with_what_was_asked_of_slurm(bed: SlurmBed) -> None:
+    rates = ("0.001", "0.002", "0.003")
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneloom", "train", "--multirun", *RUN, "run.name=swept",
+         "launch=slurm", "launch.follow=false", "launch.nodes=2", "launch.workers=4",
+         "launch.gpus_per_worker=0", "launch.memory=2000M", "launch.partition=high",
+         "launch.account=lab", "launch.time=1-00:30", f"optim.lr={','.join(rates)}"],
+        env=bed.environment() | {"PYTHONPATH": str(ROOT)}, cwd=bed.base, capture_output=True,
+        text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = re.findall(r"slurm: job (\d+), run (swept\S+);", done.stdout)
+    asked = {job: bed.job(job) for job, _ in jobs}
+    bed.run("scancel", *asked)
+    files = [bed.base / f"runs/{run}/slurm/experiment/job.yaml" for _, run in jobs]
+    found = [yaml.safe_load(file.read_text(encoding="utf-8"))["optim"]["lr"] for file in files]
+    assert [str(rate) for rate in found] == list(rates)
+    wanted = {"Partition": "high", "Account": "lab", "TimeLimit": "1-00:30:00", "NumTasks": "4",
+              "MinMemoryNode": "2000M", "Requeue": "1"}  # fmt: skip
+    assert [{k: facts[k] for k in wanted} for facts in asked.values()] == [wanted] * 3
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(("state", "code"), [("done", 0), ("stopped", 75), ("running", 5)])
+def test_a_job_that_slurm_has_forgotten_ends_with_what_its_run_says(
+    bed: SlurmBed, state: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    part = {"digest": "", "path": ""}
+    facts = {"config_digest": "", "config": {}, "attempts": [], "base": part, "dataset": part}
+    (tmp_path / "run.json").write_text(json.dumps(facts | {"state": state}), encoding="utf-8")
+    monkeypatch.setenv("SLURM_CONF", bed.environment()["SLURM_CONF"])
+    assert follow("999999", tmp_path) == code
+    assert f"{tmp_path}/run.json says {state}, exit {code}" in capsys.readouterr().out
 
 
 def image(folder: Path, *, shown: list[Path]) -> Path:
