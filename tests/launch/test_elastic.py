@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,10 +47,12 @@ def test_min_workers_above_workers_or_without_a_cluster_is_refused() -> None:
 
 
 @contextmanager
-def node(cluster: Cluster, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A second node of one processor, in a session of its own so that it dies whole."""
+def node(
+    cluster: Cluster, *, cpus: int = 1, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A second node, in a session of its own so that it dies whole."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1",
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}",
          f"--address={cluster.gcs}", "--node-ip-address=127.0.0.1", "--num-gpus=0",
          "--object-store-memory=80000000", "--disable-usage-stats"],
         env=cluster.environment | environment, stdout=subprocess.DEVNULL,
@@ -81,6 +84,33 @@ def wait_until(true: Callable[[], bool], log: Path, seconds: float = 150.0) -> N
     while not true():
         assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
         time.sleep(0.1)
+
+
+PLACES = """
+import ray
+from tuneloom.launch import elastic, supervise
+from tuneloom.launch.admission import Admission
+from tuneloom.launch.config import LaunchConfig
+
+supervise.connect(LaunchConfig(kind="ray", nodes=2, workers=2))  # until both have joined
+for nodes in (1, 2):
+    launch = LaunchConfig(kind="ray", nodes=nodes, workers=2)
+    group, _ = elastic.place(launch, 0, 2, 1, Admission(0))
+    placed = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    print("nodes taken:", len(set(placed.values())), flush=True)
+    ray.util.remove_placement_group(group)
+"""
+
+
+def test_ranks_fill_a_node_first_and_stand_on_as_many_as_were_asked_for(cluster: Cluster) -> None:
+    """Both nodes have room for both ranks, so what decides is launch.nodes."""
+    with node(cluster, cpus=2):
+        done = subprocess.run(
+            [sys.executable, "-c", PLACES], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env=cluster.environment | {"RAY_ADDRESS": cluster.gcs}, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"nodes taken: (\d)", done.stdout) == ["1", "2"]
 
 
 @pytest.mark.slow
