@@ -22,7 +22,7 @@ from tuneloom.launch.elastic import smaller
 
 __all__ = ["cluster"]
 SHRINKING = ("launch=ray", "launch.nodes=2", "launch.workers=2", "launch.min_workers=1",
-             "launch.wait_seconds=20")  # fmt: skip
+             "launch.wait_seconds=10")  # fmt: skip
 
 
 def sizes(group: int, **launch: Any) -> list[tuple[int, int]]:
@@ -50,15 +50,17 @@ def test_min_workers_above_workers_or_without_a_cluster_is_refused() -> None:
 def node(
     cluster: Cluster, *, cpus: int = 1, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A second node, in a session of its own so that it dies whole."""
+    """A second node that has joined, in a session of its own so that it dies whole."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}",
          f"--address={cluster.gcs}", "--node-ip-address=127.0.0.1", "--num-gpus=0",
          "--object-store-memory=80000000", "--disable-usage-stats"],
-        env=cluster.environment | environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+        env=cluster.environment | environment | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
+        assert process.stdout is not None
+        assert any(b"Ray runtime started" in line for line in process.stdout)
         yield process
     finally:
         kill_whole(process)
@@ -113,7 +115,6 @@ def test_ranks_fill_a_node_first_and_stand_on_as_many_as_were_asked_for(cluster:
     assert re.findall(r"nodes taken: (\d)", done.stdout) == ["1", "2"]
 
 
-@pytest.mark.slow
 def test_a_run_shrinks_when_a_node_dies_and_grows_when_one_returns(
     lab: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -196,7 +197,7 @@ def test_a_node_that_joins_later_and_fails_preflight_takes_no_rank(
     with node(cluster) as first:
         driver = subprocess.Popen(
             [sys.executable, "-m", "tuneloom", "train",
-             *arguments(lab, "joined", *SHRINKING, "launch.wait_seconds=5", "zero=stage2",
+             *arguments(lab, "joined", *SHRINKING, "zero=stage2",
                         "checkpoint.every=10", "steps=1000000", "epochs=1000000")],
             cwd=ROOT, env=cluster.environment | {"RAY_ADDRESS": cluster.gcs},
             stdout=log.open("w"), stderr=subprocess.STDOUT,
