@@ -2,7 +2,8 @@
 reasons.
 
 `examine` and `links` run on the ranks, `verdict` on the launcher, as a pure function of what they
-said.
+said. All of it takes at most `PATIENCE_SECONDS`: who has not answered by then is named, and the
+launch refused, since a node whose file system stalls would hold it up without a word.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ LINK_RATIO = 8.0
 """A link this much slower than the median holds all others up at every step."""
 LINK_FLOOR_SECONDS = 0.005
 """Faster than this for one message, differences are the scheduler's."""
+PATIENCE_SECONDS = 60.0
+"""For everything that all ranks are asked, together."""
+CLEARING_SECONDS = 2.0
 GPU_QUERY = ("name", "ecc.errors.uncorrected.volatile.total")
 
 
@@ -143,16 +148,17 @@ def nvidia_smi(query: str) -> list[str]:
     )
 
 
-def links(*, messages: int = 5) -> dict[str, float]:
+def links(*, timeout_seconds: int = 30, messages: int = 5) -> dict[str, float]:
     """Join the group that the environment names; seconds for a message from the rank before this
-    one, and for an all-reduce, best of `messages`. Collective.
+    one, and for an all-reduce, best of `messages`. Collective; raises RefusedError on a rank where
+    the sum is wrong, and gives up on a rank that does not come after `timeout_seconds`.
     """
     import torch
     import torch.distributed as dist
 
     from tuneloom.train import distributed
 
-    world = distributed.start(timeout_seconds=60)
+    world = distributed.start(timeout_seconds=timeout_seconds)
     try:
         floats = (64 if world.device.type == "cuda" else 4) * 2**20
         ours = torch.full((floats,), world.rank + 1.0, device=world.device)
@@ -172,8 +178,7 @@ def links(*, messages: int = 5) -> dict[str, float]:
         expected = world.size * (world.size + 1) / 2
         if float(summed[0]) != expected or float(summed[-1]) != expected:
             raise RefusedError(
-                f"preflight: all-reduce: rank {world.rank} got {float(summed[-1])} "
-                f"where {expected} is due"
+                f"all-reduce: rank {world.rank} got {float(summed[-1])} where {expected} is due"
             )
         alone = world.size == 1
         return {
@@ -269,60 +274,158 @@ def slow_links(all_facts: list[Facts], seconds: list[float], size: float) -> tup
     ]  # fmt: skip
 
 
+def all_reduce_words(all_facts: list[Facts], seconds: list[float], size: float) -> str:
+    """The slowest and the fastest rank of an all-reduce of `size` bytes."""
+
+    def place(rank: int) -> str:
+        facts = all_facts[rank]
+        return f"rank {facts.rank} on {facts.host} {size / seconds[rank] / 1e6:.0f} MB/s"
+
+    ranks = range(len(seconds))
+    slowest, fastest = (choose(ranks, key=seconds.__getitem__) for choose in (max, min))
+    return (
+        f"all-reduce of {size / 2**20:.0f} MiB: slowest {place(slowest)}, fastest {place(fastest)}"
+    )
+
+
+class Interview:
+    """Questions to all ranks, which are Ray actors at `hosts`; every answer is due within
+    `PATIENCE_SECONDS` of the first question.
+    """
+
+    def __init__(self, actors: list[Any], hosts: list[str]) -> None:
+        self.actors, self.hosts = actors, hosts
+        self.started = time.monotonic()
+        self.deadline = self.started + PATIENCE_SECONDS
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    def answers(self, question: str, asked: list[Any]) -> list[Any]:
+        """What each rank said; raises RefusedError with the ranks that said nothing or refused,
+        else with those that failed: where one is missing, the others' collectives fail.
+        """
+        import ray
+        from ray.exceptions import RayTaskError
+
+        late = set(ray.wait(asked, num_returns=len(asked), timeout=self.seconds_left)[1])
+        said, refused, failed = [], [], []
+        for rank, answer in enumerate(asked):
+            if answer in late:
+                continue
+            try:
+                said.append(ray.get(answer))
+            except RayTaskError as error:
+                if isinstance(error.cause, TuneloomError):
+                    refused.append(f"{error.cause} ({self.hosts[rank]})")
+                else:
+                    why = f"{type(error.cause).__name__}: {str(error.cause).strip()}"
+                    failed.append(f"{question}: rank {rank} on {self.hosts[rank]} failed: {why}")
+        silent = [self._silence(question, rank) for rank, ref in enumerate(asked) if ref in late]
+        refuse(silent + refused or failed)
+        return said
+
+    def skews(self) -> list[float]:
+        """`skew` of each rank."""
+        from ray.exceptions import GetTimeoutError
+
+        found: list[float] = []
+        for rank, actor in enumerate(self.actors):
+            try:
+                found.append(skew(actor, deadline=self.deadline))
+            except GetTimeoutError:
+                refuse([self._silence("the time of day", rank)])
+        return found
+
+    def _silence(self, question: str, rank: int) -> str:
+        return (
+            f"no answer: rank {rank} on {self.hosts[rank]}, asked for {question}, said nothing "
+            f"within the {PATIENCE_SECONDS:.0f} s of preflight; look at its disks and network"
+        )
+
+
+def refuse(reasons: list[str]) -> None:
+    """Raise RefusedError with every reason; nothing where there is none."""
+    if reasons:
+        raise RefusedError(f"preflight: {len(reasons)} reason(s) not to start\n  "
+                           + "\n  ".join(reasons))  # fmt: skip
+
+
 def conduct(actors: list[Any], places: list[dict[str, Any]], config: TrainConfig, *,
             gpus_per_rank: int, group: list[dict[str, str]]) -> Facts:  # fmt: skip
-    """Ask all ranks, compare, print one line, return rank 0's facts; raises RefusedError with every
-    reason.
+    """Ask all ranks, compare, print what was found, return rank 0's facts; raises RefusedError with
+    every reason.
 
     `group` is each rank's environment for a process group of its own. An error that all ranks give
     alike is the run's own (exit 2 or 3), not one of this cluster.
     """
-    import ray
-
-    started = time.monotonic()
-    content = config.model_dump(mode="json")
-    hosts = [place["host"] for place in places]
-    try:
-        answers = ray.get([
-            actor.examine.remote(content, rank, hosts[rank]) for rank, actor in enumerate(actors)
-        ])  # fmt: skip
-        unseen = ray.get([actor.unseen_by.remote(content, len(actors)) for actor in actors])
-    finally:
-        shutil.rmtree(probe_folder(config), ignore_errors=True)
-    skews = [skew(actor) for actor in actors]
-    all_facts = [
-        Facts(**answer | {"unseen": ranks, "clock_skew": skew})
-        for answer, ranks, skew in zip(answers, unseen, skews, strict=True)
-    ]
-    reasons = verdict(
+    interview = Interview(actors, [place["host"] for place in places])
+    all_facts = gathered(interview, config)
+    refuse(verdict(
         all_facts, gpus_per_rank=gpus_per_rank, need_bytes=needed_bytes(config, all_facts[0])
-    )
-    words = "links not measured"
-    if not reasons and not all_facts[0].incomplete:
-        measured = ray.get([
-            actor.links.remote(env) for actor, env in zip(actors, group, strict=True)
+    ))  # fmt: skip
+    words, sums = "links not measured", None
+    if not all_facts[0].incomplete:
+        patience = max(1, int(interview.seconds_left / 2))  # then who waited still says so in time
+        measured = interview.answers("the speed of its links", [
+            actor.links.remote(env, patience) for actor, env in zip(actors, group, strict=True)
         ])  # fmt: skip
-        seconds = [row["link"] for row in measured]
-        words, reasons = slow_links(all_facts, seconds, measured[0]["bytes"])
-    if reasons:
-        raise RefusedError(f"preflight: {len(reasons)} reason(s) not to start\n  "
-                           + "\n  ".join(reasons))  # fmt: skip
+        size = measured[0]["bytes"]
+        words, reasons = slow_links(all_facts, [row["link"] for row in measured], size)
+        refuse(reasons)
+        if len(actors) > 1:
+            sums = all_reduce_words(all_facts, [row["all_reduce"] for row in measured], size)
     print(
-        f"preflight: {len(actors)} rank(s) on {len(set(hosts))} node(s) agree; {words}; "
-        f"{time.monotonic() - started:.0f} s",
+        f"preflight: {len(actors)} rank(s) on {len(set(interview.hosts))} node(s) agree; {words}; "
+        f"{time.monotonic() - interview.started:.0f} s",
         flush=True,
     )
+    if sums:
+        print(f"preflight: {sums}", flush=True)
     return all_facts[0]
 
 
-def skew(actor: Any) -> float:
-    """Seconds by which an actor's clock is ahead of ours, from the fastest of three questions."""
+def gathered(interview: Interview, config: TrainConfig) -> list[Facts]:
+    """Every rank's facts, with what it sees of the others' files and how its clock stands."""
+    content = config.model_dump(mode="json")
+    actors = interview.actors
+    try:
+        answers = interview.answers("what it sees of its host", [
+            actor.examine.remote(content, rank, interview.hosts[rank])
+            for rank, actor in enumerate(actors)
+        ])  # fmt: skip
+        unseen = interview.answers("the other ranks' files in the run folder", [
+            actor.unseen_by.remote(content, len(actors)) for actor in actors
+        ])  # fmt: skip
+    finally:
+        clear(config)
+    return [
+        Facts(**answer | {"unseen": ranks, "clock_skew": skew})
+        for answer, ranks, skew in zip(answers, unseen, interview.skews(), strict=True)
+    ]
+
+
+def clear(config: TrainConfig) -> None:
+    """Remove what ranks wrote; where the disk stalls, the launch does not wait for it."""
+    remover = threading.Thread(
+        target=shutil.rmtree, args=(probe_folder(config), True), daemon=True, name="clear"
+    )
+    remover.start()
+    remover.join(CLEARING_SECONDS)
+
+
+def skew(actor: Any, *, deadline: float | None = None) -> float:
+    """Seconds by which an actor's clock is ahead of ours, from the fastest of three questions;
+    raises Ray's GetTimeoutError where it does not answer before `deadline`, by the monotonic clock.
+    """
     import ray
 
     rounds = []
     for _ in range(3):
         asked = time.time()
-        theirs = ray.get(actor.now.remote())
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        theirs = ray.get(actor.now.remote(), timeout=left)
         answered = time.time()
         rounds.append((answered - asked, theirs - (asked + answered) / 2))
     return min(rounds)[1]

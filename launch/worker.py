@@ -77,12 +77,12 @@ class Worker:
         """Preflight: this host's clock."""
         return time.time()
 
-    def links(self, environment: dict[str, str]) -> dict[str, float]:
+    def links(self, environment: dict[str, str], timeout_seconds: int) -> dict[str, float]:
         """Preflight: seconds of a message and of an all-reduce."""
         os.environ.update(environment)
         from tuneloom.launch import preflight
 
-        return preflight.links()
+        return preflight.links(timeout_seconds=timeout_seconds)
 
     def run(
         self, config: dict[str, Any], launcher: dict[str, Any], environment: dict[str, str]

@@ -10,7 +10,15 @@ import pytest
 
 from tuneloom.config import build
 from tuneloom.launch import preflight
-from tuneloom.launch.preflight import GIB, Facts, examine, slow_links, unseen_by, verdict
+from tuneloom.launch.preflight import (
+    GIB,
+    Facts,
+    all_reduce_words,
+    examine,
+    slow_links,
+    unseen_by,
+    verdict,
+)
 from tuneloom.testing import small_config
 from tuneloom.train.config import TrainConfig
 
@@ -119,6 +127,13 @@ def test_the_slowest_link_is_named_and_refused_when_far_below_the_others(
     assert none == []
     _, (reason,) = slow_links(four, [0.010, 0.011, 0.012, 1.0], size=1e8)
     assert reason == "link: 2 (n3) -> 3 (n4) runs at 0.10 GB/s, the median is 9.09 GB/s"
+
+
+def test_the_slowest_and_the_fastest_rank_of_an_all_reduce_are_named(pair: list[Facts]) -> None:
+    words = all_reduce_words(pair, [0.02, 0.05], size=2**24)
+    assert words == (
+        "all-reduce of 16 MiB: slowest rank 1 on n2 336 MB/s, fastest rank 0 on n1 839 MB/s"
+    )
 
 
 def test_free_space_must_hold_a_checkpoint(config: TrainConfig, pair: list[Facts]) -> None:
