@@ -3,7 +3,8 @@
 A step takes as long as its slowest rank, so wall time says only that one is slow. Each rank times
 its own forward passes, which under ZeRO 0 to 2 hold no collective, per token it computed; the times
 travel in the reduction that every step does anyway. Under ZeRO-3 a forward pass waits for the other
-ranks' shards and tells nobody apart: not measured there.
+ranks' shards, under sequence parallelism for their keys and values, and tells nobody apart: not
+measured there, and the log says so.
 """
 
 import time
@@ -25,9 +26,16 @@ SLOW = 1.5
 class Pace:
     """Forward seconds a token of every rank, over the last steps."""
 
-    def __init__(self, world: World, hosts: list[str], *, measured: bool) -> None:
+    def __init__(self, world: World, hosts: list[str], *, waiting: str | None) -> None:
+        """`waiting` is the setting under which a forward pass waits for other ranks, if any."""
         self.world, self.hosts = world, hosts
-        self.measured = measured and world.size > 1
+        self.measured = waiting is None and world.size > 1
+        if waiting is not None and world.size > 1 and world.first:
+            print(
+                f"slow ranks are not measured in this run: under {waiting} a forward pass waits "
+                "for other ranks, so its time tells nobody apart",
+                flush=True,
+            )
         self.slowest: float | None = None
         """Of the slowest rank, in medians of all; None until twenty steps were measured."""
         self._seconds, self._tokens = 0.0, 0

@@ -188,13 +188,19 @@ class Session:
         hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
         if self.copies_at is not None:
             self.copies = copies.Copies(self.copies_at, self.folder, world)
-        alone = config.zero.stage < 3 and world.sequence == 1  # forward waits for no other rank
-        self.pace = Pace(world, hosts, measured=alone)
+        self.pace = Pace(world, hosts, waiting=self._waiting_forward())
         self.watchdog = Watchdog(
             self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts
         )
 
     # set-up, in pieces
+
+    def _waiting_forward(self) -> str | None:
+        """The setting that makes a forward pass wait for other ranks."""
+        if self.config.zero.stage == 3:
+            return "zero.stage=3"
+        shared = self.world.sequence
+        return f"batch.sequence_parallel={shared}" if shared > 1 else None
 
     def _share_sequences(self, network: nn.Module) -> None:
         """Attention across the ranks that share a micro-batch, where there are any."""
