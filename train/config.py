@@ -219,7 +219,7 @@ class CheckpointConfig(Config):
 class TrainLoopConfig(Config):
     hang_seconds: Positive = 1800
     """A rank without progress for this long ends the run with all stacks and the rank at fault;
-    above the longest validation or save.
+    above the longest validation or save. Parts of start-up have longer (`train/watchdog.py`).
     """
     max_bad_steps: NotNegative = 5
     """Non-finite steps refused in a row before the run ends with exit 5."""

@@ -26,6 +26,11 @@ ONE_MACHINE = dict.fromkeys(
 )
 """Groups ask nobody for a password, so ranks that share a machine listen on its loopback only."""
 
+FLIGHT = "flight_rank_"
+"""How the files of NCCL's flight recorder begin, before the rank."""
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Read when a group is made; torch has these names since 2.9."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -93,9 +98,19 @@ def start(*, timeout_seconds: int = 3600) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        for name, setting in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, setting)
     if not dist.is_initialized():
         _join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     return World(rank, size, local_rank, device)
+
+
+def record_flights(folder: Path, world: World) -> None:
+    """Have torch leave NCCL's flight recorder in `folder` after a time-out; it asks where to when
+    it first writes one, so this is in time once the run's folder is known.
+    """
+    if world.device.type == "cuda":
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder.resolve() / FLIGHT)
 
 
 def choose_accelerator() -> bool:

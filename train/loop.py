@@ -17,6 +17,7 @@ from tuneloom.train.config import TrainConfig
 from tuneloom.train.loss import loss_sum
 from tuneloom.train.schedule import lr_at
 from tuneloom.train.session import Session
+from tuneloom.train.watchdog import collective_seconds
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
     Raises Stopped after a save that a signal asked for, TrainingError when the run failed.
     """
     joined_here = not distributed.is_joined()
-    # Collectives give up later than the watchdog, which names who they waited for.
-    world = distributed.start(timeout_seconds=config.train.hang_seconds + 60)
+    world = distributed.start(timeout_seconds=collective_seconds(config.train.hang_seconds))
     import_all()
     config = distributed.broadcast_object(runs.with_id(config))
     if config.debug:

@@ -54,7 +54,12 @@ from tuneloom.train.signals import StopFlag
 from tuneloom.train.spikes import Spikes
 from tuneloom.train.tracker import Tracker
 from tuneloom.train.universal import convert, own_loader
-from tuneloom.train.watchdog import Watchdog
+from tuneloom.train.watchdog import (
+    READING_SECONDS,
+    STARTUP_SECONDS,
+    Watchdog,
+    collective_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,12 @@ class Session:
         world = self.world = self.world.sharing(config.batch.sequence_parallel)
         distributed.seed_everything(config.seed)
         self._on_first(self._claim)
+        hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
+        self.watchdog = Watchdog(
+            self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts,
+            step=lambda: self.step,
+        )  # fmt: skip
+        distributed.record_flights(self.watchdog.folder, world)
         self.stop = StopFlag(self.folder, first=world.first)
 
         if config.checkpoint.asynchronous:
@@ -112,6 +123,7 @@ class Session:
             )
 
         # what to resume from decides how the engine is built
+        self._begin_part(READING_SECONDS)
         self.copies_at: Path | None = (
             shm.ROOT / self._on_first(lambda: shm.name_of(self.folder))
             if config.checkpoint.memory_every
@@ -132,6 +144,7 @@ class Session:
         )  # fmt: skip
 
         # data first: what may not be trained on, and the batch that lets a base in FP8 in
+        self._begin_part(READING_SECONDS)
         self.tokenizer = load_tokenizer(str(base))
         self.feed = Feed(config, self.tokenizer, world, accumulation)
         today = datetime.datetime.now(datetime.UTC).date()
@@ -141,8 +154,10 @@ class Session:
         self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, config.data.golden))
 
         # model and method; adapters are made after the seed, alike on every rank
+        self._begin_part(READING_SECONDS)
         with zero.partitioned_init(settings):
             network = model.load(base, config.model, config.method, world.device, seed=config.seed)
+            self._begin_part()
             self._share_sequences(network)
             self.patched = _patch(network) if config.model.kernels else {}
             first = self.feed.peek() if config.model.fp8 else []
@@ -163,6 +178,7 @@ class Session:
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
 
         # the proof that packs are isolated, before a step is taken
+        self._begin_part()
         self.validation = evaluation.Validation(config, self.tokenizer, world)
         if config.batch.packing and config.train.probe:
             probe.isolation(self.network, self.vocabulary, world, seed=config.seed)
@@ -170,6 +186,7 @@ class Session:
             probe.sharing(self.network, self.vocabulary, world, seed=config.seed)
         torch.manual_seed(config.seed + world.rank)  # dropout differs by rank
 
+        self._begin_part(READING_SECONDS)
         self._on_first(lambda: self._record_run(found))
         if world.first:
             self.exposure = Exposure(self.folder)
@@ -181,19 +198,25 @@ class Session:
             else:
                 checkpoint.restore(self.engine, found, world, universal=universal)
             self._restore(found)
+        self._begin_part()
         self.graphs = self._capture()  # once weights lie where the engine keeps them
         self._open_metrics()
         if self.step < config.train.effects_step:
             self.witness = effects.Witness(config, self.engine, world, self.graphs)
-        hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
         if self.copies_at is not None:
             self.copies = copies.Copies(self.copies_at, self.folder, world)
         self.pace = Pace(world, hosts, waiting=self._waiting_forward())
-        self.watchdog = Watchdog(
-            self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts
-        )
+        distributed.barrier()  # the loop's first step is not for the slowest start to use up
 
     # set-up, in pieces
+
+    def _begin_part(self, seconds: float = STARTUP_SECONDS) -> None:
+        """The next part of start-up, which may take so long, on all ranks at once: who waits for a
+        slower one waits in that one's part. Collective.
+        """
+        assert self.watchdog is not None
+        distributed.barrier()
+        self.watchdog.begin_part(seconds)
 
     def _waiting_forward(self) -> str | None:
         """The setting that makes a forward pass wait for other ranks."""
@@ -207,7 +230,7 @@ class Session:
         causal: Any = network
         across = sequence.exchange(
             self.world, causal.config.get_text_config(),
-            timeout_seconds=self.config.train.hang_seconds + 60,
+            timeout_seconds=collective_seconds(self.config.train.hang_seconds),
         )  # fmt: skip
         if across is not None:
             model.choose_attention(network, self.config.model, exchange=across)
@@ -598,10 +621,12 @@ class Session:
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""
-        if self.background is not None:
-            self.background.close()
-        if self.watchdog is not None:
-            self.watchdog.close()
+        try:
+            if self.background is not None:
+                self.background.close()
+        finally:
+            if self.watchdog is not None:
+                self.watchdog.close()
         if hasattr(self, "feed"):
             self.feed.close()
         if hasattr(self, "validation"):
