@@ -1,7 +1,8 @@
 """The command `tuneloom VERB [overrides]`: compose, validate, run one verb, end with its exit code.
 
-Hydra's own flags (--help, --cfg, --info, --multirun, --shell-completion) go to Hydra; an ordinary
-call composes in process, makes no output folder and changes no directory.
+Hydra's own flags that print (--help, --cfg, --info, --shell-completion) go to Hydra; an ordinary
+call, and each point of a --multirun, composes in process, makes no output folder and changes no
+directory.
 """
 
 import importlib
@@ -9,10 +10,17 @@ import logging
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from tuneloom.config import FORBIDDEN_KEYS, build, compose, dotted_keys, unknown_override
+from tuneloom.config import (
+    Config,
+    build,
+    compose,
+    composed,
+    dotted_keys,
+    points,
+    unknown_override,
+)
 from tuneloom.errors import CONFIGURATION, ConfigError, TuneloomError
 from tuneloom.imports import unswept
 
@@ -38,10 +46,12 @@ VERBS = {
     "lineage": ("tuneloom.registry.lineage", "Rows to models, and models back to rows."),
     "erase": ("tuneloom.data.erase", "Rows out of datasets and models: plan, then do it."),
 }
-HYDRA_FLAGS = (
-    "--help", "--hydra-help", "--cfg", "-c", "--info", "-i", "--multirun", "-m", "--package", "-p",
-    "--resolve", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn",
-)  # fmt: skip
+COMPLETION = ("--shell-completion", "-sc")
+PRINTING = ("--help", "--hydra-help", "--cfg", "-c", "--info", "-i", *COMPLETION)
+BESIDE = ("--package", "-p", "--resolve")
+VALUED = ("--cfg", "-c", "--info", "-i", "--package", "-p")
+SWEEP = ("--multirun", "-m")
+UNGUARDED = ("--config-path", "-cp", "--config-name", "-cn")
 
 # Nothing phones home unless asked.
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -62,14 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise ConfigError(f"verb: expected one of {', '.join(VERBS)}, got {verb!r}")
-        if any(a.split("=")[0] in HYDRA_FLAGS for a in rest):
+        if any(a.split("=")[0] in PRINTING for a in rest):
             return run_under_hydra(verb, rest)
+        if any(a in SWEEP for a in rest):
+            return sweep(verb, [a for a in rest if a not in SWEEP])
         return run(verb, rest)
     except TuneloomError as error:
-        from tuneloom.redact import redact
-
-        print(f"tuneloom {verb}: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return failed(verb, error)
     except KeyboardInterrupt:
         print(f"tuneloom {verb}: interrupted", file=sys.stderr)
         return 130
@@ -84,8 +93,42 @@ def usage() -> str:
     )  # fmt: skip
 
 
+def failed(verb: str, error: TuneloomError) -> int:
+    """Say what went wrong, without the secrets in it; returns the exit code."""
+    from tuneloom.redact import redact
+
+    print(f"tuneloom {verb}: {redact(str(error))}", file=sys.stderr)
+    return error.exit_code
+
+
 def run(verb: str, rest: list[str]) -> int:
     """Compose, validate and run in this process."""
+    module, config = config_of(verb, rest)
+    return int(module.main(config))
+
+
+def sweep(verb: str, rest: list[str]) -> int:
+    """Every point, one after the other, once all are valid; returns the worst exit code.
+
+    Not by Hydra's sweeper: it would call what a config names in hydra.callbacks or its logging.
+    """
+    config_dir, overrides = split_config_dir(rest)
+    where = ["--config-dir", config_dir] if config_dir else []
+    keys = getattr(importlib.import_module(VERBS[verb][0]), "TEXT_KEYS", ())
+    texts = [o for o in overrides if o.partition("=")[0] in keys]
+    swept = points([o for o in overrides if o not in texts])
+    jobs = [config_of(verb, [*where, *texts, *point]) for point in swept]
+    worst = 0
+    for module, config in jobs:
+        try:
+            worst = max(worst, int(module.main(config)))
+        except TuneloomError as error:
+            worst = max(worst, failed(verb, error))
+    return worst
+
+
+def config_of(verb: str, rest: list[str]) -> tuple[ModuleType, Config]:
+    """The module of a verb, and the config that the arguments make."""
     config_dir, overrides = split_config_dir(rest)
     with unswept():
         module = importlib.import_module(VERBS[verb][0])
@@ -93,7 +136,7 @@ def run(verb: str, rest: list[str]) -> int:
         unknown_override(overrides, known)
         texts, overrides = take_texts(overrides, getattr(module, "TEXT_KEYS", ()))
         mapping = compose(verb, overrides, config_dir=config_dir, known=known)
-    return int(module.main(build(module.CONFIG, mapping | texts)))
+    return module, build(module.CONFIG, mapping | texts)
 
 
 def take_texts(overrides: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
@@ -120,7 +163,12 @@ def split_config_dir(rest: list[str]) -> tuple[str | None, list[str]]:
             pending = True
         elif argument.startswith("--config-dir="):
             config_dir = argument.split("=", 1)[1]
-        elif argument.startswith("--"):
+        elif argument.split("=")[0] in UNGUARDED:
+            raise ConfigError(
+                f"{argument.split('=')[0]}: a verb reads its own config; put yours into a folder, "
+                "and name that by --config-dir"
+            )
+        elif argument.startswith("-"):
             raise ConfigError(
                 f"{argument}: unknown flag; keys are written key=value, without dashes"
             )
@@ -132,36 +180,27 @@ def split_config_dir(rest: list[str]) -> tuple[str | None, list[str]]:
 
 
 def run_under_hydra(verb: str, rest: list[str]) -> int:
-    """Hydra's own flags, sweeps and completion; each job of a sweep runs as an ordinary call
-    would.
-    """
+    """Hydra's flags that print; the config is composed and looked at before Hydra does it again."""
     import hydra
-    from omegaconf import DictConfig, OmegaConf
 
-    refuse_code(rest)
-    worst = 0
+    config_dir, overrides = split_config_dir(without_printing(rest))
+    if not any(a in COMPLETION for a in rest):
+        composed(verb, overrides, config_dir=config_dir)
 
-    def task(composed: DictConfig) -> None:
-        nonlocal worst
-        mapping: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        module = importlib.import_module(VERBS[verb][0])
-        worst = max(worst, int(module.main(build(module.CONFIG, mapping))))
+    def never(_: object) -> None:
+        raise AssertionError(f"Hydra ran what was to be printed: {rest}")
 
     sys.argv = [f"tuneloom {verb}", *rest]
     os.environ.setdefault("HYDRA_FULL_ERROR", "0")
-    hydra.main(version_base="1.3", config_path="pkg://tuneloom.conf", config_name=verb)(task)()
-    return worst
+    hydra.main(version_base="1.3", config_path="pkg://tuneloom.conf", config_name=verb)(never)()
+    return 0
 
 
-def refuse_code(arguments: list[str]) -> None:
-    """Hydra instantiates its own sweeper and launcher: no argument may name their class
-    (CVE-2026-68508), and no file of a config folder may unfold to more than it is.
-    """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        key, _, value = argument.partition("=")
-        if set(key.lstrip("+~").split(".")) & set(FORBIDDEN_KEYS):
-            raise ConfigError(f"{key}: configs name no code here; remove it")
-        if key in ("--config-dir", "-cd"):
-            from tuneloom.yaml_guard import check_folder
-
-            check_folder(Path(value or following))
+def without_printing(rest: list[str]) -> list[str]:
+    """The arguments without the flags that print, and their values."""
+    kept = []
+    for previous, argument in zip(["", *rest], rest, strict=False):
+        flag = argument.split("=")[0] in (*PRINTING, *BESIDE)
+        if not flag and not (previous in VALUED and "=" not in argument):
+            kept.append(argument)
+    return kept

@@ -5,17 +5,26 @@ Every fault comes back as one sentence that starts with the dotted key.
 """
 
 import difflib
+import itertools
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuneloom.errors import ConfigError
+from tuneloom.yaml_guard import FORBIDDEN_KEYS, check_folder, check_interpolations
 
-FORBIDDEN_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONF = Path(__file__).parent / "conf"
+PER_CALL = ("job", "overrides", "runtime", "searchpath")
+"""Parts of Hydra's own config that differ from call to call; no file may set another."""
 
 
 class Config(BaseModel):
@@ -96,6 +105,45 @@ def _sentence(error: Any, known: list[str]) -> str:
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
+def refuse_code(overrides: list[str]) -> None:
+    """Nothing of Hydra's own is set from outside: its config names classes to instantiate
+    (CVE-2026-68508), and folders where no file is measured.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        words = re.split(r"[^\w]", key)
+        if set(words) & set(FORBIDDEN_KEYS):
+            raise ConfigError(f"{key}: configs name no code here; remove it")
+        if "hydra" in words:
+            raise ConfigError(
+                f"{key}: nothing of Hydra's own is set here; configs of yours come from a folder, "
+                "named by --config-dir"
+            )
+
+
+def points(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep: every combination of lists (`a=1,2`) and ranges."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    refuse_code(overrides)
+    axes = []
+    for override in overrides:
+        with _in_one_sentence([]):
+            parsed = OverridesParser.create().parse_override(override)
+        if not parsed.is_sweep_override():
+            axes.append([override])
+            continue
+        try:
+            key = parsed.get_key_element()
+            axes.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+        except HydraException:
+            raise ConfigError(
+                f"{override}: only lists (a=1,2) and range() can be swept; write the values out"
+            ) from None
+    return [list(point) for point in itertools.product(*axes)]
+
+
 def compose(
     verb: str,
     overrides: list[str],
@@ -109,28 +157,85 @@ def compose(
 
     Raises ConfigError for an override Hydra cannot parse or place, and for a `???` left unset.
     """
+    from omegaconf import OmegaConf
+
+    content = composed(verb, overrides, config_dir=config_dir, known=known)
+    with _in_one_sentence(known or []):
+        container = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
+    return typing.cast(dict[str, Any], container)
+
+
+def composed(
+    verb: str,
+    overrides: list[str],
+    *,
+    config_dir: str | None = None,
+    known: list[str] | None = None,
+) -> "DictConfig":
+    """The same before interpolations are resolved, once it is known that they stay small."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import OmegaConf, open_dict
 
     GlobalHydra.instance().clear()
+    refuse_code(overrides)
+    _refuse_paths(overrides, config_dir)
     if config_dir:
-        from tuneloom.yaml_guard import check_folder
-
         check_folder(Path(config_dir))
     # The flag takes the place of the search path that conf/ingest.yaml names.
     own = ",pkg://tuneloom.conf.ingest" if verb == "ingest" else ""
     search = [f"hydra.searchpath=[file://{config_dir}{own}]"] if config_dir else []
+    module = initialize_config_module(config_module="tuneloom.conf", version_base="1.3")
+    with _in_one_sentence(known or []), module:
+        content = hydra_compose(verb, [*search, *overrides], return_hydra_config=True)
+        if config_dir:
+            _same_hydra(content.hydra, hydra_compose(verb, [], return_hydra_config=True).hydra)
+    with open_dict(content):
+        del content["hydra"]
+    check_interpolations(OmegaConf.to_yaml(content))
+    return content
+
+
+def _refuse_paths(overrides: list[str], config_dir: str | None) -> None:
+    """A choice stays inside its group: Hydra would read any YAML file by its path, unmeasured."""
+    folders = [CONF, CONF / "ingest", *([Path(config_dir)] if config_dir else [])]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        group = key.lstrip("+~").split("@")[0]
+        if ".." in value and group and any((folder / group).is_dir() for folder in folders):
+            raise ConfigError(
+                f"{group}: a choice is the name of a file in this group, got {value!r}; put yours "
+                "into a folder, and name that by --config-dir"
+            )
+
+
+def _same_hydra(content: "DictConfig", stock: "DictConfig") -> None:
+    """Hydra's own config is the one it comes with, whatever way a file took to it."""
+    from omegaconf import OmegaConf
+
+    ours, theirs = (
+        typing.cast(dict[str, Any], OmegaConf.to_container(c, resolve=False))
+        for c in (content, stock)
+    )
+    for part in sorted((set(ours) | set(theirs)) - set(PER_CALL)):
+        if ours.get(part) != theirs.get(part):
+            raise ConfigError(
+                f"hydra.{part}: a file of --config-dir sets it, but nothing of Hydra's own is set "
+                "here; remove it"
+            )
+
+
+@contextmanager
+def _in_one_sentence(known: list[str]) -> Iterator[None]:
+    """What Hydra and OmegaConf raise, as a ConfigError."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        with initialize_config_module(config_module="tuneloom.conf", version_base="1.3"):
-            composed = hydra_compose(config_name=verb, overrides=[*search, *overrides])
-        container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_hydra_sentence(error, known or [])) from None
-    return typing.cast(dict[str, Any], container)
+        raise ConfigError(_hydra_sentence(error, known)) from None
 
 
 def unknown_override(overrides: list[str], known: list[str]) -> None:

@@ -1,8 +1,12 @@
-"""YAML from outside is measured before it is parsed: bytes, depth, and what its aliases unfold to.
+"""YAML from outside is measured before it is parsed: bytes, depth, what its aliases and its
+interpolations unfold to; and it names no code.
 
 OmegaConf was still unfolding a 442-byte bomb after 20 s (2.3.1, measured).
 """
 
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,12 @@ MAX_BYTES = 256 * 1024
 MAX_NODES = 20_000
 """Values after aliases are unfolded; the largest config of ours has 200."""
 MAX_DEPTH = 64
+MAX_RESOLVED = 4 * 2**20
+"""Characters of a config once its interpolations are resolved, at worst."""
+FORBIDDEN_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+"""Keys by which Hydra instantiates what a config names (CVE-2026-68508)."""
+CODE_KEYS = {*FORBIDDEN_KEYS, "()"}
+"""And the one by which `logging.config.dictConfig` does."""
 
 
 def check_file(path: Path) -> None:
@@ -28,10 +38,43 @@ def check_file(path: Path) -> None:
     except yaml.YAMLError as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"{path}: not YAML ({first})") from None
-    if root is not None and unfolded(root, path=path) > MAX_NODES:
+    if root is None:
+        return
+    if unfolded(root, path=path) > MAX_NODES:
         raise ConfigError(
             f"{path}: unfolds to more than {MAX_NODES} values by its aliases; write them out"
         )
+    _refuse_code(root, path)
+
+
+def _refuse_code(root: Any, path: Path) -> None:
+    """No key at any depth names code, and no default lies outside the folder."""
+    for key, value in _pairs(root):
+        line = key.start_mark.line + 1
+        if set(str(key.value).split(".")) & CODE_KEYS:
+            raise ConfigError(
+                f"{path}, line {line}: {key.value}: configs name no code here; remove the key"
+            )
+        if key.value == "defaults" and any(".." in str(s.value) for s in _scalars(value)):
+            raise ConfigError(
+                f"{path}, line {line}: defaults: a choice is the name of a file in its group; "
+                "write no '..'"
+            )
+
+
+def _pairs(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every key with its value, at any depth."""
+    if isinstance(node, yaml.MappingNode):
+        yield from node.value
+    for child in _children(node):
+        yield from _pairs(child)
+
+
+def _scalars(node: Any) -> Iterator[Any]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for child in _children(node):
+        yield from _scalars(child)
 
 
 def _measure_events(text: str, path: Path) -> None:
@@ -47,9 +90,28 @@ def _measure_events(text: str, path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """`check_file` for every YAML file that Hydra could pick below `folder`."""
-    for path in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
-        check_file(path)
+    """`check_file` for every YAML file that Hydra could pick below `folder`, behind links too."""
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := Path(place).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in sorted(files):
+            if name.endswith((".yaml", ".yml")):
+                check_file(Path(place, name))
+
+
+def check_interpolations(text: str) -> None:
+    """Raises ConfigError where the interpolations of a composed config, written as YAML, may
+    resolve to too much: n of them can refer to each other so that one value comes 3^(n/3) times.
+    """
+    count = len(re.findall(r"\$\{", text))
+    if len(text) * 3 ** min(count / 3, 64) > MAX_RESOLVED:
+        raise ConfigError(
+            f"config: its {count} interpolations (${{...}}) may resolve to more than "
+            f"{MAX_RESOLVED >> 20} MiB; write the values out"
+        )
 
 
 def unfolded(node: Any, *, path: Path) -> int:

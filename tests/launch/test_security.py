@@ -173,15 +173,86 @@ def test_20000_fuzzed_configs_are_built_or_refused_in_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that the process stands in."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
 @pytest.mark.parametrize("target", ["sweeper", "launcher", "callbacks.x", "job_logging"])
 def test_hydras_own_classes_cannot_be_replaced(
-    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    target: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     code = f"+hydra.{target}._target_=os.mkdir"
     assert cli.main(["plan", "--multirun", code, "+hydra.sweeper.path=canary"]) == 2
     assert "configs name no code here" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert list(elsewhere.iterdir()) == []
+
+
+CALLBACK = "{x: {_target_: os.mkdir, path: canary}}"
+DECODED = "${oc.decode:'{_target_:os.mkdir,path:canary}'}"
+CODE_FILES = {
+    "hydra: {callbacks: " + CALLBACK + "}": "configs name no code here",
+    'hydra: {callbacks: {x: {"\\x5ftarget_": os.mkdir, path: canary}}}': "configs name no code",
+    "hydra: {sweeper: {params: {a: [{_target_: os.mkdir}]}}}": "configs name no code here",
+    "hydra: {job_logging: {formatters: {x: {(): os.mkdir, path: canary}}}}": "configs name no code",
+    "labels: {a: [[{_partial_: true}]]}": "configs name no code here",
+    f'hydra: {{callbacks: {{x: "{DECODED}"}}}}': "nothing of Hydra's own is set here",
+    "hydra: {hydra_logging: {handlers: {x: {class: os.mkdir}}}}": "nothing of Hydra's own",
+    "defaults: [{/model: ../../x}]": "write no '..'",
+}
+"""Experiments of a config folder, and what is said of them."""
+
+
+@pytest.mark.parametrize("flags", [[], ["--multirun"], ["--help"], ["--cfg", "job"]])
+def test_no_file_of_a_config_dir_names_code(
+    flags: list[str], tmp_path: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By whatever flag it is read (S4)."""
+    for number, (text, said) in enumerate(CODE_FILES.items()):
+        folder = tmp_path / str(number) / "experiment"
+        folder.mkdir(parents=True)
+        (folder / "evil.yaml").write_text("# @package _global_\n" + text)
+        code = cli.main(["plan", *flags, "--config-dir", str(folder.parent), "experiment=evil"])
+        assert (code, said in capsys.readouterr().err) == (2, True), text
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"+hydra.callbacks={CALLBACK.replace(' ', '')}",
+        f"+hydra.callbacks.x={DECODED}",
+        "+hydra/callbacks=x", "+experiment@hydra.callbacks=demo", "~hydra.job_logging",
+        "hydra.searchpath=[file://D]", "experiment=../evil", "model=../evil,folder",
+        "--config-path=D", "-cp=D", "--config-pat=D", "--experimental-rerun=x.pickle", "-cn=evil",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flags", [[], ["--multirun"], ["--cfg", "job"]])
+def test_configs_come_from_config_dir_alone(
+    override: str, flags: list[str], elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No override and no flag is a way around what measures its files (S4, S5)."""
+    assert cli.main(["plan", *flags, override]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "--config-dir" in said or "unknown flag" in said or "names no code" in said
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_sweep_runs_each_point_as_an_ordinary_call(
+    lab: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every combination, the worst exit code, and no folder of Hydra's."""
+    sweep = ["plan", "-m", f"model.path={lab}/base", f"data.path={lab}/rows.jsonl", "json=true"]
+    assert cli.main([*sweep, "optim.lr=1e-3,2e-3", "seed=range(0,2)"]) in (0, 4)
+    assert capsys.readouterr().out.count('"memory"') == 4
+    assert cli.main([*sweep, "optim.lr=1e-3,fast"]) == 2
+    said = capsys.readouterr()
+    assert "optim.lr" in said.err and said.out == ""
+    assert list(elsewhere.iterdir()) == []
 
 
 def bombs(folder: Path) -> list[Path]:
@@ -227,6 +298,24 @@ def test_a_bomb_in_a_config_dir_is_one_sentence(
     bomb.rename(tmp_path / "experiment/bomb.yaml")
     assert cli.main(["plan", "--config-dir", str(tmp_path / "experiment"), "experiment=bomb"]) == 2
     assert "unfolds to more than" in capsys.readouterr().err
+
+
+def test_bombs_of_interpolations_and_behind_links_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What YAML does not unfold OmegaConf does, and Hydra follows links to folders (S5)."""
+    (tmp_path / "real/experiment").mkdir(parents=True)
+    doubled = "".join(f"a{n}: ${{a{n - 1}}}${{a{n - 1}}}\n" for n in range(1, 40))
+    (tmp_path / "real/experiment/x.yaml").write_text(f"# @package _global_\na0: x\n{doubled}")
+    started = time.monotonic()
+    assert cli.main(["plan", "--config-dir", str(tmp_path / "real"), "experiment=x"]) == 2
+    assert "78 interpolations" in capsys.readouterr().err
+    (tmp_path / "real/experiment/x.yaml").write_text(bombs(tmp_path)[0].read_text())
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/experiment").symlink_to(tmp_path / "real/experiment")
+    assert cli.main(["plan", "--config-dir", str(tmp_path / "linked"), "experiment=x"]) == 2
+    assert "unfolds to more than" in capsys.readouterr().err
+    assert time.monotonic() - started < 60
 
 
 def test_configs_of_ours_pass_the_guard() -> None:
