@@ -171,7 +171,9 @@ def _network(shape: str, method: str, kernels: bool = False) -> Any:
     try:
         config = AutoConfig.for_model(**fields)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            network = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=False
+            )
             network.config.use_cache = False
             if kernels:
                 patch(network)

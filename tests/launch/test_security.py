@@ -421,36 +421,67 @@ def test_pickles_of_ten_forms_run_nothing_as_rows_adapter_or_checkpoint(
         assert not canary.exists(), form
 
 
-def test_models_that_bring_code_are_refused_and_not_imported(lab: Path, tmp_path: Path) -> None:
-    """10 folders with modeling_*.py, named in config.json or deeper (S3)."""
-    import shutil
-
-    from tuneloom.data.tokenizer import load_tokenizer
-
-    canary = tmp_path / "canary"
+def folders_with_code(lab: Path, folder: Path, canary: Path) -> list[Path]:
+    """10 models with modeling_evil.py, named in config.json or deeper, here or in another repo."""
     places = [
         ("config.json", ["auto_map"]), ("config.json", ["text_config", "auto_map"]),
         ("config.json", ["vision_config", "auto_map"]), ("tokenizer_config.json", ["auto_map"]),
         ("generation_config.json", ["auto_map"]),
     ]  # fmt: skip
+    models = []
     for number, (file, path) in enumerate(places):
-        for remote in (False, True):
-            folder = tmp_path / f"{number}{remote}"
-            shutil.copytree(lab / "base", folder)
-            (folder / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: ...")
-            config = folder / file
+        for prefix in ("", "someone/repo--"):
+            model = shutil.copytree(lab / "base", folder / f"{number}{bool(prefix)}")
+            (model / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: ...")
+            config = model / file
             content = json.loads(config.read_text()) if config.exists() else {}
             at = content
             for key in path[:-1]:
                 at = at.setdefault(key, {})
-            prefix = "someone/repo--" if remote else ""
-            classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+            classes = ("AutoConfig", "AutoModelForCausalLM")
             at[path[-1]] = dict.fromkeys(classes, f"{prefix}modeling_evil.Evil")
+            at[path[-1]]["AutoTokenizer"] = [f"{prefix}modeling_evil.Evil"] * 2
+            # No class of transformers: else it would be taken without a question.
+            content |= {"model_type": "evil"} if file == "config.json" else {}
+            content |= {"tokenizer_class": "Evil"} if file == "tokenizer_config.json" else {}
             config.write_text(json.dumps(content))
-            with pytest.raises(TuneloomError, match="remote code"):
-                locate(ModelConfig(path=str(folder)))
-                load_tokenizer(str(folder))
-            assert not canary.exists(), (file, path)
+            models.append(model)
+    return models
+
+
+def test_models_that_bring_code_are_refused_by_name(lab: Path, tmp_path: Path) -> None:
+    """Before anything is loaded (S3)."""
+    for folder in folders_with_code(lab, tmp_path, tmp_path / "canary"):
+        with pytest.raises(ConfigError, match="remote code"):
+            locate(ModelConfig(path=str(folder)))
+
+
+ANSWERED = """
+import sys
+from tuneloom.data.tokenizer import load_tokenizer
+from tuneloom.errors import TuneloomError
+for folder in sys.argv[1:]:
+    try:
+        load_tokenizer(folder)
+        print("loaded without its code")
+    except TuneloomError as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+def test_no_answer_at_a_prompt_imports_a_models_code(lab: Path, tmp_path: Path) -> None:
+    """`y` stands on stdin wherever transformers might ask (S3)."""
+    canary = tmp_path / "canary"
+    folders = folders_with_code(lab, tmp_path, canary)
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERED, *map(str, folders)], input=b"y\n" * 100,
+        capture_output=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    said = done.stdout.decode()
+    assert len(said.splitlines()) == 10 and "contains custom code" in said
+    assert "[y/N]" not in said
+    assert not canary.exists()
 
 
 def secret_shapes() -> list[str]:

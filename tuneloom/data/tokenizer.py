@@ -36,7 +36,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> "PreTrainedTokeniz
         raise DataError(f"{path}: no tokenizer files; copy tokenizer.json of the base model there")
     local = only_local(path)
     try:
-        tokenizer = _loader(path).from_pretrained(path, revision=revision, local_files_only=local)
+        tokenizer = _loader(path).from_pretrained(
+            path, revision=revision, local_files_only=local, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         if local and not Path(path).is_dir():
             raise DataError(
