@@ -10,7 +10,7 @@ import time
 
 from tuneloom.config import build, compose, dotted_keys, unknown_override
 from tuneloom.errors import TuneloomError
-from tuneloom.redact import redact
+from tuneloom.redact import redact, redact_tracebacks
 from tuneloom.train.config import TrainConfig
 
 
@@ -19,6 +19,7 @@ def main(overrides: list[str]) -> int:
     environment.
     """
     os.environ.setdefault("TUNELOOM_STARTED", str(time.time()))
+    redact_tracebacks()
     known = [*dotted_keys(TrainConfig), "launch"]
     try:
         unknown_override([o for o in overrides if not o.startswith("launch.")], known)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tuneloom.redact import redacted
+
 
 @torch.no_grad()
 def answer(
@@ -48,7 +50,7 @@ def answer(
 
 
 def append(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """Add one step's samples to samples.jsonl."""
+    """Add one step's samples to samples.jsonl, without the secrets in them."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(redacted({"step": step, **row}), ensure_ascii=False) + "\n")

@@ -23,6 +23,7 @@ from tuneloom.config import (
 )
 from tuneloom.errors import CONFIGURATION, ConfigError, TuneloomError
 from tuneloom.imports import unswept
+from tuneloom.redact import redact, redact_tracebacks
 
 VERBS = {
     "doctor": (
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else CONFIGURATION
     verb, *rest = arguments
+    redact_tracebacks()
     try:
         if verb not in VERBS:
             raise ConfigError(f"verb: expected one of {', '.join(VERBS)}, got {verb!r}")
@@ -95,8 +97,6 @@ def usage() -> str:
 
 def failed(verb: str, error: TuneloomError) -> int:
     """Say what went wrong, without the secrets in it; returns the exit code."""
-    from tuneloom.redact import redact
-
     print(f"tuneloom {verb}: {redact(str(error))}", file=sys.stderr)
     return error.exit_code
 

@@ -5,9 +5,10 @@ process's own.
 import functools
 import os
 import re
+import sys
+import threading
+import traceback
 from typing import Any
-
-from tuneloom.data.secrets import find_secrets
 
 MASK = "[secret]"
 NAMED = re.compile(r"(?i)token|secret|passw|api_?key|credential|access_?key")
@@ -17,6 +18,8 @@ SHORTEST = 8
 
 def redact(text: str) -> str:
     """`text` with every credential of known form, and every value of a secret variable, masked."""
+    from tuneloom.data.secrets import find_secrets  # 0.2 s of patterns
+
     for value in _own():
         text = text.replace(value, MASK)
     for found in sorted(find_secrets(text), key=lambda f: f.start, reverse=True):
@@ -33,6 +36,16 @@ def redacted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(inner) for inner in value]
     return value
+
+
+def redact_tracebacks() -> None:
+    """From here on, what nobody catches is printed without secrets, in threads too."""
+
+    def to_stderr(kind: Any, error: Any, trace: Any) -> None:
+        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+    sys.excepthook = to_stderr
+    threading.excepthook = lambda args: to_stderr(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 @functools.cache

@@ -529,35 +529,66 @@ def test_25_shapes_of_secret_are_masked_in_text_and_in_trees() -> None:
     )
 
 
-def test_no_planted_secret_is_in_any_byte_that_a_run_writes(lab: Path, tmp_path: Path) -> None:
-    """25 shapes in the config, the rows and the environment of a run with W&B offline (S10)."""
-    shapes = secret_shapes()
-    rows = [
-        {"messages": [{"role": "user", "content": secret}, {"role": "assistant", "content": "no"}]}
-        for secret in shapes
+def planted(path: Path, *, answer: str | None = None) -> Path:
+    """Chats in which each shape is asked; `answer` is the same to all, else the shape again."""
+    turns = [
+        [{"role": "user", "content": secret}, {"role": "assistant", "content": answer or secret}]
+        for secret in secret_shapes()
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    return path
+
+
+def in_environment() -> dict[str, str]:
+    """This environment and the shapes."""
+    return os.environ | {f"PLANTED_{n}_TOKEN": s for n, s in enumerate(secret_shapes())}
+
+
+WHOLE_RUN = """
+import json, sys
+from tuneloom import cli
+from tuneloom.config import build
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.loop import fit
+content = json.load(sys.stdin)
+fit(build(TrainConfig, content))
+run = f"run={content['run']['root']}/planted"
+assert cli.main(["evaluate", run, f"data.path={content['data']['path']}", "task=seen"]) == 0
+assert cli.main(["evaluate", run, f"data.path={content['data']['validation']}"]) == 0
+assert cli.main(["report", run]) == 0
+"""
+
+
+def test_no_planted_secret_is_in_any_byte_that_a_run_writes(lab: Path, tmp_path: Path) -> None:
+    """25 shapes in the config, the rows that train and those that validate and the environment of
+    a run with W&B offline, its evaluations and its report (S10).
+    """
+    shapes = secret_shapes()
     content = small_config(
         lab, "planted", run__root=str(tmp_path / "runs"), run__parent=" ".join(shapes), steps=2,
-        data__path=str(tmp_path / "rows.jsonl"), tracker__mode="offline", batch__max_length=512,
+        data__path=str(planted(tmp_path / "rows.jsonl", answer="no")), train__samples=len(shapes),
+        data__validation=str(planted(tmp_path / "validation.jsonl")), train__sample_tokens=2,
+        tracker__mode="offline", batch__max_length=512,
     )  # fmt: skip
-    script = (
-        "import json, sys\n"
-        "from tuneloom.config import build\nfrom tuneloom.train.config import TrainConfig\n"
-        "from tuneloom.train.loop import fit\n"
-        "fit(build(TrainConfig, json.load(sys.stdin)))\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(content).encode(), capture_output=True,
-        env=os.environ | {f"PLANTED_{n}_TOKEN": secret for n, secret in enumerate(shapes)},
-        timeout=200, check=False,
+        [sys.executable, "-c", WHOLE_RUN], input=json.dumps(content).encode(), capture_output=True,
+        env=in_environment(), timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert {"run.json", "config.yaml", "metrics.jsonl"} <= {path.name for path in files}
+    names = {"run.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html"}
+    assert names <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files)
-    written = b"".join(path.read_bytes() for path in files) + done.stdout + done.stderr
-    assert [secret for secret in shapes if essence(secret).encode() in written] == []
+    assert len([path for path in files if path.name.endswith(".rows.jsonl")]) == 2
+    samples = (tmp_path / "runs/planted/samples.jsonl").read_text()
+    assert samples.count('"expected": "[secret]') == len(shapes)
+    hits = {
+        (path.name, secret) for path in files for secret in shapes
+        if essence(secret).encode() in path.read_bytes()
+    }  # fmt: skip
+    assert hits == set()
+    said = (done.stdout + done.stderr).decode()
+    assert [secret for secret in shapes if essence(secret) in said] == []
 
 
 def session_of(pid: int) -> Path:
@@ -569,22 +600,17 @@ def under_ray(lab: Path, folder: Path, *more: str) -> tuple[int, bytes]:
     """A `launch=local` run with the shapes in its environment and rows and one in its config; its
     exit code and every byte that it, W&B and Ray wrote or printed.
     """
-    shapes = secret_shapes()
-    rows = [
-        {"messages": [{"role": "user", "content": secret}, {"role": "assistant", "content": "no"}]}
-        for secret in shapes
-    ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = [
         sys.executable, "-m", "tuneloom", "train", f"run.root={folder}/runs", "run.id=ray",
-        f"run.parent={shapes[0]}", "model.dtype=fp32", "steps=2", f"data.path={folder}/rows.jsonl",
-        "data.validation=null", "batch.max_length=512", "batch.tokens=512", "tracker=offline",
+        f"run.parent={secret_shapes()[0]}", "model.dtype=fp32", "steps=2", "tracker=offline",
+        f"data.path={planted(folder / 'rows.jsonl', answer='no')}", "train.samples=25",
+        f"data.validation={planted(folder / 'validation.jsonl')}", "train.sample_tokens=2",
+        "batch.max_length=512", "batch.tokens=512",
         "launch=local", "train.drill=false", f"model.path={lab}/base", *more,
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {f"PLANTED_{n}_TOKEN": secret for n, secret in enumerate(shapes)},
-    )  # fmt: skip
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=in_environment()
+    )
     said = process.communicate(timeout=200)[0]
     session = session_of(process.pid)
     files = [p for f in (session, folder / "runs") for p in f.rglob("*") if p.is_file()]
@@ -597,6 +623,33 @@ def test_no_planted_secret_is_in_any_byte_that_ray_writes(lab: Path, tmp_path: P
     """25 shapes in the environment and the rows, one in the config, of a run under Ray (S10)."""
     code, written = under_ray(lab, tmp_path, "launch.workers=1")
     assert code == 0, written[-3000:].decode(errors="replace")
+    assert written.count(b'"expected": "[secret]') == len(secret_shapes())
+    assert [s for s in secret_shapes() if essence(s).encode() in written] == []
+
+
+def base_that_fails(lab: Path, folder: Path) -> Path:
+    """A model whose activation is named by all shapes: a library raises with them in its words."""
+    base = shutil.copytree(lab / "base", folder / "base")
+    content = json.loads((base / "config.json").read_text())
+    content["hidden_act"] = " ".join(secret_shapes())
+    (base / "config.json").write_text(json.dumps(content))
+    return Path(base)
+
+
+@pytest.mark.parametrize("command", [["tuneloom", "train", "launch=inline"], ["tuneloom.train"]])
+def test_no_secret_is_in_the_traceback_of_what_nobody_caught(
+    command: list[str], lab: Path, tmp_path: Path
+) -> None:
+    """In one process Python prints it, not Ray (S10)."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command, f"model.path={base_that_fails(lab, tmp_path)}", "steps=1",
+         "model.dtype=fp32", f"run.root={tmp_path}/runs", f"data.path={lab}/rows.jsonl",
+         "data.validation=null", "tracker=off"],
+        capture_output=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and b"Traceback" in done.stderr and b"[secret]" in done.stderr
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    written = b"".join([done.stdout, done.stderr, *(path.read_bytes() for path in files)])
     assert [s for s in secret_shapes() if essence(s).encode() in written] == []
 
 
@@ -604,11 +657,8 @@ def test_no_secret_in_the_text_of_a_ranks_exception_is_written_anywhere(
     lab: Path, tmp_path: Path
 ) -> None:
     """A library of a rank raises with all 25 in its words: its model's activation is named so."""
-    shutil.copytree(lab / "base", tmp_path / "base")
-    content = json.loads((tmp_path / "base/config.json").read_text())
-    content["hidden_act"] = " ".join(secret_shapes())
-    (tmp_path / "base/config.json").write_text(json.dumps(content))
-    code, written = under_ray(lab, tmp_path, "launch.workers=2", f"model.path={tmp_path}/base")
+    base = base_that_fails(lab, tmp_path)
+    code, written = under_ray(lab, tmp_path, "launch.workers=2", f"model.path={base}")
     assert code == 5, written[-3000:].decode(errors="replace")
     assert b"a rank failed: " in written and b"[secret]" in written
     assert [s for s in secret_shapes() if essence(s).encode() in written] == []

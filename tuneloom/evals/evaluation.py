@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from tuneloom.config import Config
 from tuneloom.errors import DataError
 from tuneloom.evals.intervals import wilson
+from tuneloom.redact import redacted
 
 Metric = Literal["label_accuracy", "exact_match", "loss"]
 
@@ -116,11 +117,12 @@ def proportion(correct: int, n: int) -> Proportion:
 
 
 def write(run: Path, evaluation: Evaluation) -> Path:
-    """Write evals/<task>.json into a run folder, in one move."""
+    """Write evals/<task>.json into a run folder, in one move, without the secrets of its rows."""
     path = run / "evals" / f"{evaluation.task}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(evaluation.model_dump(), indent=1, ensure_ascii=False) + "\n")
+    content = redacted(evaluation.model_dump())
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     partial.replace(path)
     return path
 

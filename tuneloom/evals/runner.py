@@ -23,6 +23,7 @@ from tuneloom.evals.score import Marks, Sheet
 from tuneloom.evals.tasks import Row
 from tuneloom.evals.terminal import progress, summary
 from tuneloom.evals.training import count_seen, drawn, open_training
+from tuneloom.redact import redact, redacted
 from tuneloom.registry.adapters import is_adapter
 from tuneloom.registry.contract import Contract
 
@@ -102,10 +103,10 @@ def main(config: EvaluateConfig) -> int:
     """Score, print, write, and judge when asked to."""
     subject = find(config)
     found, lines = evaluate(config, subject)
-    print(summary(found))
+    print(redact(summary(found)))
     if subject.run is not None:
         path = evaluation.write(subject.run, found)
-        rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in redacted(lines))
         path.with_suffix(".rows.jsonl").write_text(rows, encoding="utf-8")
         print(f"written to {path}")
     if config.gate:
