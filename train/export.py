@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from tuneloom.config import Config, build
 from tuneloom.data.golden import goldens
 from tuneloom.data.render import Renderer
@@ -30,6 +28,7 @@ from tuneloom.registry.digests import (
 )
 from tuneloom.train.card import card
 from tuneloom.train.config import TrainConfig
+from tuneloom.yaml_guard import read_mapping
 
 WEIGHTS = "weights"
 TOKENIZER_FILES = (
@@ -111,7 +110,7 @@ def read_run(run: Path) -> tuple[TrainConfig, Path]:
     path = run / "config.yaml"
     if not path.exists():
         raise ConfigError(f"run: {run} has no config.yaml; give a run folder such as runs/RUN_ID")
-    config = build(TrainConfig, yaml.safe_load(path.read_text("utf-8")))
+    config = build(TrainConfig, read_mapping(path))
     weights = run / WEIGHTS
     if not weights.is_dir():
         raise ConfigError(f"run: {run} has no {WEIGHTS}/, so it has not ended; train it to the end")

@@ -89,6 +89,15 @@ def _measure_events(text: str, path: Path) -> None:
             )
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, once `check_file` has passed it."""
+    check_file(path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {content!r:.80}")
+    return content
+
+
 def check_folder(folder: Path) -> None:
     """`check_file` for every YAML file that Hydra could pick below `folder`, behind links too."""
     seen: set[Path] = set()

@@ -347,6 +347,19 @@ def test_a_bomb_in_a_config_dir_is_one_sentence(
     assert "unfolds to more than" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["export", "evaluate", "report"])
+def test_a_bomb_as_a_runs_config_is_one_sentence(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's folder may come from elsewhere (S5)."""
+    bombs(tmp_path)[0].rename(tmp_path / "config.yaml")
+    assert cli.main([verb, f"run={tmp_path}"]) == 2
+    assert "unfolds to more than" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("- a")
+    assert cli.main([verb, f"run={tmp_path}"]) == 2
+    assert "expected keys and values" in capsys.readouterr().err
+
+
 def test_bombs_of_interpolations_and_behind_links_are_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuneloom.config import Config
 from tuneloom.errors import DONE, ConfigError, DataError
 from tuneloom.evals import evaluation, formats, page
 from tuneloom.evals.evaluation import Evaluation
+from tuneloom.yaml_guard import read_mapping
 
 TEMPLATE = "report.html.jinja"
 
@@ -67,7 +66,7 @@ def gather(run: Path, *, task: str | None = None) -> page.Record:
     if not (run / "config.yaml").exists():
         raise ConfigError(f"run: {run} has no config.yaml; give a run folder such as runs/RUN_ID")
     text = (run / "config.yaml").read_text("utf-8")
-    config = yaml.safe_load(text)
+    config = read_mapping(run / "config.yaml")
     evaluations = _evaluations(run)
     facts = _json(run / "run.json") or {}
     return page.Record(

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuneloom.data.golden import goldens
 from tuneloom.data.render import Renderer
 from tuneloom.data.tokenizer import load_tokenizer
@@ -14,6 +12,7 @@ from tuneloom.errors import ConfigError
 from tuneloom.registry.adapters import is_adapter, model_folder
 from tuneloom.registry.contract import Base, Contract
 from tuneloom.registry.digests import template_digest, tokenizer_digest, weights_digest
+from tuneloom.yaml_guard import read_mapping
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def open_run(run: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"run: {run} has no config.yaml; give a run folder such as runs/RUN_ID")
-    return folder, yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    return folder, read_mapping(folder / "config.yaml")
 
 
 def weights_of(run: Path, config: dict[str, Any]) -> Tuned:
