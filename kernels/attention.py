@@ -2,12 +2,16 @@
 which.
 
 No attention is written here: `varlen` is `torch.nn.attention.varlen` (FlashAttention-2 in core),
-`flash` is the flash-attn package, `sdpa` is PyTorch's fused kernel, `eager` is the plain reference.
-`install(model, choice)` makes a Hugging Face model call it; `CALLS` counts what really ran.
+`flash` is flash-attn 2, 3 or 4, whichever is installed and made for the GPU, `sdpa` is PyTorch's
+fused kernel, `eager` is the plain reference. `install(model, choice)` makes a Hugging Face model
+call it; `CALLS` counts what really ran, `REASONS` says why.
 
 Shapes: T packed tokens, N documents, L longest document, H heads, K key/value heads, C head width.
 """
 
+import functools
+import importlib
+import importlib.metadata
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +32,8 @@ Exchange = Callable[[Attend, Tensor, Tensor, Tensor], Tensor]
 """Runs an attention on whole sequences from parts of them (train/sequence.py)."""
 CALLS: Counter[str] = Counter()
 """Calls per backend since import, or since `CALLS.clear()`; effects.json is written from it."""
+REASONS: dict[str, str] = {}
+"""Why each backend was installed, the last time; stands in effects.json beside its calls."""
 
 
 @dataclass(frozen=True)
@@ -38,42 +44,107 @@ class Choice:
     reason: str
 
 
-def has_flash() -> bool:
-    """flash-attn 2 or newer can be imported."""
-    return importlib.util.find_spec("flash_attn") is not None
+@dataclass(frozen=True)
+class Flash:
+    """A generation of flash-attn: all have one `flash_attn_varlen_func` and the same keywords."""
+
+    distribution: str
+    module: str
+    majors: tuple[int, ...]
+    """Compute capabilities that it is taken on."""
+    widest: int
+    """Head."""
+
+
+# The newest that has kernels of its own for the GPU first. flash-attn 2 ships a `flash_attn.cute`,
+# too, of another signature, and flash-attn 4 a `flash_attn` of nothing else: the distribution says
+# which is there. Signatures: flash-attn 2.8.3.post2 (hopper/ is 3), flash-attn-4 4.0.0b36.
+GENERATIONS = (
+    Flash("flash-attn-4", "flash_attn.cute", (10, 11), 128),
+    Flash("flash-attn-3", "flash_attn_interface", (9,), 256),
+    Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12), 256),
+)
+
+
+def flash(head_dim: int) -> Flash | None:
+    """The generation of flash-attn that this GPU runs heads of `head_dim` with."""
+    if not torch.cuda.is_available():
+        return None
+    major, _ = torch.cuda.get_device_capability()
+    return next(
+        (
+            generation
+            for generation in GENERATIONS
+            if major in generation.majors
+            and head_dim <= generation.widest
+            and version(generation.distribution)
+        ),
+        None,
+    )
+
+
+@functools.cache
+def version(distribution: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def has_varlen() -> bool:
-    """`torch.nn.attention.varlen` exists (torch 2.10 and newer) and a CUDA device can run it."""
-    return (
-        torch.cuda.is_available()
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    )
+    """`torch.nn.attention.varlen` is there (torch 2.10 and newer)."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def choose(requested: str, *, dtype: torch.dtype, head_dim: int, softcap: float | None) -> Choice:
     """Backend for `model.attention=requested`; raises ConfigError when it was named and cannot
     run.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
-    blockers = {
-        "flash": None if has_flash() and half and torch.cuda.is_available() else
-        "needs a CUDA device, bf16 or fp16, and the flash-attn package (extra `flash`)",
-        "varlen": None if has_varlen() and half and head_dim <= 256 and not softcap else
-        "needs a CUDA device, torch 2.10, bf16 or fp16, heads of at most 256, no logit soft cap",
+    lacks = {
+        "flash": _lacks_flash(dtype, head_dim),
+        "varlen": _lacks_varlen(dtype, head_dim, softcap),
         "sdpa": "cannot soft-cap logits" if softcap else None,
         "eager": None,
-    }  # fmt: skip
+    }
     if requested != "auto":
-        if blockers[requested]:
+        if lacks[requested]:
             raise ConfigError(
-                f"model.attention: {requested!r} {blockers[requested]}; set model.attention=auto"
+                f"model.attention: {requested!r} {lacks[requested]}; set model.attention=auto"
             )
         return Choice(requested, "asked for")
-    for backend in ("flash", "varlen", "sdpa", "eager"):
-        if not blockers[backend]:
-            return Choice(backend, "fastest that this device and model allow")
-    raise AssertionError("eager has no blocker")
+    backend = next(name for name, lack in lacks.items() if not lack)
+    passed = [f"{name} {lack}" for name, lack in lacks.items() if lack]
+    found = flash(head_dim) if backend == "flash" else None
+    what = [f"{found.distribution} {version(found.distribution)}"] if found else []
+    return Choice(backend, "; ".join(what + passed) or "the fastest")
+
+
+def _lacks_flash(dtype: torch.dtype, head_dim: int) -> str | None:
+    if lack := _lacks_fused(dtype, head_dim):
+        return lack
+    if flash(head_dim) is None:
+        return "needs a flash-attn for this GPU (extra `flash`)"
+    return None
+
+
+def _lacks_varlen(dtype: torch.dtype, head_dim: int, softcap: float | None) -> str | None:
+    if lack := _lacks_fused(dtype, head_dim):
+        return lack
+    if not has_varlen():
+        return "needs torch 2.10"
+    return "cannot soft-cap logits" if softcap else None
+
+
+def _lacks_fused(dtype: torch.dtype, head_dim: int) -> str | None:
+    """What every FlashAttention needs."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs Ampere or a newer GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "needs bf16 or fp16"
+    return "needs heads of at most 256" if head_dim > 256 else None
 
 
 def install(model: torch.nn.Module, choice: Choice, *, exchange: Exchange | None = None) -> None:
@@ -81,6 +152,8 @@ def install(model: torch.nn.Module, choice: Choice, *, exchange: Exchange | None
     parts of sequences through `exchange`.
     """
     from transformers import AttentionInterface
+
+    REASONS[choice.backend] = choice.reason
 
     def forward(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -167,23 +240,35 @@ def _fused_varlen(
     q, k, v = (
         t.transpose(1, 2).reshape(batch * length, t.shape[1], width) for t in (query, key, value)
     )
-    span = (window - 1, 0) if window else (-1, 0)
+    out: Any
     if backend == "flash":
-        from flash_attn import flash_attn_varlen_func
-
-        out = flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, max_length, max_length,
-            softmax_scale=scale, causal=True, window_size=span if window else (-1, -1),
-            softcap=softcap or 0.0,
-        )  # fmt: skip
+        out = _flash(q, k, v, cu_seqlens, max_length, scale, window, softcap)
     else:
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(
             q, k, v, cu_seqlens, cu_seqlens, max_length, max_length,
-            scale=scale, window_size=span, enable_gqa=k.shape[1] != heads,
+            scale=scale, window_size=(window - 1, 0) if window else (-1, 0),
+            enable_gqa=k.shape[1] != heads,
         )  # fmt: skip
     return out.view(batch, length, heads, width)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int,
+    scale: float | None, window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """The installed flash-attn on (T, H, C)."""
+    generation = flash(q.shape[-1])
+    assert generation is not None, "chosen without being there"
+    function = importlib.import_module(generation.module).flash_attn_varlen_func
+    out = function(
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_length,
+        max_seqlen_k=max_length, softmax_scale=scale, causal=True,
+        window_size=(window - 1, 0) if window else (-1, -1), softcap=softcap or 0.0,
+    )  # fmt: skip
+    attended: Tensor = out[0] if isinstance(out, tuple) else out  # 4 gives its log-sum-exp, too
+    return attended
 
 
 def _by_document(

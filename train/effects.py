@@ -190,7 +190,9 @@ class Witness:
     def _model(self) -> Iterator[Receipt]:
         model = self.config.model
         calls = dict(attention.CALLS)
-        yield Receipt(f"model.attention={model.attention}", bool(calls), {"calls": calls})
+        reasons = {backend: attention.REASONS[backend] for backend in calls}
+        ran = {"calls": calls, "reasons": reasons}
+        yield Receipt(f"model.attention={model.attention}", bool(calls), ran)
         dtypes: dict[str, int] = {}
         for parameter in self.network.parameters():
             dtypes[str(parameter.dtype).removeprefix("torch.")] = dtypes.get(

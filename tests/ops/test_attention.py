@@ -1,0 +1,215 @@
+"""Attention: every plain backend against float64; which one is chosen where, and why."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tuneloom.errors import ConfigError
+from tuneloom.kernels import attention
+from tuneloom.kernels.attention import attend, choose
+
+HEADS, KEY_HEADS, WIDTH = 6, 2, 8
+DOCUMENTS = [0, 5, 6, 6, 17, 19]  # one of a single token, one of none
+TOKENS = 22  # three of padding behind the last document
+TOLERANCE = {"sdpa": 1e-12, "eager": 2e-6}
+"""eager's softmax is fp32, whatever comes in."""
+
+
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """One document, one query at a time: (H, L, C) and (K, L, C) to (L, H, C)."""
+    rows = []
+    for t in range(q.shape[1]):
+        first = 0 if window is None else max(0, t - window + 1)
+        heads = []
+        for head in range(HEADS):
+            group = head // (HEADS // KEY_HEADS)
+            scores = k[group, first : t + 1] @ q[head, t] * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            heads.append(scores.softmax(0) @ v[group, first : t + 1])
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def leaves(rows: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, heads, TOKENS, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    return [
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize(("backend", "softcap"), [("sdpa", None), ("eager", None), ("eager", 1.5)])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_and_its_gradients_are_those_of_the_formula_in_float64(
+    backend: str, window: int | None, softcap: float | None, scale: float | None, packed: bool
+) -> None:
+    inputs, exact = leaves(1 if packed else 2), leaves(1 if packed else 2)
+    asked: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+    if packed:
+        asked |= {"cu_seqlens": torch.tensor(DOCUMENTS, dtype=torch.int32), "max_length": 11}
+    out = attend(*inputs, backend=backend, **asked)
+
+    settings = (WIDTH**-0.5 if scale is None else scale, window, softcap)
+    if packed:
+        parts = [
+            formula(*(t[0, :, start:stop] for t in exact), *settings)
+            for start, stop in itertools.pairwise(DOCUMENTS)
+            if stop > start
+        ]
+        padding = torch.zeros(TOKENS - DOCUMENTS[-1], HEADS, WIDTH, dtype=torch.float64)
+        expected = torch.cat([*parts, padding])[None]
+    else:
+        expected = torch.stack([formula(*(t[row] for t in exact), *settings) for row in range(2)])
+    tolerance = TOLERANCE[backend]
+    torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
+    cotangent = torch.randn_like(expected)
+    out.backward(cotangent)
+    expected.backward(cotangent)
+    for got, truth in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(got.grad, truth.grad, rtol=0, atol=10 * tolerance)
+
+
+def test_the_longest_document_need_not_be_told() -> None:
+    offsets = torch.tensor(DOCUMENTS, dtype=torch.int32)
+    told, untold = (
+        attend(*leaves(1), backend="sdpa", cu_seqlens=offsets, max_length=longest)
+        for longest in (11, None)
+    )
+    torch.testing.assert_close(told, untold, rtol=0, atol=1e-12)
+
+
+Monkey = pytest.MonkeyPatch
+
+
+def machine(monkeypatch: Monkey, major: int | None, *, varlen: bool = True, **there: str) -> None:
+    """A machine with a GPU of compute capability `major`.0, or none, and these distributions."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: major is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    monkeypatch.setattr(attention, "has_varlen", lambda: varlen)
+    monkeypatch.setattr(attention, "version", lambda name: there.get(name.replace("-", "_")))
+
+
+TWO, THREE, FOUR = {"flash_attn": "2.8.3"}, {"flash_attn_3": "3.0.0"}, {"flash_attn_4": "4.0.0"}
+
+
+@pytest.mark.parametrize(
+    ("major", "there", "model", "backend", "reason"),
+    [
+        (None, TWO, {}, "sdpa", "flash needs a CUDA device; varlen needs a CUDA device"),
+        (None, {}, {"softcap": 50.0}, "eager", "sdpa cannot soft-cap logits"),
+        (7, TWO, {}, "sdpa", "flash needs Ampere or a newer GPU; varlen needs Ampere"),
+        (9, {}, {}, "varlen", "flash needs a flash-attn for this GPU (extra `flash`)"),
+        (9, {}, {"dtype": torch.float32}, "sdpa", "varlen needs bf16 or fp16"),
+        (9, {}, {"softcap": 50.0}, "eager", "varlen cannot soft-cap logits; sdpa cannot"),
+        (9, TWO, {"head_dim": 512}, "sdpa", "flash needs heads of at most 256"),
+        (8, TWO, {}, "flash", "flash-attn 2.8.3"),
+        (9, TWO, {"softcap": 50.0}, "flash", "flash-attn 2.8.3"),
+        (9, TWO | THREE | FOUR, {}, "flash", "flash-attn-3 3.0.0"),
+        (8, TWO | THREE | FOUR, {}, "flash", "flash-attn 2.8.3"),
+        (10, TWO | THREE | FOUR, {}, "flash", "flash-attn-4 4.0.0"),
+        (10, TWO | FOUR, {"head_dim": 256}, "flash", "flash-attn 2.8.3"),
+        (9, FOUR, {}, "varlen", "flash needs a flash-attn for this GPU"),
+        (8, THREE, {}, "varlen", "flash needs a flash-attn for this GPU"),
+    ],
+)
+def test_the_fastest_backend_that_is_there_is_taken_and_says_why(
+    monkeypatch: Monkey, major: int | None, there: dict[str, str], model: dict[str, Any],
+    backend: str, reason: str,
+) -> None:  # fmt: skip
+    machine(monkeypatch, major, **there)
+    found = choose("auto", **({"dtype": torch.bfloat16, "head_dim": 128, "softcap": None} | model))
+    assert found.backend == backend and reason in found.reason
+
+
+def test_an_older_torch_has_no_varlen(monkeypatch: Monkey) -> None:
+    machine(monkeypatch, 9, varlen=False)
+    found = choose("auto", dtype=torch.bfloat16, head_dim=128, softcap=None)
+    assert found.backend == "sdpa" and "varlen needs torch 2.10" in found.reason
+
+
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_a_backend_that_was_named_and_cannot_run_is_refused(
+    monkeypatch: Monkey, backend: str
+) -> None:
+    machine(monkeypatch, 9, **FOUR)
+    with pytest.raises(ConfigError, match=rf"model\.attention: '{backend}' needs bf16 or fp16"):
+        choose(backend, dtype=torch.float32, head_dim=128, softcap=None)
+    machine(monkeypatch, None)
+    with pytest.raises(ConfigError, match=r"needs a CUDA device; set model\.attention=auto"):
+        choose(backend, dtype=torch.bfloat16, head_dim=128, softcap=None)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, keywords: dict[str, Any]) -> Tensor:
+    """What flash-attn computes, (T, H, C), by the reference."""
+    assert keywords["causal"] and keywords["cu_seqlens_q"] is keywords["cu_seqlens_k"]
+    left, right = keywords["window_size"]
+    assert (left, right) == (-1, -1) or (left >= 0 and right == 0)
+    return attend(
+        *(t.transpose(0, 1)[None] for t in (q, k, v)), backend="eager",
+        cu_seqlens=keywords["cu_seqlens_q"], max_length=keywords["max_seqlen_k"],
+        scale=keywords["softmax_scale"], window=left + 1 or None, softcap=keywords["softcap"],
+    )[0]  # fmt: skip
+
+
+# The parameters of flash-attn 2.8.3.post2, of its hopper/ (3) and of flash-attn-4 4.0.0b36, as far
+# as they come before or are what is passed.
+def second(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: Any = None, causal: bool = False,
+    window_size: Any = (-1, -1), softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    return plain(q, k, v, locals())
+
+
+def third(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+    max_seqlen_k: int, seqused_q: Any = None, seqused_k: Any = None, softmax_scale: Any = None,
+    causal: bool = False, qv: Any = None, window_size: Any = (-1, -1), softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    return plain(q, k, v, locals())
+
+
+def fourth(
+    q: Any, k: Any, v: Any, qv: Any = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+    max_seqlen_q: Any = None, max_seqlen_k: Any = None, softmax_scale: Any = None,
+    causal: bool = False, window_size: Any = (None, None), softcap: float = 0.0,
+) -> tuple[Tensor, None]:  # fmt: skip
+    return plain(q, k, v, locals()), None
+
+
+@pytest.mark.parametrize(
+    ("major", "there", "module", "function"),
+    [
+        (8, TWO, "flash_attn", second),
+        (9, THREE, "flash_attn_interface", third),
+        (10, FOUR, "flash_attn.cute", fourth),
+    ],
+)
+@pytest.mark.parametrize(("window", "softcap", "scale"), [(None, None, None), (4, 1.5, 0.7)])
+def test_each_flash_attn_is_called_by_the_names_it_knows(
+    monkeypatch: Monkey, major: int, there: dict[str, str], module: str, function: Any,
+    window: int | None, softcap: float | None, scale: float | None,
+) -> None:  # fmt: skip
+    stand_in: Any = ModuleType(module)
+    stand_in.flash_attn_varlen_func = function
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    machine(monkeypatch, major, **there)
+    asked: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+    asked |= {"cu_seqlens": torch.tensor([0, 5, TOKENS], dtype=torch.int32), "max_length": 17}
+    inputs = leaves(1)
+    expected = attend(*inputs, backend="eager", **asked)
+    assert torch.equal(attend(*inputs, backend="flash", **asked), expected)
