@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import record
@@ -60,6 +61,19 @@ def _addmm_flops(_: Any, a: tuple[int, int], b: tuple[int, int], **__: Any) -> i
 IN_PLACE: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_flops}
 
 
+def _packed_flops(x: tuple[int, ...], _: Any, weight: tuple[int, int], *__: Any, **___: Any) -> int:
+    return 2 * math.prod(x[:-1]) * weight[0] * weight[1]
+
+
+def counted(*, nf4: bool) -> dict[Any, Any]:
+    """Products that the counter does not know: ours, and bitsandbytes' of a packed weight."""
+    if not nf4:
+        return IN_PLACE
+    import bitsandbytes  # noqa: F401  registers its ops
+
+    return IN_PLACE | {torch.ops.bitsandbytes.gemm_4bit: _packed_flops}
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to train a layer."""
@@ -74,6 +88,8 @@ class Contender:
     diet: bool = False
     augmented: bool = False
     dora: bool = False
+    nf4: bool = False
+    """The layers' linears as bitsandbytes holds them for QLoRA."""
 
 
 PEFT = Contender("PEFT, bf16 adapters")
@@ -83,10 +99,13 @@ CONTENDERS = (
     replace(OURS, name="ours, LoRA, dropout 0.05", dropout=0.05),
     replace(OURS, name="ours, LoRA, augmented products", augmented=True),
     replace(OURS, name="ours, DoRA", dora=True),
+    replace(OURS, name="ours, QLoRA", nf4=True),
     replace(OURS, name="ours, full", lora=False),
     PEFT,
     replace(PEFT, name="PEFT, bf16 adapters, DoRA", dora=True),
+    replace(PEFT, name="PEFT, bf16 adapters, QLoRA", nf4=True),
     replace(PEFT, name="PEFT, bf16 adapters, fused elementwise ops", ops=True),
+    replace(PEFT, name="PEFT, bf16 adapters, fused elementwise ops, QLoRA", ops=True, nf4=True),
     replace(PEFT, name="PEFT, fp32 adapters, autocast", adapters=torch.float32, autocast=True),
     replace(
         PEFT,
@@ -133,6 +152,8 @@ def build(shape: str, contender: Contender, layers: int) -> nn.Module:
     network: Any = getattr(transformers, f"{family}ForCausalLM")
     with _default_dtype(torch.bfloat16):
         model: Any = network(config)
+    if contender.nf4:
+        _quantise(model)
     if contender.ops:
         _patch(model, contender.diet)
     if contender.lora:
@@ -153,6 +174,32 @@ def build(shape: str, contender: Contender, layers: int) -> nn.Module:
         augment(model)
     trained: nn.Module = model.train()
     return trained
+
+
+def _quantise(model: nn.Module) -> None:
+    """Every linear of the layers becomes a Linear4bit whose NF4 weight was quantised before."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
+
+    for parent in [m for name, m in model.named_modules() if ".layers." in name]:
+        for name, linear in list(parent.named_children()):
+            if type(linear) is not nn.Linear:
+                continue
+            shape = linear.weight.shape
+            with unset_fake_temporarily():  # no tensor of a class of its own can be fake
+                four: Any = Linear4bit(
+                    *shape[::-1], bias=False, compute_dtype=torch.bfloat16, device="meta"
+                )
+            packed: Any = nn.Parameter(
+                torch.empty(shape.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+            )
+            packed.quant_type, packed.compress_statistics = "nf4", False
+            packed.quant_state = four.quant_state = QuantState(
+                absmax=torch.empty(shape.numel() // 64), shape=shape, code=torch.empty(16),
+                blocksize=64, quant_type="nf4", dtype=torch.bfloat16,
+            )  # fmt: skip
+            four.weight = packed
+            setattr(parent, name, four)
 
 
 def _patch(model: nn.Module, diet: bool) -> None:
@@ -203,7 +250,8 @@ def measure(shape: str, contender: Contender, layers: int) -> tuple[int, int]:
         autocast = torch.autocast("cpu", torch.bfloat16) if contender.autocast else None
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         positions = torch.arange(TOKENS)[None]
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        mapping = counted(nf4=contender.nf4)
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
             with hooks, autocast or contextlib.nullcontext():
                 hidden = model.get_base_model().model if contender.lora else model.model
@@ -216,7 +264,7 @@ def per_layer(shape: str, contender: Contender) -> dict[str, float]:
     """KiB a token and layer, and FLOPs against 4 N + 6 n (LoRA) or 6 N (full) a token."""
     (one, one_flops), (three, three_flops) = (measure(shape, contender, n) for n in (1, 3))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = build(shape, contender, 1)
+        model: Any = build(shape, replace(contender, nf4=False), 1)
         layer = next(m for n, m in model.named_modules() if n.endswith("layers.0"))
         matrices = [p for p in layer.parameters() if p.dim() == 2]
         adapters = sum(p.numel() for p in matrices if p.requires_grad) if contender.lora else 0
@@ -249,7 +297,7 @@ def _pairs(names: list[str]) -> Iterator[tuple[str, str]]:
     for peer in names:
         if not peer.startswith("ours"):
             kinds = {"dropout 0.05": "ours, LoRA, dropout 0.05", "DoRA": "ours, DoRA"}
-            kinds |= {"full": "ours, full"}
+            kinds |= {"full": "ours, full", "QLoRA": "ours, QLoRA"}
             yield peer, next((k for end, k in kinds.items() if peer.endswith(end)), "ours, LoRA")
 
 

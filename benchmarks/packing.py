@@ -110,6 +110,13 @@ def compare(case: str, count: int, peer: str, scratch: str) -> dict[str, Any]:
     return result
 
 
+def version_of(peer: str) -> str:
+    """TRL's, as that Python has it."""
+    command = [peer, "-c", "import importlib.metadata as m; print(m.version('trl'))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def balance(world: int, budget: int, count: int) -> dict[str, Any]:
     """Straggling and fill of the plan's steps on a chat-like mix with long documents."""
     generator = np.random.default_rng(SEED)
@@ -170,7 +177,7 @@ def main(arguments: list[str]) -> int:
     for world, budget, count in WORLDS:
         balanced.append(balance(world, budget, count))
         print(balanced[-1], flush=True)
-    result = {"peer": "trl 1.16.0", "tokens": BUDGET}
+    result = {"peer": f"trl {version_of(options.peer)}", "tokens": BUDGET}
     path = record.write("packing", {**result, "packing": packing, "balance": balanced}, seed=SEED)
     print(path)
     return 0

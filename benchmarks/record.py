@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "deepspeed", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "deepspeed", "numpy", "trl",
+            "ray", "datasets", "bitsandbytes")  # fmt: skip
 
 
 def write(name: str, result: dict[str, Any], *, seed: int, folder: Path = RESULTS) -> Path:
