@@ -37,6 +37,23 @@ def test_traffic_hides_from_the_same_number_of_tokens_whatever_the_model() -> No
         assert moving == pytest.approx(micro, rel=0.01)
 
 
+def test_perfect_overlap_exposes_what_outlasts_computation_and_fitted_rates_all_traffic() -> None:
+    cluster = CLUSTERS["h100-80"]
+    least = simulate.hidden_from(cluster, RATES, ranks=64)
+    fitted = Rates(matmul=0.8, attention=0.5, elementwise=0.0, weights=1.18)
+    for factor in (0.5, 2.0):
+        # All parameters in products and no attention to speak of, as the law has it.
+        work = llama_8b(tokens=round(factor * least), length=1, linear=8_030_261_248)
+        traffic = simulate.traffic_bytes(work, ranks=64) / cluster.link(64)
+        perfect = simulate.step(work, cluster, RATES, ranks=64)
+        outlasts = max(0.0, traffic - perfect.compute)
+        assert perfect.exposed == pytest.approx(outlasts)
+        assert (perfect.exposed > 0.4 * traffic) == (factor < 1)
+        assert simulate.step(work, cluster, fitted, ranks=64).exposed == pytest.approx(
+            1.18 * traffic
+        )
+
+
 def test_a_ring_over_nodes_uses_every_adapter_of_a_node() -> None:
     cluster = Cluster(peak=1e15, node=360e9, network=12.5e9)
     assert cluster.link(8) == 360e9
@@ -72,6 +89,17 @@ def test_published_rows_that_no_fit_saw_are_predicted_within_ten_percent() -> No
               *estimator.pick(every, "h100-80", nodes="many")]  # fmt: skip
     assert len(unseen) >= 20
     assert estimator.error(unseen, rates) < 10
+
+
+def test_published_rows_of_many_nodes_speak_against_traffic_that_hides() -> None:
+    every = estimator.rows()
+    fitted = estimator.pick(every, "h100-80", nodes="one")[::2]
+    many = estimator.pick(every, "h100-80", nodes="many")
+    exposed, hidden = (
+        estimator.error(many, estimator.fit(fitted, noise=0.025, hidden=hidden))
+        for hidden in (False, True)
+    )
+    assert exposed < 2.5 and hidden > 3 * exposed
 
 
 def test_scaling_efficiency_is_within_two_points_of_the_published() -> None:
