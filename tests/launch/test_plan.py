@@ -43,6 +43,7 @@ PUBLISHED = {
 DEVICES = {
     "llama3_2_1b_lora": "rtx4090-24",
     "llama3_8b_lora": "h100-80",
+    "llama3_8b_lora_128k": "h100-80",
     "llama3_8b_full": "h100-80",
     "llama3_70b_full_64gpu": "h100-80",
     "qwen3_8b_qlora": "rtx4090-24",

@@ -34,6 +34,15 @@ def test_losses_are_those_of_the_plain_model(stages: dict[str, Any], stage: str)
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2"])
+def test_augmented_products_see_what_the_optimizer_wrote(
+    stages: dict[str, Any], stage: str
+) -> None:
+    found = stages[stage]
+    assert found["augmented"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["augmented_products"] == 24  # 4 groups, 2 layers, 3 steps
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2"])
 def test_the_diet_runs_where_weights_are_whole(stages: dict[str, Any], stage: str) -> None:
     assert stages[stage]["calls"]["activation_diet"] == 6  # 2 layers, 3 steps
     assert stages[stage]["calls"]["linear_cross_entropy"] == 3

@@ -1,4 +1,6 @@
-"""Three LoRA steps under ZeRO 0 to 3, plain and patched: prints losses and what ran, as JSON."""
+"""Three LoRA steps under ZeRO 0 to 3, plain, patched and (0 to 2) with augmented products: prints
+losses and what ran, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import os
 import socket
 import sys
 from typing import Any
+from unittest import mock
 
 os.environ.update(DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 os.environ.update(MASTER_ADDR="127.0.0.1", DS_SKIP_CUDA_CHECK="1")
@@ -17,12 +20,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
+from tuneloom.kernels import augmented_lora
 from tuneloom.kernels.jit import CALLS
 from tuneloom.kernels.loss_head import loss_from_head
 from tuneloom.kernels.patch import patch
 
 
-def steps(stage: int, patched: bool) -> list[float]:
+def steps(stage: int, patched: bool, augmented: bool = False) -> list[float]:
     """Losses of three steps; the head is trained too, so that its gradient is partitioned."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -34,6 +38,8 @@ def steps(stage: int, patched: bool) -> list[float]:
         patch(model)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     model.get_output_embeddings().weight.requires_grad_(True)
+    if augmented:
+        assert augmented_lora.augment(model) == {"augmented": 8}
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {
         "train_micro_batch_size_per_gpu": 2,
@@ -71,6 +77,11 @@ def main() -> int:
         plain = steps(stage, False)
         CALLS.clear()
         found[stage] = {"plain": plain, "patched": steps(stage, True), "calls": dict(CALLS)}
+        if stage < 3:
+            run = augmented_lora.forward
+            with mock.patch.object(augmented_lora, "forward", wraps=run) as product:
+                found[stage]["augmented"] = steps(stage, True, augmented=True)
+            found[stage]["augmented_products"] = product.call_count
     print(json.dumps(found))
     return 0
 
