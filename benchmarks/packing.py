@@ -8,10 +8,11 @@ best-fit packing plus one array of the tokens in packed order, the second time i
 first pays for fresh memory, which on a virtual machine costs ten times what the work does, or
 nothing, as its host has it. Straggling is the slowest over the
 mean of the ranks' costs, attention included, for the steps that `Plan` makes, against the same
-bins dealt at random.
+bins dealt at random; LoRA on Llama-3-8B, and smaller models, whose attention weighs more.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
-from tuneloom.data.balance import costs_of, straggling
+from tuneloom.data.balance import EVEN, costs_of, straggling
 from tuneloom.data.packing import pack
 from tuneloom.data.plan import Plan, PlanConfig
 
@@ -34,6 +35,8 @@ WHOLE_TOKENS = 200_000_000
 WORLDS = ((8, 32_768, 300_000), (64, 8_192, 300_000), (64, 32_768, 100_000),
           (64, 32_768, 300_000), (64, 131_072, 300_000), (512, 131_072, 3_000_000))  # fmt: skip
 """Ranks, tokens of a pack, rows of the dataset; windows as they are by default."""
+SMALLER = {"Llama-3.2-1B": (1_235_814_400, 16, 2048), "Qwen3-0.6B": (596_049_920, 28, 2048)}
+"""Parameters in products, layers, width of attention (heads by their size)."""
 
 PEER = """
 import sys, time
@@ -149,11 +152,24 @@ def balance(world: int, budget: int, count: int) -> dict[str, Any]:
         "steps": -(-len(bins) // world),
         "straggling": straggling(costs, world),
         "straggling_random": straggling(generator.permutation(costs), world),
+        "straggling_of_smaller_models": {
+            name: straggling(recosted(costs, bins, lengths, *shape), world)
+            for name, shape in SMALLER.items()
+        },
         "fill": _fill(lengths, len(bins), budget),
         "rows_of_first_step": first,
         "rows_tokenised_before_it": before_first,
         "plan_seconds": spent,
     }
+
+
+def recosted(
+    costs: np.ndarray, bins: list[np.ndarray], lengths: np.ndarray, products: int, layers: int,
+    width: int,
+) -> np.ndarray:  # fmt: skip
+    """The packs' costs for LoRA on another model: attention weighs 7 layers width / 4N a token."""
+    tokens = np.array([lengths[members].sum() for members in bins])
+    return tokens + (costs - tokens) * EVEN * 7 * layers * width / (4 * products)
 
 
 def _fill(lengths: np.ndarray, bins: int, budget: int = BUDGET) -> float:
@@ -168,19 +184,30 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", default=sys.executable, help="a Python that has trl")
     parser.add_argument("--scratch", default="/tmp/tuneloom-lengths.npy")
+    parser.add_argument("--balance", action="store_true", help="keep the packing that was measured")
     options = parser.parse_args(arguments)
-    packing = {}
-    for case, count in CASES.items():
-        packing[case] = compare(case, count, options.peer, options.scratch)
-        print(case, packing[case], flush=True)
+    result: dict[str, Any] = {"tokens": BUDGET}
+    if options.balance:
+        before = json.loads((record.RESULTS / "packing.json").read_text("utf-8"))
+        kept = before.get("packing_made", before["made"])
+        result |= {"peer": before["peer"], "packing": before["packing"], "packing_made": kept}
+    else:
+        result |= {"peer": f"trl {version_of(options.peer)}", "packing": packed(options)}
     balanced = []
     for world, budget, count in WORLDS:
         balanced.append(balance(world, budget, count))
         print(balanced[-1], flush=True)
-    result = {"peer": f"trl {version_of(options.peer)}", "tokens": BUDGET}
-    path = record.write("packing", {**result, "packing": packing, "balance": balanced}, seed=SEED)
-    print(path)
+    print(record.write("packing", {**result, "balance": balanced}, seed=SEED))
     return 0
+
+
+def packed(options: argparse.Namespace) -> dict[str, Any]:
+    """Every length distribution, against the peer."""
+    found = {}
+    for case, count in CASES.items():
+        found[case] = compare(case, count, options.peer, options.scratch)
+        print(case, found[case], flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.packing import SMALLER, recosted
 from tuneloom.data.balance import arrange, costs_of, straggling
 from tuneloom.data.plan import Plan, PlanConfig, epoch_order, share
 from tuneloom.errors import DataError
@@ -265,6 +266,20 @@ def test_with_the_default_window_the_slowest_of_64_ranks_waits_2_percent() -> No
     plan = Plan(150_000, lambda rows: lengths[rows], config(tokens=32_768, window=None, group=64))
     planned, random = straggling_of(plan, lengths, 64)
     assert planned < 1.02 and random > 1.3
+
+
+def test_a_smaller_model_ranks_packs_alike_and_waits_longer() -> None:
+    lengths = long_and_short(150_000)
+    plan = Plan(150_000, lambda rows: lengths[rows], config(tokens=32_768, window=None, group=64))
+    bins = [b for step in iter(plan.next_step, []) for b in step if len(b)]
+    costs = costs_of(bins, lengths)
+    same = recosted(costs, bins, lengths, 7_504_924_672, 32, 4096)  # Llama-3-8B
+    assert same == pytest.approx(costs, rel=3e-3)
+    small = recosted(costs, bins, lengths, *SMALLER["Qwen3-0.6B"])
+    assert straggling(costs, 64) + 0.01 < straggling(small, 64) < 1.05
+    full = np.array([lengths[members].sum() for members in bins]) == 32_768
+    assert full.mean() > 0.5
+    assert np.array_equal(np.argsort(costs[full]), np.argsort(small[full]))
 
 
 def test_without_balance_steps_stay_random_and_no_pack_waits_for_its_cost() -> None:

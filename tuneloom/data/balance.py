@@ -10,7 +10,9 @@ import numpy as np
 
 EVEN = 32_768
 """Tokens at which a document's attention costs as much as its linear layers: 4N / (7 * layers *
-width) is 32,700 for Llama-3-8B, and about 7 times the width for any model of that shape."""
+width) is 32,700 for LoRA on Llama-3-8B. Others have other numbers (5,900 for Qwen3-0.6B), and the
+same order: full packs are ranked by the sum of their squared lengths, whatever it is. It decides
+where random order loses less than TOLERATED, and their waiting is benchmarks/packing.py's."""
 TOLERATED = 1.02
 """Slowest over mean rank time below which the order stays random."""
 
