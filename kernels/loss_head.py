@@ -8,7 +8,7 @@ patch.py puts `forward` below on `lm_head`. Inside the context it returns the su
 `linear_cross_entropy` in place of logits; outside it is the linear it was. The call still goes
 through the root module and `lm_head(...)`, so that ZeRO-3's hooks gather the head's weight.
 Not fused, and said so by the False: a head that PEFT wraps, one that is no plain linear, and models
-that cap their logits after the head (Gemma 2 and 3).
+that cap their logits after the head (Gemma 2).
 """
 
 from __future__ import annotations

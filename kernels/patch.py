@@ -13,7 +13,7 @@ Triton kernels; on the CPU the same autograd Functions run in plain PyTorch.
 | rms_norm | RMSNorm of Llama, Qwen 2/3, Mistral, Gemma 1/2/3, Phi-3, Mixtral, Qwen 2/3 MoE |
 | rope | attention of the same, and of Phi |
 | gated | MLP of the same; experts of Mixtral and Qwen MoE |
-| linear_cross_entropy | head of the same, but Gemma 2 and 3 (logits are capped after it) |
+| linear_cross_entropy | head of the same, but Gemma 2 (logits are capped after it) |
 | activation_diet | decoder layers of Llama, Qwen 2/3, Mistral; falls back by name (diet.py) |
 
 `tuneloom.kernels.jit.CALLS` counts what really ran.
