@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import sys
+from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks import record
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import lora_block, lora_step, loss_head, trainers
 from benchmarks.gpu.timing import Plan
 from tests.train import cpu_graphs
@@ -68,3 +75,43 @@ def test_whole_trainers_run_and_name_those_that_cannot() -> None:
     assert all(row["range"][0] > 0 for row in found["rows"].values())
     assert found["ratios"].keys() == {"ours / TRL, its defaults"}
     assert found["not_run"].keys() == trainers.TRL.keys() - {"TRL, its defaults"}
+
+
+def test_what_has_a_result_of_this_commit_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[str, bool]] = []
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "commit", lambda: "abc1234")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "child", lambda name, dry: ran.append((name, dry)) or 0)
+    for name, made in (("loss_head", "abc1234"), ("reach", "0ther00")):
+        path = tmp_path / f"gpu_{name}.json"
+        path.write_text(json.dumps({"made": {"commit": made}}), encoding="utf-8")
+
+    def run(*arguments: str) -> int:
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
+        return command.main()
+
+    assert run("loss_head", "reach", "lora_block") == 0
+    assert ran == [("reach", False), ("lora_block", False)]
+    assert "loss_head: has a result for this commit" in capsys.readouterr().out
+    assert run("loss_head", "--again") == 0 and ran == [("loss_head", False)]
+    assert run("loss_head", "--dry-run") == 0 and ran == [("loss_head", True)]
+    assert run() == 0
+    assert [name for name, _ in ran] == [n for n in command.BENCHMARKS if n != "loss_head"]
+    monkeypatch.setattr(command, "child", lambda name, dry: 137 if name == "reach" else 0)
+    assert run("reach", "lora_block") == 1
+
+
+def test_a_benchmark_runs_in_a_process_of_its_own_until_its_limit(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(record.RESULTS.iterdir())
+    assert command.child("loss_head", True) == 0
+    assert "loss_head (B7): dry run" in capfd.readouterr().out
+    monkeypatch.setattr(command, "LIMIT_SECONDS", 0.5)
+    assert command.child("loss_head", True) == 1
+    assert "loss_head: stopped after 0.5 s, no result" in capfd.readouterr().out
+    assert sorted(record.RESULTS.iterdir()) == before
