@@ -3,7 +3,9 @@ fault each 30 to 60 s up to its last step, with `launch.standby` and copies in m
 run uninterrupted, for the bits and for what a step takes.
 
 `--minutes` are those of the whole command, about: a short run tells how many steps fit. Goodput is
-the seconds that the uninterrupted run needs for all steps, over the wall time of the soak.
+the seconds that all steps need uninterrupted, over the wall time of the soak: at the pace of the
+short run or of the uninterrupted one, whichever was faster, as other work on the machine may have
+slowed one of them.
 
 Faults: kill -9 of a rank (between saves and inside one) or of the driver, SIGTERM to either,
 SIGSTOP of a rank, a full disk. What ends the command is answered by the same command. Between two
@@ -164,8 +166,10 @@ def soak(lab: Lab, root: Path, rng: random.Random, until: float, rate: float) ->
     for surprise in it.surprises:
         print(f"soak: {surprise}", flush=True)
     bits, samples = lab.bits_off(run), lab.samples_off(run)
-    # The lesser: other work on the machine may have slowed one of the two.
-    goodput = min(stepping_seconds(lab.reference), lab.steps / rate) / wall
+    needed, pace_of = min(
+        (stepping_seconds(lab.reference), "the uninterrupted run"),
+        (lab.steps / rate, f"{PACE_STEPS} steps at the start"),
+    )
     facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
     print("soak: its ledger: " + ", ".join(f"{k} {v:.1%}" for k, v in facts["time"].items()))
     faults = ", ".join(
@@ -175,7 +179,8 @@ def soak(lab: Lab, root: Path, rng: random.Random, until: float, rate: float) ->
     what = (
         f"soak of {wall / 60:.1f} min, {lab.steps} steps, a checkpoint every {lab.every}, copies "
         f"in memory every {MEMORY_EVERY}, launch.standby: {sum(map(len, it.downtimes.values()))} "
-        f"faults (to the next new step: {faults}), goodput {goodput:.1%}"
+        f"faults (to the next new step: {faults}), goodput {needed / wall:.1%} "
+        f"at the pace of {pace_of}"
     )
     whole = run.step == lab.steps and bool(it.downtimes)
     held = whole and not (bits or samples or orphans or it.surprises)
