@@ -15,7 +15,7 @@ import pytest
 from tuneloom.errors import RefusedError, Stopped
 from tuneloom.launch.faults import tmpfs
 from tuneloom.testing import Gang, metrics, small_config
-from tuneloom.train.metrics import fill
+from tuneloom.train.metrics import PHASES, fill
 from tuneloom.train.runs import locked
 
 History = Callable[[Path], list[dict[str, Any]]]
@@ -29,6 +29,12 @@ def test_offline_wandb_holds_the_numbers_of_metrics_jsonl(
     assert [row["train/loss"] for row in rows] == metrics(lab, "tracked")
     assert [row["_step"] for row in rows] == [1, 2, 3, 4]
     assert all(row["speed/tokens_per_second"] > 0 and row["memory/peak_gib"] > 0 for row in rows)
+    ledger = [{k: v for k, v in row.items() if k.startswith("goodput/")} for row in rows]
+    assert all(abs(sum(shares.values()) - 1) < 1e-5 for shares in ledger)
+    for phase in PHASES:
+        written = metrics(lab, "tracked", f"goodput/{phase}")
+        closed = written[:3] + written[-1:]  # W&B joins the closing row to that of its step
+        assert [shares[f"goodput/{phase}"] for shares in ledger] == closed
 
 
 def test_a_resumed_run_is_one_wandb_run(lab: Path, one: Gang, offline_history: History) -> None:
