@@ -1,10 +1,19 @@
-"""`python -m benchmarks.recovery`: seconds from a killed rank to the next new step (B3).
+"""`python -m benchmarks.recovery [--victims worker host driver]`: seconds from a kill -9 to the
+next new step (B3).
 
-Ours, in a run's first minute and later, when a second gang waits (`launch.standby`), bare Ray
-Train V2 and torchrun, in turn, on one tiny model, loop and checkpoints: two gloo ranks, a
-checkpoint every 10 steps, `kill -9` of one rank between two saves. What differs is who notices,
-and how long it takes to start again. Wall time, as that is what is lost; read the ratio, which was
-taken in one run.
+Ours, bare Ray Train V2 and torchrun, in turn, on one tiny model, loop and checkpoints: two gloo
+ranks, a checkpoint every 10 steps, struck between two saves. What differs is who notices, and how
+long it takes to start again. Wall time, as that is what is lost; read the ratio, which was taken in
+one run.
+
+    worker  one rank; ours in a run's first minute and later, when a second gang waits
+            (`launch.standby`)
+    host    all processes of one of two hosts (network namespaces, a Ray cluster over both); one in
+            its place joins 3 s later. torchrun has no part in this: its hosts are started by hand
+    driver  the command alone (torchrun's agent); the same command again once all that the first
+            one started is gone, at the latest after 20 s; seconds from the second start
+
+Victims that are not named keep their figures in results/recovery.json.
 """
 
 import argparse
@@ -13,121 +22,122 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+from benchmarks.launchers import Started
+from benchmarks.record import RESULTS, made, write
+from tuneloom.launch.drill_lab import EVERY, Lab
+from tuneloom.launch.hosts import Hosts
 
-from benchmarks.record import write
-from tuneloom.launch.drill_lab import EVERY, Lab, Run, command_of
-from tuneloom.testing import small_config
-
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = 10_000
-VICTIMS = {
-    "tuneloom": b"Worker.run", "tuneloom_first_minute": b"Worker.run", "ray_train": b"TrainWorker",
-    "torchrun": b"-m\0tuneloom.train\0run.root",
-}  # fmt: skip
-"""Words in the command line of a rank."""
+REPLACED_SECONDS = 3.0
+"""After the death of a host, as in drill F3."""
+Trial = dict[str, Any]
 
 
-class Started(Run):
-    """One run under one launcher."""
-
-    def __init__(self, lab: Lab, launcher: str, run_id: str) -> None:
-        self.lab, self.folder = lab, lab.folder / "runs" / run_id
-        self.launcher = launcher
-        self.log = lab.folder / f"{run_id}.log"
-        path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command(run_id), stdout=log, stderr=log, cwd=lab.folder, env=environment
-            )
-
-    def command(self, run_id: str) -> list[str]:
-        endless = (f"steps={STEPS}", f"epochs={STEPS}")
-        keys = [
-            k for k in self.lab.overrides(self.folder) if not k.startswith(("steps=", "epochs="))
-        ]
-        keys.extend(endless)
-        if self.launcher.startswith("tuneloom"):
-            return [sys.executable, "-m", "tuneloom", "train", *keys]
-        if self.launcher == "torchrun":
-            keys = [k for k in keys if not k.startswith("launch")]
-            return [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                "--max-restarts=3", "-m", "tuneloom.train", *keys,
-            ]  # fmt: skip
-        config = small_config(
-            self.lab.folder,
-            run_id,
-            steps=STEPS,
-            epochs=STEPS,
-            zero__stage=2,
-            checkpoint__every=EVERY,
-        )
-        return [sys.executable, "-m", "benchmarks.peers.ray_train_run", json.dumps(config)]
-
-    def ranks(self) -> list[int]:
-        """What the launcher started and Ray named a rank."""
-        word = VICTIMS[self.launcher]
-        found = [p.pid for p in psutil.Process(self.process.pid).children(recursive=True)]
-        return [pid for pid in found if word in command_of(pid)]
-
-    def sweep(self) -> None:
-        """End the launcher and all that it started."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            process.kill()
-        self.process.kill()
-        self.process.wait()
-
-
-def struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> dict[str, Any]:
+def worker_struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Trial:
     """Kill one rank; seconds to the next new step, and how many steps were done again."""
     run = Started(lab, launcher, run_id)
     run.wait_for_step(2 * EVERY)
     if launcher == "tuneloom":
         run.wait_for(lambda: b"wait beside the run" in run.log.read_bytes(), "a standby gang")
-    run.wait_for_step(run.step // EVERY * EVERY + EVERY + rng.randrange(3, EVERY - 2))
+    run.wait_for_step(between_saves(run, rng))
     ranks = run.ranks()
     assert len(ranks) == 2, f"{launcher}: {len(ranks)} ranks found"
     inode = run.inode()
     os.kill(rng.choice(ranks), signal.SIGKILL)
-    started, last = time.monotonic(), run.step
-    run.wait_for_new_step(inode)
-    seconds = time.monotonic() - started
-    lost = last - run.resumed_from()
+    trial = until_new_step(run, time.monotonic(), run.step, inode)
     run.sweep()
-    return {"seconds": round(seconds, 2), "steps_lost": lost}
+    return trial
 
 
-def main() -> None:
-    """All launchers in turn, `--trials` times, so that a busy moment weighs on all alike."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery")
-    parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    rng = random.Random(given.seed)
-    trials: dict[str, list[dict[str, Any]]] = {launcher: [] for launcher in VICTIMS}
-    with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
-        lab = Lab(Path(folder))
-        for trial in range(given.trials):
-            for launcher in VICTIMS:
-                trials[launcher].append(struck(lab, launcher, f"{launcher}-{trial}", rng))
-                print(launcher, trials[launcher][-1], flush=True)
+def host_struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Trial:
+    """Kill all of host b, have one in its place; on a cluster of its own."""
+    with Hosts() as hosts:
+        run = Started(lab, launcher, run_id, hosts)
+        run.wait_for_step(2 * EVERY)
+        run.wait_for_step(between_saves(run, rng))
+        inode = run.inode()
+        hosts.kill("b")
+        struck, last = time.monotonic(), run.step
+        time.sleep(REPLACED_SECONDS)
+        hosts.start("b")
+        trial = until_new_step(run, struck, last, inode)
+        run.sweep()
+    return trial
+
+
+def driver_struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Trial:
+    """Kill the command, start it again; what lived on goes on training until it is gone."""
+    run = Started(lab, launcher, run_id)
+    run.wait_for_step(2 * EVERY)
+    run.wait_for_step(between_saves(run, rng))
+    gone, orphans = run.kill_driver()
+    last, inode = run.step, run.inode()
+    again = Started(lab, launcher, run_id)
+    trial = until_new_step(again, again.started, last, inode)
+    again.sweep()
+    return trial | {"seconds_until_gone": round(gone, 2), "orphans": orphans}
+
+
+def between_saves(run: Started, rng: random.Random) -> int:
+    """A step after the next save and well before the one that follows."""
+    return run.step // EVERY * EVERY + EVERY + rng.randrange(3, EVERY - 2)
+
+
+def until_new_step(run: Started, since: float, last: int, inode: int) -> Trial:
+    """Seconds from `since`, and steps up to `last` that were done again."""
+    run.wait_for_new_step(inode)
+    seconds = time.monotonic() - since
+    return {"seconds": round(seconds, 2), "steps_lost": last - run.resumed_from()}
+
+
+Strike = Callable[[Lab, str, str, random.Random], Trial]
+VICTIMS: dict[str, tuple[Strike, list[str]]] = {
+    "worker": (worker_struck, ["tuneloom", "tuneloom_first_minute", "ray_train", "torchrun"]),
+    "host": (host_struck, ["tuneloom", "ray_train"]),
+    "driver": (driver_struck, ["tuneloom", "ray_train", "torchrun"]),
+}
+
+
+def measured(lab: Lab, victim: str, count: int, seed: int) -> dict[str, Any]:
+    """All launchers in turn, `count` times, so that a busy moment weighs on all alike."""
+    strike, launchers = VICTIMS[victim]
+    rng = random.Random(f"{seed} {victim}")
+    trials: dict[str, list[Trial]] = {launcher: [] for launcher in launchers}
+    for number in range(count):
+        for launcher in launchers:
+            trials[launcher].append(strike(lab, launcher, f"{victim}-{launcher}-{number}", rng))
+            print(victim, launcher, trials[launcher][-1], flush=True)
     median = {k: statistics.median(t["seconds"] for t in v) for k, v in trials.items()}
     ratios = {
         f"{ours}_over_{peer}": round(median[ours] / median[peer], 3)
         for ours in median if ours.startswith("tuneloom")
         for peer in median if not peer.startswith("tuneloom")
     }  # fmt: skip
-    result = {"trials": trials, "median_seconds": median, "ratios": ratios}
-    print(json.dumps(ratios), write("recovery", result, seed=given.seed))
+    return {"trials": trials, "median_seconds": median, "ratios": ratios, "seed": seed,
+            "made": made()}  # fmt: skip
+
+
+def main() -> None:
+    """Strike the victims that are named, all without names, and keep the figures of the others."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery")
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of recovery.json")
+    given = parser.parse_args()
+    for victim in given.victims:
+        with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
+            found = measured(Lab(Path(folder)), victim, given.trials, given.seed)
+        path = given.out / "recovery.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        victims = before.get("victims", {}) | {victim: found}
+        write("recovery", {"victims": victims}, seed=given.seed, folder=given.out)
+        print(victim, json.dumps(found["ratios"]), path, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.peers.ray_train_run CONFIG`: our loop as a bare Ray Train job of two ranks.
+"""`python -m benchmarks.peers.ray_train_run CONFIG`: our loop as a bare Ray Train job of two ranks,
+on the cluster that RAY_ADDRESS names, one rank a host, or on this machine.
 
 Ray Train places, watches and restarts (`FailureConfig`), as its documentation shows it; the loop
 and its checkpoints are ours, so that only the launcher differs.
@@ -34,14 +35,20 @@ def main() -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    ray.init(address="local", include_dashboard=False, num_cpus=4, logging_level="error")
+    on_hosts = "RAY_ADDRESS" in os.environ
+    ray.init(
+        **({} if on_hosts else {"address": "local", "include_dashboard": False, "num_cpus": 4}),
+        logging_level="error",
+    )
     TorchTrainer(
         train,
         train_loop_config=config,
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=2),
+        scaling_config=ScalingConfig(
+            num_workers=2, placement_strategy="STRICT_SPREAD" if on_hosts else "PACK"
+        ),
         run_config=RunConfig(
-            name="peer",
+            name=config["run"]["id"],
             storage_path=f"{config['run']['root']}/ray",
             failure_config=FailureConfig(max_failures=3),
         ),
