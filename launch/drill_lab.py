@@ -25,6 +25,13 @@ PATIENCE = 400.0
 TAIL_BYTES = 16_384
 MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0, "F19": 3 * EVERY}
 """Steps that a fault may cost; the others at most what was done since the last save."""
+HANG_SECONDS = 5
+"""`train.hang_seconds` of the drills."""
+MOST_SECONDS = {
+    "F1": 45.0, "F3": 60.0, "F5": 30.0, "F12": HANG_SECONDS + 5.0, "F13": HANG_SECONDS + 5.0,
+    "F15": 2.0, "F21": 45.0,
+}  # fmt: skip
+"""Seconds that a row of a fault may show; the others have no bar in seconds."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,9 @@ class Figures:
     exit_codes: str
     steps_lost: int | None
     seconds: float | None
-    """From the fault (or the second start of the same command) to the first new step."""
+    """From the fault (or the second start of the same command) to the first new step, or to what
+    the row says; at most MOST_SECONDS.
+    """
     differing_bits: int
     samples_off: int
     """Examples that were missing or came twice, against the uninterrupted run."""
@@ -223,6 +232,11 @@ def command_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def in_time(fault: str, seconds: float | None) -> bool:
+    """Whether a fault kept its bar in seconds, where it has one and they were measured."""
+    return seconds is None or seconds <= MOST_SECONDS.get(fault, seconds)
 
 
 def figures(

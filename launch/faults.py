@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuneloom.errors import DONE, STOPPED, TRAINING
-from tuneloom.launch.drill_lab import EVERY, Figures, Lab, Run, figures, is_rank
+from tuneloom.launch.drill_lab import EVERY, HANG_SECONDS, Figures, Lab, Run, figures, is_rank
 from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
 from tuneloom.train import checkpoint
 
-HANG_SECONDS = 5
 Fault = Callable[[Lab, random.Random], Iterable[Figures]]
 
 
@@ -256,9 +255,10 @@ def hung(lab: Lab, rng: random.Random) -> list[Figures]:
     said = json.loads(report.read_text(encoding="utf-8"))
     named = said["kind"] == "missing rank" and len(said["ranks"]) == 1
     lost = last - run.resumed_from()
-    what = f"a rank stopped (SIGSTOP), train.hang_seconds={HANG_SECONDS}"
-    return [figures(lab, run, "F12", what, [run.end()], [DONE], lost=lost, seconds=seconds,
-                     held=named and found <= HANG_SECONDS + 5)]  # fmt: skip
+    what = (f"a rank stopped (SIGSTOP), train.hang_seconds={HANG_SECONDS}: a new step after "
+            f"{seconds:.1f} s; seconds to the report")  # fmt: skip
+    return [figures(lab, run, "F12", what, [run.end()], [DONE], lost=lost, seconds=found,
+                     held=named)]  # fmt: skip
 
 
 FAULTS: dict[str, Fault] = {

@@ -1,23 +1,14 @@
-"""Faults of what stands around a run: W&B, Ray's head, the cable, disks, memory; F15 to F17, F20,
-F21.
-"""
+"""Faults of what stands around a run: Ray's head, the cable, disks, memory; F16, F17, F20, F21."""
 
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from tuneloom.errors import CONFIGURATION, DONE, REFUSED, STOPPED, TRAINING
 from tuneloom.launch.drill_lab import (
@@ -30,19 +21,11 @@ from tuneloom.launch.drill_lab import (
     is_rank,
     standing_in,
 )
-from tuneloom.launch.faults import tmpfs
 from tuneloom.launch.faults_inside import clock_set_back
 from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
-from tuneloom.testing import free_port
 
 NOBODY = 65534
 CUT_SECONDS = 45.0
-TURNS = 3
-WANDB_BYTES = 64 << 10
-MOST_ADDED = 2.0
-"""Seconds that an unreachable W&B may cost."""
-
-
 LONG_STEPS = 3000
 """More than two ranks make in half a minute here."""
 
@@ -226,103 +209,6 @@ def out_of_memory(lab: Lab, rng: random.Random) -> list[Figures]:
         group.rmdir()
 
 
-def tracker_unreachable(lab: Lab, rng: random.Random) -> Iterator[Figures]:
-    """F15: W&B refuses, answers nothing, or answers 500; seconds are what the whole command took
-    more than with tracker=offline, medians of runs that take turns.
-    """
-    ways = {"refuses": _nobody, "never answers": _silent, "answers 500": _broken}
-    offline: list[list[float]] = []
-    spent: dict[str, list[list[float]]] = {what: [] for what in ways}
-    last: dict[str, Run] = {}
-    for turn in range(TURNS):
-        offline.append(_phases(lab, f"f15-{turn}", "tracker=offline")[1])
-        for what, server in ways.items():
-            with server() as url:
-                keys = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "OMP_NUM_THREADS": "1"}
-                last[what], phases = _phases(
-                    lab, f"f15-{what.replace(' ', '-')}-{turn}", "tracker=online",
-                    environment=os.environ | keys,
-                )  # fmt: skip
-            spent[what].append(phases)
-    usual = np.median(offline, axis=0)
-    yield from tracker_disk_full(lab, rng)
-    for what, run in last.items():
-        start, steps, end = (np.median(spent[what], axis=0) - usual).tolist()
-        kept = _tracked(run.folder)
-        added = (f"{start:+.1f} s to the first step, {steps:+.1f} s in all steps, {end:+.1f} s at "
-                 f"the end, medians of {TURNS}")  # fmt: skip
-        seconds = start + steps + end
-        yield figures(lab, run, "F15", f"W&B {what}; {kept} of {lab.steps} rows in its file; added "
-                      f"{added}", [run.process.returncode], [DONE], lost=0, seconds=seconds,
-                      held=seconds < MOST_ADDED and kept == lab.steps)  # fmt: skip
-
-
-def tracker_disk_full(lab: Lab, rng: random.Random) -> list[Figures]:
-    """F15: a full disk under W&B's own files, and no other; then room again, and its rows."""
-    folder = lab.folder / "runs" / "f15-full"
-    folder.mkdir(parents=True)
-    with tmpfs(folder / "wandb", WANDB_BYTES) as disk:
-        run = Run(lab, folder.name, "tracker=offline")
-        code, before = run.end(), _tracked(folder)
-        said = "no row is lost" in run.log.read_text(errors="replace")
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        subprocess.run([sys.executable, "-m", "tuneloom.train.metrics", folder], check=True)
-        after = _tracked(folder)
-    what = (f"disk of W&B's files full; {before} of {lab.steps} rows in them, {after} after "
-            "`python -m tuneloom.train.metrics`")  # fmt: skip
-    return [figures(lab, run, "F15", what, [code], [DONE], lost=0,
-                    held=said and before < after == lab.steps)]  # fmt: skip
-
-
-def _phases(lab: Lab, run_id: str, *more: str, **options: Any) -> tuple[Run, list[float]]:
-    """A whole run, and its seconds to the first row, from there to the last, and to the exit."""
-    begun = time.time()
-    run = Run(lab, run_id, *more, **options)
-    run.end()
-    ended, at = time.time(), [float(row["at"]) for row in run.rows()]
-    return run, [at[0] - begun, at[-1] - at[0], ended - at[-1]]
-
-
-def _tracked(run: Path) -> int:
-    """Training rows in W&B's own file."""
-    from tuneloom.train.tracker import rows_written
-
-    return sum("train/loss" in row for row in rows_written(run))
-
-
-@contextmanager
-def _nobody() -> Iterator[str]:
-    yield f"http://127.0.0.1:{free_port()}"
-
-
-@contextmanager
-def _silent() -> Iterator[str]:
-    """Takes connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-class _Error(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_error(500)
-
-    do_POST = do_PUT = do_GET
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def _broken() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), _Error)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def hostile_files(lab: Lab, rng: random.Random) -> Iterator[Figures]:
     """All of F20 that this machine can do."""
     for fault in (
@@ -332,6 +218,6 @@ def hostile_files(lab: Lab, rng: random.Random) -> Iterator[Figures]:
 
 
 FAULTS: dict[str, Callable[[Lab, random.Random], Iterable[Figures]]] = {
-    "F15": tracker_unreachable, "F16": head_killed, "F17": partitioned, "F20": hostile_files,
+    "F16": head_killed, "F17": partitioned, "F20": hostile_files,
     "F21": out_of_memory,
 }  # fmt: skip

@@ -5,12 +5,16 @@ FAULT happens on rank RANK, in STEP or from it on:
     nan      the loss is NaN, in this step
     nans     the loss is NaN, from this step on
     crossed  the rank calls another collective than its peers
+    stopped  the rank stops, as by SIGSTOP from outside
+    data     the rank stands still while it reads the rows of this step
+    save     the rank stands still in the first save from this step on
     slow     every forward pass takes 40 ms longer, from this step on
     spike    the learning rate is a hundred times as large for three steps (of all ranks)
     clock    the clock of the machine is put back by an hour (of all ranks)
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +24,9 @@ import torch
 from torch import Tensor
 
 from tuneloom.train import __main__ as rank
-from tuneloom.train import distributed, loop
+from tuneloom.train import checkpoint, distributed, loop
 from tuneloom.train.batches import MicroBatch
+from tuneloom.train.feed import Feed
 from tuneloom.train.session import Session, Tally
 
 SLOWER_SECONDS = 0.04
@@ -76,11 +81,28 @@ def break_something(name: str, number: int, at: int) -> None:
         fault.around_loss(lambda real, engine, micro: slower(real(engine, micro), fault.step >= at))
     elif name == "crossed":
         fault.before_agree = lambda: crossed(fault)
+    elif name == "stopped":
+        fault.before_agree = lambda: stopped(fault)
+    elif name == "data":
+        before(Feed, "mine", lambda: standing(fault, fault.step + 1))
+    elif name == "save":
+        before(checkpoint, "write_share", lambda: standing(fault, fault.step))
     elif name == "clock":
         now = time.time
         time.time = lambda: now() - (HOUR if fault.step >= at else 0.0)
     else:
         raise SystemExit(f"injected: no fault {name}")
+
+
+def before(owner: Any, name: str, first: Callable[[], None]) -> None:
+    """Have `first` called before a function of a module or class."""
+    function = getattr(owner, name)
+
+    def both(*given: Any) -> Any:
+        first()
+        return function(*given)
+
+    setattr(owner, name, both)
 
 
 def slower(loss: Tensor, late: bool) -> Tensor:
@@ -91,6 +113,17 @@ def slower(loss: Tensor, late: bool) -> Tensor:
 def crossed(fault: Fault) -> None:
     if fault.mine and fault.step == fault.at:
         distributed.broadcast_object(None)
+
+
+def stopped(fault: Fault) -> None:
+    if fault.mine and fault.step == fault.at:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def standing(fault: Fault, step: int) -> None:
+    """Longer than any watchdog waits."""
+    if fault.mine and step >= fault.at:
+        time.sleep(HOUR)
 
 
 if __name__ == "__main__":

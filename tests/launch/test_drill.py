@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tuneloom.errors import TrainingError
-from tuneloom.launch import drill
+from tuneloom.launch import drill, soak
 from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.drill_lab import Figures
 from tuneloom.launch.embedded import keep_private
 from tuneloom.launch.supervise import connect, wait
 
@@ -22,6 +23,26 @@ def test_a_fault_without_a_drill_is_refused_by_name(
     assert drill.main(["F99", "--out", str(tmp_path / "faults.md")]) == 2
     assert "no drill for F99; there are F1" in capsys.readouterr().err
     assert not (tmp_path / "faults.md").exists()
+
+
+def test_every_fault_of_the_matrix_has_a_drill() -> None:
+    assert "drill F22" in str(soak.__doc__)
+    drilled = {name.split("x")[0] for name in drill.FAULTS} | {"F22"}
+    assert drilled == {f"F{number}" for number in range(1, 23)}
+
+
+@pytest.mark.parametrize(("fault", "bar"), [("F1", 45), ("F3", 60), ("F5", 30), ("F21", 45)])
+def test_a_fault_that_took_longer_than_its_bar_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, bar: int
+) -> None:
+    """F21 took 49.9 s of 45 and was said to have held."""
+    table = tmp_path / "faults.md"
+    for seconds, code, said in [(bar + 0.1, 5, "**missed**"), (bar - 0.1, 0, "held")]:
+        figure = Figures(fault, "struck", "0", 0, seconds, 0, 0, 0, True)
+        monkeypatch.setitem(drill.FAULTS, fault, lambda lab, rng, figure=figure: [figure])
+        assert drill.main([fault, "--out", str(table)]) == code
+        assert f"| {seconds:.1f} | 0 | 0 | 0 | {said} |" in table.read_text()
+    assert f"{fault} {bar}" in table.read_text().split("seconds: ")[1]
 
 
 @pytest.mark.slow

@@ -1,14 +1,11 @@
 """W&B online, against a server on this machine that stands in for the outside network."""
 
-import gzip
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,98 +13,17 @@ import psutil
 import pytest
 
 from tuneloom.errors import STOPPED
+from tuneloom.launch.wandb_server import Mode, Server, serving
 from tuneloom.testing import metrics, small_config
+from tuneloom.train.uploader import SYNC
 
 History = Callable[[Path], list[dict[str, Any]]]
 
 
-class Server(ThreadingHTTPServer):
-    """Speaks as much of W&B's protocol as its client needs to upload a run's history."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.history: dict[str, dict[int, dict[str, Any]]] = {}
-        """Rows by run id and line number, as uploaded."""
-        self.names: list[str] = []
-        """Run ids that were opened, in order."""
-        self.failing = False
-        """Answer 500 to everything."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        run = str(variables.get("name") or variables.get("run") or "")
-        project = {"id": "P", "name": "tuneloom", "entity": {"id": "E", "name": "someone"}}
-        rows = self.history.get(run, {})
-        bucket = {
-            "id": run, "name": run, "displayName": run, "config": "{}", "project": project,
-            "historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0,
-            "summaryMetrics": json.dumps(rows[max(rows)]) if rows else "{}", "eventsTail": "[]",
-            "historyTail": json.dumps([json.dumps(rows[max(rows)])]) if rows else "[]",
-            "tags": [], "wandbConfig": '{"t": 1}',
-        }  # fmt: skip
-        if operation == "Viewer":
-            return {"viewer": {"id": "U", "entity": "someone", "username": "someone"}}
-        if operation == "RunResumeStatus":
-            known = run in self.names
-            return {"model": {"id": "P", "name": "tuneloom", "bucket": bucket if known else None}}
-        if operation == "UpsertBucket":
-            self.names.append(run)
-            return {"upsertBucket": {"bucket": bucket, "inserted": not rows}}
-        if operation == "CreateRunFiles":
-            files = [{"name": n, "uploadUrl": f"{self.url}/put/{n}"} for n in variables["files"]]
-            return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
-        return {}
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_GET(self) -> None:
-        """The page of the server itself, where a run asks whether it answers."""
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        answer: dict[str, Any] = {}
-        if self.server.failing:
-            pass
-        elif self.path == "/graphql":
-            asked = json.loads(body)
-            found = self.server.answer(asked["operationName"], asked.get("variables") or {})
-            answer = {"data": found}
-        elif self.path.endswith("/file_stream"):
-            stream = json.loads(body).get("files", {}).get("wandb-history.jsonl")
-            rows = self.server.history.setdefault(self.path.split("/")[-2], {})
-            for number, line in enumerate(stream["content"] if stream else []):
-                rows[stream["offset"] + number] = json.loads(line)
-        content = json.dumps(answer).encode()
-        self.send_response(500 if self.server.failing else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_PUT = do_POST
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Quiet."""
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 TRAIN = """
@@ -128,12 +44,23 @@ except Stopped as stopped:
 def train(
     config: dict[str, object], server: Server, *, grace: float = 15.0
 ) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40}
-    return subprocess.run(
+    with started(config, server, grace=grace) as process:
+        printed, complained = process.communicate(timeout=180)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, complained)
+
+
+def started(
+    config: dict[str, object], server: Server, *, grace: float = 15.0
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-c", TRAIN, json.dumps(config), str(grace)],
-        env=environment, capture_output=True, text=True, timeout=180,
+        env=with_key(server), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def with_key(server: Server) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    return environment | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40}
 
 
 def to_be_stopped(lab: Path, run_id: str) -> Path:
@@ -179,13 +106,41 @@ def test_an_unreachable_server_costs_a_line_and_loses_no_row(
 def test_what_an_attempt_could_not_upload_the_next_one_does(lab: Path, server: Server) -> None:
     config = small_config(lab, "caught-up", steps=4, tracker__mode="online")
     to_be_stopped(lab, "caught-up")
-    server.failing = True
+    server.mode = "fails"
     assert train(config, server, grace=2.0).returncode == STOPPED
     assert server.history == {}
-    server.failing = False
+    server.mode = "answers"
     assert train(config, server).returncode == 0
     rows = [row for row in server.history["caught-up"].values() if "train/loss" in row]
     assert [row["_step"] for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("mode", ["fails", "hangs"])
+def test_a_server_lost_in_the_middle_of_a_run_costs_no_row_and_leaves_no_process(
+    lab: Path, server: Server, mode: Mode
+) -> None:
+    run_id = f"lost-{mode}"
+    server.after_rows = mode
+    folder = lab / "runs" / run_id
+    config = small_config(lab, run_id, steps=100_000, epochs=1e6, tracker__mode="online")
+    with started(config, server) as process:
+        wait_until(lambda: server.mode == mode, seconds=120)
+        taken = len(server.history[run_id])
+        wait_until(lambda: len(metrics(lab, run_id)) > taken + 20)
+        (folder / "stop").touch()
+        stopped = time.monotonic()
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == STOPPED and time.monotonic() - stopped < 30
+    said = next(line for line in printed.splitlines() if "the W&B server does not" in line)
+    assert 0 < taken < len(metrics(lab, run_id))
+    assert uploaders(run_id) == []
+    server.mode = server.after_rows = "answers"
+    sync = said.split("`")[1].removeprefix("wandb sync ")
+    subprocess.run(
+        [*SYNC, sync], env=with_key(server), check=True, capture_output=True, timeout=120
+    )
+    rows = {row["_step"]: row for row in server.history[run_id].values() if "train/loss" in row}
+    assert [rows[step]["train/loss"] for step in sorted(rows)] == metrics(lab, run_id)
 
 
 def test_a_file_that_was_cut_off_with_its_host_is_completed_on_the_server(
@@ -193,11 +148,11 @@ def test_a_file_that_was_cut_off_with_its_host_is_completed_on_the_server(
 ) -> None:
     config = small_config(lab, "cut-off-online", steps=4, tracker__mode="online")
     folder = to_be_stopped(lab, "cut-off-online")
-    server.failing = True
+    server.mode = "fails"
     assert train(config, server, grace=2.0).returncode == STOPPED
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     file.write_bytes(file.read_bytes()[:1000])
-    server.failing = False
+    server.mode = "answers"
     second = train(config, server)
     assert second.returncode == 0, second.stderr
     rows = [row for row in server.history["cut-off-online"].values() if "train/loss" in row]
@@ -206,16 +161,11 @@ def test_a_file_that_was_cut_off_with_its_host_is_completed_on_the_server(
 
 def test_a_killed_run_leaves_no_uploader_behind(lab: Path, server: Server) -> None:
     config = small_config(lab, "killed-online", steps=100_000, tracker__mode="online")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40}
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAIN, json.dumps(config), "1"], env=environment
-    )
-    metrics_file = lab / "runs/killed-online/metrics.jsonl"
-    wait_until(metrics_file.exists)
-    wait_until(lambda: uploaders("killed-online") != [])
-    process.kill()
-    process.wait()
+    with started(config, server, grace=1.0) as process:
+        metrics_file = lab / "runs/killed-online/metrics.jsonl"
+        wait_until(metrics_file.exists)
+        wait_until(lambda: uploaders("killed-online") != [])
+        process.kill()
     wait_until(lambda: uploaders("killed-online") == [])
 
 
