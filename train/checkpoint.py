@@ -46,8 +46,8 @@ PARAMETERS = "zero"
 """Holds one folder a parameter, whole, in DeepSpeed's universal format: any layout can load it."""
 ROOM = 1.2
 """Free space to have before a save, in sizes of the last checkpoint."""
-PIECE = 1 << 20
-"""Bytes read at a time: they stay in the processor's cache until they are hashed."""
+DIGESTS: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+"""By their name in a manifest; those of before have the second."""
 NUMBERED = re.compile(r"(?:rank_|rng-)(\d+)")
 """Names of files with the number of the rank that wrote them."""
 FAILURES = (OSError, RuntimeError, SafetensorError)
@@ -316,28 +316,12 @@ def durable_facts(path: Path) -> dict[str, Any]:
 
 def facts_of(path: Path) -> dict[str, Any]:
     """Size and digest of a file."""
-    return {"bytes": path.stat().st_size, "xxh3_128": xxh3_128(path)}
+    return {"bytes": path.stat().st_size, "xxh3_128": _digest(path, "xxh3_128")}
 
 
-def xxh3_128(path: Path) -> str:
-    """Hex digest of a file."""
-    return _digest(path, xxhash.xxh3_128())
-
-
-def sha256(path: Path) -> str:
-    """The same, as the manifests before had it."""
-    return _digest(path, hashlib.sha256())
-
-
-def _digest(path: Path, digest: Any) -> str:
-    piece = memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-    return str(digest.hexdigest())
-
-
-DIGESTS = {"xxh3_128": xxh3_128, "sha256": sha256}
+def _digest(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return str(hashlib.file_digest(file, DIGESTS[kind]).hexdigest())
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -448,7 +432,7 @@ def _fault(path: Path, relative: str, facts: dict[str, Any]) -> str | None:
     if path.stat().st_size != facts["bytes"]:
         return f"{relative} has {path.stat().st_size} bytes, saved were {facts['bytes']}"
     digest = next(kind for kind in DIGESTS if kind in facts)
-    if DIGESTS[digest](path) != facts[digest]:
+    if _digest(path, digest) != facts[digest]:
         return f"{relative} differs from what was saved ({digest})"
     return None
 

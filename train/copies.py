@@ -89,7 +89,7 @@ class Copies:
             checkpoint.write_share(engine, torn, self.world, trainer, adapters_only)
             if exposure is not None:
                 exposure.write_pending(torn / EXPOSURE)
-            _finish(torn, manifest | {"files": facts_of(torn)})
+            _finish(torn, manifest | {"files": part_facts(torn)})
 
         # DeepSpeed's save has barriers: a rank that has no folder must not leave others there.
         room = _failure_of(lambda: (torn / checkpoint.ENGINE).mkdir(parents=True))
@@ -164,7 +164,7 @@ class Copies:
         return content
 
 
-def facts_of(folder: Path) -> Files:
+def part_facts(folder: Path) -> Files:
     """Size and digest of every file."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): checkpoint.facts_of(p) for p in files}

@@ -31,7 +31,7 @@ config, kill, hosts = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 rank = os.environ["RANK"]
 if hosts:
     shm.ROOT = Path(hosts) / rank
-agree, facts_of, write_share = Session.agree, copies.facts_of, checkpoint.write_share
+agree, facts_of, write_share = Session.agree, copies.part_facts, checkpoint.write_share
 def struck_between(self, micros):
     if self.step == 5 and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -47,7 +47,7 @@ def struck_saving(engine, torn, *more):
 if kill == "between":
     Session.agree = struck_between
 if kill == "inside":
-    copies.facts_of = struck_inside
+    copies.part_facts = struck_inside
 if kill == "saving":
     checkpoint.write_share = struck_saving
 fit(build(TrainConfig, config))
