@@ -25,19 +25,32 @@ FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Makes every `torch.load` restricted, those that DeepSpeed calls with weights_only=False too."""
 
 
-def classes() -> list[Any]:
-    """What shards hold beside tensors and plain values; none does anything when it is made."""
+def allowed() -> list[Any]:
+    """What shards name beside tensors and plain values; none does anything when it is made."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    # Some Pythons (3.11.2, which is Debian's; not 3.11.7) pickle a member of an enum as `getattr`.
+    return [
+        DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address,
+        (_member, "builtins.getattr"),
+    ]  # fmt: skip
+
+
+def _member(kind: Any, name: str) -> Any:
+    """`getattr` for a member of DeepSpeed's enum and nothing else."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"GLOBAL getattr({kind!r},{name!r})")
+    return ZeroStageEnum[name]
 
 
 @contextmanager
 def restricted() -> Iterator[None]:
-    """Within it no `torch.load` of this process makes anything but `classes`."""
-    torch.serialization.add_safe_globals(classes())
+    """Within it no `torch.load` of this process makes anything but what is `allowed`."""
+    torch.serialization.add_safe_globals(allowed())
     before = os.environ.get(FORCED)
     os.environ[FORCED] = "1"
     try:

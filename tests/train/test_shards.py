@@ -14,7 +14,7 @@ import torch
 from tuneloom.data.store import file_digest
 from tuneloom.errors import RefusedError, TrainingError
 from tuneloom.testing import Gang, metrics, small_config
-from tuneloom.train import checkpoint
+from tuneloom.train import checkpoint, shards
 
 
 class Payload:
@@ -44,13 +44,36 @@ def test_a_shard_that_names_code_is_refused_though_a_manifest_lists_it(
     run_id = f"named-code{saved}{resumed}"
     one.fit(small_config(lab, run_id, steps=4, checkpoint__every=2, zero__stage=saved))
     folder = lab / "runs" / run_id / "checkpoints" / checkpoint.name(4)
-    shards = sorted((folder / checkpoint.ENGINE).glob("*.pt"))
-    plant(folder, shards[0], tmp_path / "canary")
+    shard = min((folder / checkpoint.ENGINE).glob("*.pt"))
+    plant(folder, shard, tmp_path / "canary")
     with pytest.raises((RefusedError, TrainingError), match="mkdir"):
         one.fit(small_config(lab, run_id, steps=4, checkpoint__every=2, zero__stage=resumed))
     assert not (tmp_path / "canary").exists()
-    torch.load(shards[0], weights_only=False)  # as DeepSpeed would have read it
+    torch.load(shard, weights_only=False)  # as DeepSpeed would have read it
     assert (tmp_path / "canary").exists()
+
+
+class Attribute:
+    """Pickled as some Pythons pickle a member of an enum."""
+
+    def __init__(self, *of: Any) -> None:
+        self.of = of
+
+    def __reduce__(self) -> Any:
+        return getattr, self.of
+
+
+def test_a_member_of_deepspeeds_enum_is_read_as_every_python_writes_it(tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for value in (ZeroStageEnum.weights, Attribute(ZeroStageEnum, "weights")):
+        torch.save({"zero_stage": value}, tmp_path / "shard.pt")
+        assert shards.load(tmp_path / "shard.pt")["zero_stage"] is ZeroStageEnum.weights
+    for of in ((LossScaler, "__init__"), (ZeroStageEnum, "__class__")):
+        torch.save({"zero_stage": Attribute(*of)}, tmp_path / "shard.pt")
+        with pytest.raises(RefusedError, match="getattr"):
+            shards.load(tmp_path / "shard.pt")
 
 
 CHILD = """
