@@ -31,8 +31,8 @@ from tuneloom.launch.standby import Gang, Standby
 from tuneloom.launch.worker import environment
 from tuneloom.train import shm
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.hangs import last_report
 from tuneloom.train.runs import folder_of
-from tuneloom.train.watchdog import last_report
 
 READ_AT_IMPORT = {
     "RAY_DEDUP_LOGS": "0",

@@ -1,6 +1,8 @@
 """The house: who may import whom, and the names that must not be taken."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,14 @@ def test_an_optional_package_is_imported_in_one_module(library: str) -> None:
         if library in {name.split(".")[0] for name in imports(path)}
     }
     assert len(homes) <= 1, homes
+
+
+def test_the_launcher_starts_without_torch() -> None:
+    names = (
+        "import sys, tuneloom.launch.run, tuneloom.launch.supervise; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_no_folder_takes_a_name_that_transformers_executes() -> None:

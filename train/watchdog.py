@@ -16,7 +16,6 @@ and each may take longer than a step: see `STARTUP_SECONDS` and `READING_SECONDS
 """
 
 import faulthandler
-import json
 import os
 import shutil
 import socket
@@ -24,9 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,9 +33,18 @@ import torch
 
 from tuneloom.errors import TRAINING
 from tuneloom.train.distributed import FLIGHT, World
+from tuneloom.train.hangs import (
+    FOLDER,
+    Seen,
+    Standing,
+    judge,
+    last_report,
+    standings,
+    write,
+    written,
+)
 from tuneloom.train.metrics import Clock
 
-FOLDER = "hang"
 PATIENCE_SECONDS = 3.0
 """How long the first rank that notices waits for the reports of the others."""
 END_SECONDS = 10.0
@@ -51,40 +58,6 @@ SLOWEST_BEAT_SECONDS = 30.0
 """1,024 ranks then write 34 small files a second."""
 COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
 CODE = Path(__file__).resolve().parents[1]
-SLOW_START = "start-up stall"
-STALLS = {"data": "data stall", "checkpoint": "save stall", "evaluation": "evaluation stall",
-          "startup": SLOW_START}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where one rank stands."""
-
-    rank: int
-    host: str
-    pid: int
-    step: int
-    """The last one that is done."""
-    phase: str
-    line: str
-    """Innermost line of this project that the main thread is in."""
-    collective: str | None
-    """The collective that it waits in, None when it computes, reads or sleeps."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A rank's last beat."""
-
-    standing: Standing
-    seconds_ago: float
-
-
-@dataclass(frozen=True)
-class Report:
-    kind: str
-    ranks: list[int]
-    sentence: str
 
 
 def collective_seconds(hang_seconds: int) -> int:
@@ -144,7 +117,7 @@ class Watchdog:
         while not self._over.is_set():
             with suppress(OSError):  # a full disk, or no run folder any more: the last beat stays
                 self.folder.mkdir(exist_ok=True)
-                _write(beat, self._standing())
+                write(beat, self._standing())
             self._over.wait(self.beat_every)
         with suppress(OSError):  # another rank's beat is there, or a report
             beat.unlink(missing_ok=True)
@@ -157,7 +130,7 @@ class Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file("rank", "txt").open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        _write(self._file("rank", "json"), self._standing())
+        write(self._file("rank", "json"), self._standing())
         reports = time.monotonic() + PATIENCE_SECONDS
         first = self.world.rank == min(self._living(), default=self.world.rank)
         if not first:  # who reports does so before it asks the driver for anything
@@ -185,7 +158,7 @@ class Watchdog:
         late = [seen.standing for rank, seen in beats.items() if rank in living - ranks]
         found = sorted([*answered, *late], key=lambda s: s.rank)
         report = judge(found, self.hosts, limit, beats)
-        _write(self.folder / "report.json", report)
+        write(self.folder / "report.json", report)
         print(f"hang: {report.sentence}", flush=True)
 
     def _last_beats(self) -> dict[int, Seen]:
@@ -193,9 +166,7 @@ class Watchdog:
         own = self._file("rank", "json")
         own.touch()
         now = own.stat().st_mtime
-        beats = [
-            Seen(standing, now - written) for standing, written in _written(self.folder, "beat")
-        ]
+        beats = [Seen(standing, now - at) for standing, at in written(self.folder, "beat")]
         return {b.standing.rank: b for b in beats if b.standing.rank < self.world.size}
 
     def _living(self) -> set[int]:
@@ -232,13 +203,6 @@ class Watchdog:
         )  # fmt: skip
 
 
-def _write(path: Path, content: Standing | Report) -> None:
-    """Whole or not at all: others may read it now."""
-    torn = path.with_suffix(".tmp")
-    torn.write_text(json.dumps(asdict(content), indent=1) + "\n", encoding="utf-8")
-    torn.replace(path)
-
-
 def keep_flight(folder: Path, world: World) -> None:
     """What NCCL's flight recorder holds of this rank, in the file that torch would write after a
     time-out of its own.
@@ -272,69 +236,3 @@ def _collective(waits: list[FrameType]) -> str | None:
     """The outermost call into torch's or DeepSpeed's communication, decorators left out."""
     names = [f.f_code.co_name for f in waits if f.f_code.co_name not in ("wrapper", "log_wrapper")]
     return names[-1] if names else None
-
-
-def standings(folder: Path, *, since: float) -> list[Standing]:
-    """What ranks wrote after `since` (seconds of the epoch), in rank order."""
-    return [standing for standing, written in _written(folder, "rank") if written >= since]
-
-
-def _written(folder: Path, kind: str) -> list[tuple[Standing, float]]:
-    """In rank order, with the times of day at which they were written."""
-    found = []
-    for file in sorted(folder.glob(f"{kind}-*.json")):
-        with suppress(FileNotFoundError):  # of a rank that is closing
-            text, written = file.read_text(encoding="utf-8"), file.stat().st_mtime
-            found.append((Standing(**json.loads(text)), written))
-    return found
-
-
-def last_report(run: Path, *, since: float) -> Report | None:
-    """What the watchdogs of a run wrote after `since`, None when they wrote nothing."""
-    path = run / FOLDER / "report.json"
-    if not path.exists() or path.stat().st_mtime < since:
-        return None
-    return Report(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def judge(
-    found: list[Standing], hosts: list[str], seconds: float, beats: Mapping[int, Seen]
-) -> Report:
-    """Which ranks the others wait for, and why; `hosts` holds every rank's, in rank order, and
-    `beats` tells where a rank stood that does not answer.
-    """
-    silent = sorted(set(range(len(hosts))) - {s.rank for s in found})
-    head = f"no progress for {seconds:.0f} s; "
-    if silent:
-        named = ", ".join(
-            f"rank {rank} on {hosts[rank]} does not answer{_last_seen(beats.get(rank))}"
-            for rank in silent
-        )
-        others = f"; rank {found[0].rank} waits at {found[0].line}"
-        return Report("missing rank", silent, f"{head}missing rank: {named}{others}")
-    working = [s for s in found if s.collective is None]
-    if working:
-        kind = STALLS.get(working[0].phase, "stalled rank")
-        at = "; ".join(f"rank {s.rank} on {s.host} stands at {s.line}" for s in working)
-        longer = "; raise train.hang_seconds if it only takes longer" if kind == SLOW_START else ""
-        return Report(kind, [s.rank for s in working], f"{head}{kind}: {at}{longer}")
-    at = "; ".join(f"rank {s.rank} on {s.host} is in {s.collective} at {s.line}" for s in found)
-    if len({(s.collective, s.line) for s in found}) == 1:
-        return Report(
-            "no connection", [s.rank for s in found],
-            f"{head}no connection: all ranks wait in the same call and nothing passes; look at the "
-            f"network between the hosts; {at}",
-        )  # fmt: skip
-    return Report(
-        "mismatched collective", [s.rank for s in found], f"{head}mismatched collective: {at}"
-    )
-
-
-def _last_seen(beat: Seen | None) -> str:
-    if beat is None:
-        return ""
-    at = beat.standing
-    return (
-        f", last seen {beat.seconds_ago:.0f} s ago after step {at.step} in phase {at.phase} at "
-        f"{at.line}"
-    )

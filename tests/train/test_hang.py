@@ -15,7 +15,8 @@ import torch
 from tuneloom.errors import TRAINING, DataError
 from tuneloom.testing import Gang, free_port, metrics, small_config
 from tuneloom.train.distributed import World, record_flights
-from tuneloom.train.watchdog import Seen, Standing, judge, keep_flight
+from tuneloom.train.hangs import Seen, Standing, judge
+from tuneloom.train.watchdog import keep_flight
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 4
