@@ -7,9 +7,17 @@ is left out for the rest of the run, with one line that says why.
 
 import dataclasses
 import shutil
+import time
 from typing import Any
 
-from tuneloom.launch.preflight import Facts, needed_bytes, probe_folder, skew, verdict
+from tuneloom.launch.preflight import (
+    PATIENCE_SECONDS,
+    Facts,
+    needed_bytes,
+    probe_folder,
+    skew,
+    verdict,
+)
 from tuneloom.launch.worker import Worker, environment
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import digest
@@ -83,16 +91,20 @@ class Admission:
     def _reasons(self, probe: Any, actor: Any, config: TrainConfig) -> list[str]:
         """Why a worker's node may not take ranks; empty when it may."""
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import GetTimeoutError, RayTaskError
 
         assert self._reference is not None, "no gang was examined yet"
+        deadline = time.monotonic() + PATIENCE_SECONDS
         try:
-            facts = Facts(**ray.get(probe))
+            facts = Facts(**ray.get(probe, timeout=PATIENCE_SECONDS))
+            ahead = skew(actor, deadline=deadline)
         except RayTaskError as error:
             return [f"its examination failed: {str(error.cause).strip()}"]
+        except GetTimeoutError:
+            return [f"no answer in {PATIENCE_SECONDS:.0f} s; look at its disks and network"]
         # What it wrote must be seen where the launcher is, as what rank 0 wrote was.
         seen = (probe_folder(config) / str(facts.rank)).is_file()
-        facts = dataclasses.replace(facts, clock_skew=skew(actor), unseen=() if seen else (0,))
+        facts = dataclasses.replace(facts, clock_skew=ahead, unseen=() if seen else (0,))
         # The share of the batch changes with the number of ranks, and with it the digest.
         reference = dataclasses.replace(self._reference, config=digest(config))
         need = needed_bytes(config, reference)

@@ -4,11 +4,12 @@ Only sizes that divide the micro-batches of a step are taken, so the global batc
 curve, stays what it was; the state goes through the universal checkpoint.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tuneloom.errors import RefusedError
+from tuneloom.errors import RefusedError, Stopped
 from tuneloom.launch.admission import Admission, Probes
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.train.config import TrainConfig
@@ -16,6 +17,8 @@ from tuneloom.train.runs import folder_of, recorded
 
 QUIET_SECONDS = 3.0
 """A cluster with room gives it sooner; after that a person is told what is waited for."""
+LOOK_SECONDS = 0.5
+"""Between two looks at signals, of which Ray's own wait hears none."""
 SMALLER_SECONDS = 10.0
 """How long a smaller size may take to be placed: what is free is placed in less than one."""
 
@@ -58,18 +61,20 @@ def smaller(launch: LaunchConfig, group: int, sequence: int = 1) -> Iterator[Lau
 
 
 def place(
-    launch: LaunchConfig, gpus: int, group: int, sequence: int, admission: Admission
-) -> tuple[Any, LaunchConfig]:
+    launch: LaunchConfig, gpus: int, group: int, sequence: int, admission: Admission,
+    signals: list[int],
+) -> tuple[Any, LaunchConfig]:  # fmt: skip
     """Reserve a slot for every rank at once; returns the placement group and the size it holds.
 
     With `launch.nodes` above 1 each node takes an equal share, ranks in order; else nodes are
-    filled one by one. Raises RefusedError when not even the smallest size finds room.
+    filled one by one. Raises RefusedError when not even the smallest size finds room, Stopped once
+    there is one in `signals`.
     """
-    placed = _placed(launch, gpus, launch.wait_seconds, admission)
+    placed = _placed(launch, gpus, launch.wait_seconds, admission, signals)
     if placed is not None:
         return placed, launch
     for size in smaller(launch, group, sequence):
-        placed = _placed(size, gpus, SMALLER_SECONDS, admission)
+        placed = _placed(size, gpus, SMALLER_SECONDS, admission, signals)
         if placed is not None:
             print(
                 f"launch.min_workers: no room for {launch.workers} workers in "
@@ -81,20 +86,31 @@ def place(
     raise RefusedError(_no_room(launch, gpus, admission))
 
 
-def _placed(launch: LaunchConfig, gpus: int, seconds: float, admission: Admission) -> Any:
-    """A placement group that is ready within `seconds`, or None."""
+def _placed(
+    launch: LaunchConfig, gpus: int, seconds: float, admission: Admission, signals: list[int]
+) -> Any:
+    """A placement group that is ready within `seconds`, or None; raises Stopped on a signal."""
     from ray.util.placement_group import remove_placement_group
 
     group = slots(bundles(launch, gpus), admission, spread=launch.nodes > 1)
-    if group.wait(min(seconds, QUIET_SECONDS)):
-        return group
-    rest = seconds - QUIET_SECONDS
-    if rest > 0:
-        print(f"launch: waiting {rest:g} s for room for {launch.workers} workers", flush=True)
-        if group.wait(rest):
-            return group
-    remove_placement_group(group)
-    return None
+    started, said = time.monotonic(), False
+    while not group.wait(LOOK_SECONDS):
+        waited = time.monotonic() - started
+        if signals or waited >= seconds:
+            remove_placement_group(group)
+            if signals:
+                raise Stopped(
+                    f"stopped on a signal while it waited for room for {launch.workers} workers; "
+                    "no rank had started; the same command tries again"
+                )
+            return None
+        if waited >= QUIET_SECONDS and not said:
+            said = True
+            print(
+                f"launch: waiting {seconds - waited:.0f} s for room for {launch.workers} workers",
+                flush=True,
+            )
+    return group
 
 
 def slots(

@@ -415,7 +415,7 @@ def clear(config: TrainConfig) -> None:
     remover.join(CLEARING_SECONDS)
 
 
-def skew(actor: Any, *, deadline: float | None = None) -> float:
+def skew(actor: Any, *, deadline: float) -> float:
     """Seconds by which an actor's clock is ahead of ours, from the fastest of three questions;
     raises Ray's GetTimeoutError where it does not answer before `deadline`, by the monotonic clock.
     """
@@ -424,7 +424,7 @@ def skew(actor: Any, *, deadline: float | None = None) -> float:
     rounds = []
     for _ in range(3):
         asked = time.time()
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        left = max(0.0, deadline - time.monotonic())
         theirs = ray.get(actor.now.remote(), timeout=left)
         answered = time.time()
         rounds.append((answered - asked, theirs - (asked + answered) / 2))

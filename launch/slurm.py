@@ -155,24 +155,29 @@ def follow(number: str, folder: Path) -> int:
                 shown += len(text)
                 sys.stdout.write(text.decode(errors="replace"))
                 sys.stdout.flush()
-            if state in OVER:
+            if state in OVER and (code or state == "COMPLETED"):
                 print(f"slurm: job {number} is {state}, exit {code}", flush=True)
-                return code or (0 if state == "COMPLETED" else 1)
+                return code
+            if state in OVER:  # ended by Slurm, which then tells a signal and no exit code
+                return code_of_run(f"job {number} is {state}", folder)
             if state == FORGOTTEN:
-                return code_of_run(number, folder)
+                said = f"job {number} is over, and slurmctld has forgotten how it ended"
+                return code_of_run(said, folder)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         print(f"\nslurm: job {number} goes on; its output is in {output}", flush=True)
         return 0
 
 
-def code_of_run(number: str, folder: Path) -> int:
-    """The exit code by run.json, where nobody knows the job's any more."""
+def code_of_run(job: str, folder: Path) -> int:
+    """The exit code by run.json, where nobody knows one of the job's; `job` says what became of
+    that.
+    """
     state = recorded(folder).get("state", "nothing")
     code = {"done": DONE, "stopped": STOPPED}.get(state, TRAINING)
     print(
-        f"slurm: job {number} is over, and slurmctld has forgotten how it ended; {folder}/run.json "
-        f"says {state}, exit {code}; the same command resumes what is not done",
+        f"slurm: {job}; {folder}/run.json says {state}, exit {code}; the same command resumes what "
+        "is not done",
         flush=True,
     )
     return code

@@ -49,6 +49,8 @@ LAST_WORDS_SECONDS = 5.0
 """After a rank failed, the others stand in a collective with it and will not answer any more."""
 NODES_SECONDS = 120.0
 """How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
+START_SECONDS = 300.0
+"""For worker processes, which import from a file system that 1,000 others may read."""
 LAST_LINES_SECONDS = 1.0
 """For what ranks print last to come here: `ray.shutdown` drops what is still on its way, and waits
 (half a second) at the end of an interpreter alone.
@@ -75,6 +77,8 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(time.sleep, LAST_LINES_SECONDS)
         keeps_its_folder(config)
         with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
+            if launch.kind == "ray" and launch.min_workers is None:
+                wait_for_nodes(launch.nodes, signals)
             attempts(config, launch, signals)
 
 
@@ -162,20 +166,30 @@ def connect(launch: LaunchConfig, *, run: Path | None = None) -> None:
             "launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local"
         )
     ray.init(address=address, **shared)
-    if launch.min_workers is None:
-        wait_for_nodes(launch.nodes)
 
 
-def wait_for_nodes(count: int) -> None:
-    """Until the cluster has `count` nodes; raises RefusedError naming those that are there."""
+def wait_for_nodes(count: int, signals: list[int]) -> None:
+    """Until the cluster has `count` nodes; raises RefusedError naming those that are there, Stopped
+    once there is one in `signals`.
+    """
     import ray
 
-    deadline = time.monotonic() + NODES_SECONDS
+    started, said = time.monotonic(), False
     while True:
         alive = [node for node in ray.nodes() if node["Alive"]]
         if len(alive) >= count:
             return
-        if time.monotonic() > deadline:
+        if signals:
+            raise Stopped(f"stopped on a signal; {len(alive)} of {count} nodes had joined")
+        waited = time.monotonic() - started
+        if waited > elastic.QUIET_SECONDS and not said:
+            said = True
+            print(
+                f"launch: waiting {NODES_SECONDS - waited:.0f} s for {count} nodes, "
+                f"{len(alive)} joined",
+                flush=True,
+            )
+        if waited > NODES_SECONDS:
             names = ", ".join(sorted(node["NodeManagerHostname"] for node in alive))
             raise RefusedError(
                 f"launch.nodes: {count} nodes expected, {len(alive)} joined the Ray cluster in "
@@ -191,8 +205,7 @@ def run_gang(
     """One attempt: place, start, wait. None when done, GROWS, LEFT_OUT, or a sentence when a
     worker was lost.
     """
-    import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import GetTimeoutError, RayActorError
 
     gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
     killed = killed_for_memory()
@@ -204,17 +217,17 @@ def run_gang(
         gang = standby.take() if standby else None
         if gang is None:
             sequence = config.batch.sequence_parallel
-            gang = Gang(*elastic.place(launch, gpus, group, sequence, admission))
+            gang = Gang(*elastic.place(launch, gpus, group, sequence, admission, signals))
             gang.start([environment()] * gang.size.workers, cpus=1, gpus=gpus)
     size, actors = gang.size, gang.actors
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)
     try:
         with head.before_training():
-            places = ray.get([actor.place.remote() for actor in actors])
+            places = places_of(actors)
             if launch.kind == "ray" and not admission.started:
                 admission.start(places, preflight(actors, places, config, gpus))
-                places = ray.get([actor.place.remote() for actor in actors])  # ports not used yet
+                places = places_of(actors)  # ports not used yet
             elif admission.started and not admission.admits(actors, places, config):
                 return LEFT_OUT
         if size.workers < launch.workers:
@@ -240,6 +253,8 @@ def run_gang(
         if growth is None or not growth.asked or signals:
             raise
         return GROWS
+    except GetTimeoutError:
+        return f"a worker did not start in {START_SECONDS:.0f} s; look at Ray's logs on its node"
     except RayActorError as error:
         if head.gone():
             raise TrainingError(head.sentence("a worker was lost with it")) from None
@@ -261,6 +276,16 @@ def run_gang(
             gang.free()
         if growth and not head.lost:
             growth.close()
+
+
+def places_of(actors: list[Any]) -> list[dict[str, Any]]:
+    """Where each landed; raises Ray's GetTimeoutError where one has not started in time."""
+    import ray
+
+    found: list[dict[str, Any]] = ray.get(
+        [actor.place.remote() for actor in actors], timeout=START_SECONDS
+    )
+    return found
 
 
 def preflight(

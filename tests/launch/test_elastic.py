@@ -94,10 +94,11 @@ from tuneloom.launch import elastic, supervise
 from tuneloom.launch.admission import Admission
 from tuneloom.launch.config import LaunchConfig
 
-supervise.connect(LaunchConfig(kind="ray", nodes=2, workers=2))  # until both have joined
+supervise.connect(LaunchConfig(kind="ray", nodes=2, workers=2))
+supervise.wait_for_nodes(2, [])
 for nodes in (1, 2):
     launch = LaunchConfig(kind="ray", nodes=nodes, workers=2)
-    group, _ = elastic.place(launch, 0, 2, 1, Admission(0))
+    group, _ = elastic.place(launch, 0, 2, 1, Admission(0), [])
     placed = ray.util.placement_group_table(group)["bundles_to_node_id"]
     print("nodes taken:", len(set(placed.values())), flush=True)
     ray.util.remove_placement_group(group)
@@ -113,6 +114,31 @@ def test_ranks_fill_a_node_first_and_stand_on_as_many_as_were_asked_for(cluster:
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.findall(r"nodes taken: (\d)", done.stdout) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("launch.nodes=1", "launch.workers=9", "launch.wait_seconds=200"),
+         "waited for room for 9 workers"),
+        (("launch.nodes=3", "launch.workers=3"), "1 of 3 nodes had joined"),
+    ],
+)  # fmt: skip
+def test_a_signal_ends_the_wait_for_room_and_for_nodes(
+    lab: Path, cluster: Cluster, asked: tuple[str, ...], said: str
+) -> None:
+    words = arguments(lab, f"unplaced-{len(asked)}", "launch.kind=ray", *asked)
+    log = lab / "unplaced.log"
+    with log.open("wb") as into:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tuneloom", "train", *words], cwd=lab, stdout=into, stderr=into,
+            env=cluster.environment | {"RAY_ADDRESS": cluster.gcs},
+        )  # fmt: skip
+    with driver:
+        wait_until(lambda: b"launch: waiting" in log.read_bytes(), log)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(10) == 75, log.read_text()
+    assert said in log.read_text()
 
 
 @pytest.mark.slow

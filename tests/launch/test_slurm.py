@@ -255,7 +255,9 @@ def test_a_warning_before_training_goes_back_into_the_queue_at_once(
 
 
 @pytest.mark.slurm
-def test_scancel_saves_and_leaves_nothing_on_either_node(bed: SlurmBed) -> None:
+def test_scancel_saves_and_leaves_nothing_on_either_node(
+    bed: SlurmBed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = sbatch(bed, "cancelled", "steps=100000")
     wait_for_steps(bed, job, "cancelled", 2)
     token = bed.base / f"runs/.slurm/{job}/token"
@@ -268,6 +270,8 @@ def test_scancel_saves_and_leaves_nothing_on_either_node(bed: SlurmBed) -> None:
     assert left_behind(bed, job) == []
     facts = json.loads((bed.base / "runs/cancelled/run.json").read_text(encoding="utf-8"))
     assert facts["state"] == "stopped", output(bed, job)
+    monkeypatch.setenv("SLURM_CONF", bed.environment()["SLURM_CONF"])
+    assert follow(job, bed.base / "runs/cancelled") == 75
 
 
 @pytest.mark.slurm
