@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -146,7 +147,14 @@ def test_a_full_disk_is_named_and_leaves_no_torn_checkpoint(
 ) -> None:
     config = small_config(lab, "full", method__rank=64, checkpoint__every=2, steps=6)
     config["run"] = {"root": str(small_disk), "id": "full"}
-    with pytest.raises(TrainingError, match=r"disk full.* bytes free"):
+    with pytest.raises(TrainingError, match=r"disk full.* bytes free") as ended:
         one.fit(config)
+    said = re.search(r"about (\d+) bytes needed", str(ended.value))
+    assert said, ended.value
+    config["run"] = {"root": str(lab / "runs"), "id": "roomy"}
+    one.fit(config)
+    engine = lab / "runs/roomy/checkpoints/step-000006/engine"
+    took = sum(file.stat().st_size for file in engine.iterdir())
+    assert 0.9 < int(said[1]) / took < 1.1, (said[1], took)
     left = [p.name for p in (small_disk / "full" / "checkpoints").iterdir()]
     assert not [name for name in left if name.startswith(".torn")]

@@ -47,6 +47,7 @@ class Background:
         self._gang, self._saves = distributed.broadcast_object(own), 0
         self._torn = root
         self._manifest: dict[str, Any] = {}
+        self._needs: Callable[[], int] | None = None
 
     def save(
         self, engine: Any, *, step: int, zero_stage: int, trainer: dict[str, Any],
@@ -56,6 +57,7 @@ class Background:
         TrainingError on all ranks when either could not be.
         """
         self.settle()
+        self._needs = partial(checkpoint.bytes_of, engine, self.world, adapters_only=adapters_only)
         self._saves += 1  # names that no other attempt writes to, and this one once
         self._torn = self.root / f".torn-{checkpoint.name(step)}-{self._gang}-{self._saves}"
         self._manifest = {
@@ -146,12 +148,14 @@ class Background:
         return self._task.result() if self._task is not None else None
 
     def _agreed(self, work: Callable[[], Any]) -> list[Any]:
+        step = self._manifest["step"]
         return checkpoint.agreed(
-            work, torn=self._torn, step=self._manifest["step"], world=self.world
+            work, torn=self._torn, step=step, world=self.world, needs=self._needs
         )
 
     def _all_did(self, work: Callable[[], Any]) -> None:
-        checkpoint.all_did(work, torn=self._torn, step=self._manifest["step"], world=self.world)
+        step = self._manifest["step"]
+        checkpoint.all_did(work, torn=self._torn, step=step, world=self.world, needs=self._needs)
 
 
 @contextmanager

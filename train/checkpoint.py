@@ -96,8 +96,9 @@ def save(
     Raises TrainingError on all ranks when any rank could not write; the torn folder is removed and
     older checkpoints stay as they were.
     """
+    needs = partial(bytes_of, engine, world, adapters_only=adapters_only)
     torn = open_torn(root, world, step=step, keep=keep)
-    all_do = partial(agreed, torn=torn, step=step, world=world)
+    all_do = partial(agreed, torn=torn, step=step, world=world, needs=needs)
     all_do(lambda: write_share(engine, torn, world, trainer, adapters_only))
     files = dict(
         sorted(f for part in all_do(lambda: _hash_share(torn, world)) for f in part.items())
@@ -122,30 +123,55 @@ def open_torn(root: Path, world: World, *, step: int, keep: int) -> Path:
     return first
 
 
-def agreed(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> list[Any]:
-    """What every rank's `work` returned, in rank order; one rank's failure is every rank's, and the
-    torn folder is gone by then.
+def bytes_of(engine: Any, world: World, *, adapters_only: bool) -> int:
+    """About what a checkpoint of this engine takes: weights, fp32 masters and optimizer state, from
+    this rank's share of them.
     """
-    result, failure = _tried(work, torn)
+    sizes = [
+        (getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad)
+        for p in engine.module.parameters()
+    ]
+    weights = sum(count * size for count, size, trained in sizes if trained or not adapters_only)
+    whole = sum(4 * count for count, size, trained in sizes if trained and size < 4)
+    entries = engine.basic_optimizer.state.values()
+    tensors = [t for entry in entries for t in entry.values() if torch.is_tensor(t)]
+    shares = world.size if engine.zero_optimization_stage() else 1
+    return weights + whole + shares * sum(t.numel() * t.element_size() for t in tensors)
+
+
+def agreed(
+    work: Callable[[], Any], *, torn: Path, step: int, world: World,
+    needs: Callable[[], int] | None = None,
+) -> list[Any]:  # fmt: skip
+    """What every rank's `work` returned, in rank order; one rank's failure is every rank's, and the
+    torn folder is gone by then. `needs`: the bytes of a whole checkpoint, asked for when the disk
+    is full.
+    """
+    result, failure = _tried(work, torn, needs)
     outcomes: list[Any] = distributed.gather_objects((result, failure))
     _raise([reason for _, reason in outcomes], torn, step, world)
     return [value for value, _ in outcomes]
 
 
-def all_did(work: Callable[[], Any], *, torn: Path, step: int, world: World) -> None:
+def all_did(
+    work: Callable[[], Any], *, torn: Path, step: int, world: World,
+    needs: Callable[[], int] | None = None,
+) -> None:  # fmt: skip
     """`agreed` without what was returned: one small sum where no rank failed."""
-    _, failure = _tried(work, torn)
+    _, failure = _tried(work, torn, needs)
     failed = torch.tensor([float(failure is not None)])
     if float(distributed.sum_over_ranks(failed)):
         _raise(distributed.gather_objects(failure), torn, step, world)
 
 
-def _tried(work: Callable[[], Any], torn: Path) -> tuple[Any, str | None]:
+def _tried(
+    work: Callable[[], Any], torn: Path, needs: Callable[[], int] | None
+) -> tuple[Any, str | None]:
     """What it returned, and why it could not be done."""
     try:
         return work(), None
     except FAILURES as error:
-        return None, _why(error, torn)
+        return None, _why(error, torn, needs)
 
 
 def _raise(reasons: list[Any], torn: Path, step: int, world: World) -> None:
@@ -255,7 +281,7 @@ def _one_tag(tag: str) -> None:
     """Two collectives that a constant needs not."""
 
 
-def _why(error: Exception, torn: Path) -> str:
+def _why(error: Exception, torn: Path, needs: Callable[[], int] | None) -> str:
     """torch reports a full disk as `unexpected pos`, with no errno (measured on 2.13)."""
     text = str(error).strip().splitlines()[0]
     full = "unexpected pos" in text or "No space left" in text
@@ -263,8 +289,10 @@ def _why(error: Exception, torn: Path) -> str:
         return f"{type(error).__name__}: {text}"
     there = next(folder for folder in (torn, *torn.parents) if folder.exists())
     free, needed = shutil.disk_usage(there).free, _last_bytes(torn.parent)
-    size = f"about {needed} bytes needed, as the last one took" if needed else "it is the first one"
-    return f"disk full: {size}, {free} bytes free; free some space or move run.root ({text})"
+    if not needed and needs is not None:
+        needed = needs()
+    size = f"about {needed} bytes needed, " if needed else ""
+    return f"disk full: {size}{free} bytes free; free some space or move run.root ({text})"
 
 
 def commit(torn: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:

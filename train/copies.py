@@ -277,6 +277,10 @@ def _committed(
     manifests = {part: views[holder][part, step] for part, holder in choice.holders.items()}
     torn = checkpoint.open_torn(root, world, step=step, keep=keep)
 
+    def needs() -> int:
+        found = [facts["bytes"] for part in manifests.values() for facts in part["files"].values()]
+        return sum(found)
+
     def copy_mine() -> Files:
         files: Files = {}
         for part, holder in choice.holders.items():
@@ -284,7 +288,7 @@ def _committed(
                 files |= _copied(_part(base, part, step), torn, manifests[part]["files"])
         return files
 
-    parts = checkpoint.agreed(copy_mine, torn=torn, step=step, world=world)
+    parts = checkpoint.agreed(copy_mine, torn=torn, step=step, world=world, needs=needs)
     files = {name: facts for part in parts for name, facts in part.items()}
     manifest = manifests[min(manifests)] | {"files": dict(sorted(files.items()))}
 
