@@ -278,44 +278,6 @@ def temporary_bytes(config: TrainConfig, anatomy: Anatomy, ranks: int, *, cuda: 
     return width * (live + fetch) + max(scatter, min(step, _fp32(MAX_LIVE) // ranks))
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one rank sends in a step."""
-
-    this: int
-    replicated: int
-    """The same step with the weights on every rank (ZeRO-2)."""
-
-
-def traffic(config: TrainConfig, anatomy: Anatomy, *, ranks: int) -> Traffic:
-    """ZeRO 0-2 all-reduce the trained gradients (2 A b). ZeRO-3 gathers P twice a micro-batch, too.
-
-    8B: LoRA 0.17 GB replicated, 32 GB under ZeRO-3; full 32 and 48 (arXiv 1910.02054, section 7).
-    """
-    if ranks == 1:
-        return Traffic(0, 0)
-    width = BYTES[config.model.dtype]
-    shared = exchange_bytes(config, anatomy)
-    replicated = 2 * width * anatomy.trainable + shared
-    if config.zero.stage < 3:
-        return Traffic(replicated, replicated)
-    gathers = 2 * width * anatomy.base * config.batch.accumulation
-    return Traffic(gathers + width * anatomy.trainable + shared, replicated)
-
-
-def exchange_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
-    """All-to-alls of a step under batch.sequence_parallel=S: q, k, v and the output of each layer,
-    (S - 1) / S of them, forward and backward, and forward again where layers are recomputed.
-    """
-    batch, size = config.batch, config.batch.sequence_parallel
-    kv_heads = math.lcm(anatomy.kv_heads, size)
-    numbers = 2 * (anatomy.heads + kv_heads) * anatomy.head_width * batch.rank_tokens
-    again = {"off": 0.0, "on": 1.0, "selective": 1 / config.model.checkpoint_every_layers}
-    passes = 2 + again[config.model.checkpointing]
-    once = BYTES[config.model.dtype] * numbers * anatomy.layers * (size - 1) // size
-    return round(once * passes) * batch.accumulation
-
-
 def checkpoint_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
     """One checkpoint of all ranks: trained weights, masters, moments; no frozen weights."""
     return BYTES[config.model.dtype] * anatomy.trainable + optimizer_bytes(config, anatomy)

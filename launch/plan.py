@@ -29,11 +29,10 @@ from tuneloom.launch.memory import (
     PROCESS,
     USABLE,
     Memory,
-    Traffic,
     checkpoint_bytes,
     forecast,
-    traffic,
 )
+from tuneloom.launch.traffic import Traffic, traffic
 from tuneloom.launch.workload import Speed, Workload, speed, workload
 
 Positive = Annotated[float, Field(gt=0)]
