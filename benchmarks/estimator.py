@@ -5,7 +5,8 @@
 Rates are fitted to every second single-node row (8 GPUs) of a kind of GPU; the noise that the
 slowest rank adds, to the A100 rows on 16 to 128 GPUs. Tested are rows that no fit saw: the other
 single-node rows, and all H100 rows on 16 to 64 GPUs. Rows: mosaicml/llm-foundry at 061f2c7c,
-scripts/train/benchmarking/README.md (read 2026-11-22), models of 1 B parameters and up.
+scripts/train/benchmarking/README.md (read 2026-11-22), models of 1 B parameters and up, all under
+FSDP with FULL_SHARD, whose collectives are simulated here.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _row(line: dict[str, str]) -> Row:
     work = Work(
         layers=layers, width=width, linear=blocks + head, parameters=blocks + head + length * width,
         length=length, tokens=length * sequences, accumulation=int(line["accumulation"]),
-        recompute=line["recompute"] == "full",
+        recompute=line["recompute"] == "full", software="fsdp",
     )  # fmt: skip
     return Row(line["gpu"], line["model"], int(line["ranks"]), work,
                float(line["tokens_per_second_per_gpu"]))  # fmt: skip
@@ -125,7 +126,7 @@ def grow(rates: Rates) -> list[dict[str, Any]]:
     failures leave of it at Llama 3's rate, saving at Young's interval."""
     work = Work(
         layers=80, width=8192, linear=69_502_000_000, parameters=70_553_706_496, length=4096,
-        tokens=8192, accumulation=4, recompute=True,
+        tokens=8192, accumulation=4, recompute=True, software="fsdp",
     )  # fmt: skip
     faults = Faults(simulate.LLAMA3_MTBF_HOURS, save_seconds=30.0, restart_seconds=300.0)
     table = []

@@ -1,14 +1,17 @@
 """What a step costs on N GPUs: arithmetic, memory traffic, collectives, stragglers, failures.
 
 A roofline with a few constants a cluster (`Rates`), fitted by benchmarks/estimator.py to published
-rows and tested on rows that no fit saw. `tuneloom plan` takes no time from here: it reports given
-and measured speeds only. This answers what many nodes make of one.
+rows of FSDP and tested on rows that no fit saw. `tuneloom plan` takes no time from here: it reports
+given and measured speeds only. This answers what many nodes make of one.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+from tuneloom.launch.traffic import zero_elements
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Work:
     frozen: bool = False
     adapters: int = 0
     stage: int = 3
+    software: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """Whose collectives: DeepSpeed's as train/zero.py sets it, or FSDP's, of the published rows."""
 
 
 @dataclass(frozen=True)
@@ -123,22 +128,30 @@ def terms(work: Work, cluster: Cluster) -> np.ndarray:
 
 
 def traffic_bytes(work: Work, *, ranks: int, width: int = 2) -> float:
-    """Bytes that a rank sends in a micro-batch (ZeRO, arXiv 1910.02054, section 7).
+    """Bytes that a rank sends in a micro-batch, its share of what comes once a step.
 
-    ZeRO-3 gathers weights twice and scatters gradients once; ZeRO 0-2 all-reduces what is trained.
+    FSDP as the paper has ZeRO-3 (arXiv 1910.02054, section 7): weights gathered twice, gradients
+    scattered once.
     """
-    share = (ranks - 1) / ranks
     trained = work.adapters if work.frozen else work.parameters
-    if work.stage < 3:
-        return 2 * width * trained * share / work.accumulation
-    return (2 * width * work.parameters + width * trained) * share
+    if work.software == "fsdp":
+        assert work.stage == 3, work.stage
+        elements: float = 2 * work.parameters + trained
+    else:
+        elements = zero_elements(
+            work.stage, parameters=work.parameters, trained=trained,
+            again=work.linear if work.frozen and work.recompute else 0,
+            accumulation=work.accumulation,
+        ) / work.accumulation  # fmt: skip
+    return width * elements * (ranks - 1) / ranks
 
 
 def hidden_from(cluster: Cluster, rates: Rates, *, ranks: int, frozen: bool = False) -> float:
     """Tokens a GPU and micro-batch from which ZeRO-3 traffic could hide, whatever the model's size.
 
-    Both sides grow with the parameters: 6 T P / F against 6 P / B gives T = F / B. A bound, reached
-    by perfect overlap (`rates.weights` of 0): fitted to published rows, weights are above 1.
+    Both sides grow with the parameters: 6 T P / F against 6 P / B gives T = F / B (FSDP; DeepSpeed
+    gathers up to 1e9 elements once less). A bound, reached by perfect overlap (`rates.weights` of
+    0): fitted to published rows, weights are above 1.
     """
     flops, moved = (4, 4) if frozen else (6, 6)
     return cluster.peak * rates.matmul * moved / flops / cluster.link(ranks)

@@ -7,6 +7,7 @@ from tuneloom.launch import simulate
 from tuneloom.launch.simulate import CLUSTERS, Cluster, Faults, Rates, Work
 
 RATES = Rates(matmul=0.8, attention=0.5, elementwise=0.0, weights=0.0)
+LORA: dict[str, object] = {"frozen": True, "adapters": 41_943_040}
 
 
 def llama_8b(**changes: object) -> Work:
@@ -19,10 +20,14 @@ def llama_8b(**changes: object) -> Work:
 
 @pytest.mark.parametrize(
     ("changes", "gigabytes"),
-    [({}, 48.2), ({"frozen": True, "adapters": 41_943_040}, 32.2), ({"stage": 2}, 32.1),
-     ({"frozen": True, "adapters": 41_943_040, "stage": 2}, 0.168)],
+    [({"software": "fsdp"}, 48.2), ({"software": "fsdp"} | LORA, 32.2), ({}, 46.2),
+     (LORA, 30.2), (LORA | {"recompute": True}, 45.2), ({"stage": 2}, 48.2),
+     ({"stage": 2, "accumulation": 4}, 36.1), ({"stage": 1, "accumulation": 4}, 12.0),
+     (LORA | {"stage": 2}, 0.252)],
 )  # fmt: skip
-def test_a_rank_sends_what_zero_says_it_sends(changes: dict[str, object], gigabytes: float) -> None:
+def test_a_rank_sends_in_a_micro_batch_what_its_software_sends(
+    changes: dict[str, object], gigabytes: float
+) -> None:
     sent = simulate.traffic_bytes(llama_8b(**changes), ranks=10**9)
     assert sent / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
@@ -31,7 +36,10 @@ def test_traffic_hides_from_the_same_number_of_tokens_whatever_the_model() -> No
     cluster = CLUSTERS["h100-80"]
     least = simulate.hidden_from(cluster, RATES, ranks=8)
     for size in (1, 4):
-        work = llama_8b(tokens=round(least), length=1, linear=10**9 * size, parameters=10**9 * size)
+        work = llama_8b(
+            tokens=round(least), length=1, linear=10**9 * size, parameters=10**9 * size,
+            software="fsdp",
+        )  # fmt: skip
         micro = simulate.compute_seconds(work, cluster, RATES)
         moving = simulate.traffic_bytes(work, ranks=10**9) / cluster.link(8)
         assert moving == pytest.approx(micro, rel=0.01)
