@@ -61,6 +61,9 @@ def _zero(config: TrainConfig, largest: int | None) -> dict[str, Any]:
         # here.
         "overlap_comm": False,
         "contiguous_gradients": True,
+        # Gradients stay all-reduced, and launch/traffic.py counts that: a reduce to each owner
+        # (use_multi_rank_bucket_allreduce off) sends half, in a message a rank, and no network of
+        # GPUs has timed it.
     }
     if config.method.kind != "full":
         zero["reduce_bucket_size"] = ADAPTER_BUCKET
