@@ -2,8 +2,8 @@
 
 Counted as rings send: an all-reduce of b bytes over n ranks 2 b (n - 1) / n, an all-gather, a
 reduce-scatter or a reduce half of that. tests/launch/test_traffic.py counts the collectives of real
-steps. Not counted: norms and overflow flags (18 bytes), and Muon's own exchanges: under ZeRO-3 a
-small model's step of one micro-batch sent 7.4 elements a weight, 2 with AdamW.
+steps. Not counted: norms and overflow flags (18 bytes), and Muon's own exchanges, which are more
+than all of this under ZeRO-3.
 """
 
 import math
