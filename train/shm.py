@@ -83,8 +83,9 @@ def forget_run(run: Path) -> None:
 def sweep() -> None:
     """Remove what runs of ours left on this host whose launcher was lost with its host."""
     for base in ROOT.glob("tuneloom-*"):
-        if is_ours(base) and (base / OWNER).exists() and _is_stale(base):
-            shutil.rmtree(base, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process gives it back just now
+            if is_ours(base) and (base / OWNER).exists() and _is_stale(base):
+                shutil.rmtree(base, ignore_errors=True)
 
 
 def _is_stale(base: Path) -> bool:
