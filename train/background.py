@@ -47,7 +47,7 @@ class Background:
         self._gang, self._saves = distributed.broadcast_object(own), 0
         self._torn = root
         self._manifest: dict[str, Any] = {}
-        self._needs: Callable[[], int] | None = None
+        self._needs: Callable[[], int] = int  # nothing is written yet
 
     def save(
         self, engine: Any, *, step: int, zero_stage: int, trainer: dict[str, Any],

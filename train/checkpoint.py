@@ -97,7 +97,7 @@ def save(
     older checkpoints stay as they were.
     """
     needs = partial(bytes_of, engine, world, adapters_only=adapters_only)
-    torn = open_torn(root, world, step=step, keep=keep)
+    torn = open_torn(root, world, step=step, keep=keep, needs=needs)
     all_do = partial(agreed, torn=torn, step=step, world=world, needs=needs)
     all_do(lambda: write_share(engine, torn, world, trainer, adapters_only))
     files = dict(
@@ -111,14 +111,15 @@ def save(
     return root / name(step)
 
 
-def open_torn(root: Path, world: World, *, step: int, keep: int) -> Path:
+def open_torn(root: Path, world: World, *, step: int, keep: int, needs: Callable[[], int]) -> Path:
     """Rank 0's new folder, where a save is written until it is one, on all ranks; collective. A
     name nobody else has: a process of a dead attempt that wakes up writes into its own folder.
     """
     torn = root / f".torn-{name(step)}-{secrets.token_hex(4)}"
     made = agreed(
-        lambda: make_room(torn, keep) if world.first else None, torn=torn, step=step, world=world
-    )
+        lambda: make_room(torn, keep) if world.first else None,
+        torn=torn, step=step, world=world, needs=needs,
+    )  # fmt: skip
     first: Path = made[0]
     return first
 
@@ -140,9 +141,8 @@ def bytes_of(engine: Any, world: World, *, adapters_only: bool) -> int:
 
 
 def agreed(
-    work: Callable[[], Any], *, torn: Path, step: int, world: World,
-    needs: Callable[[], int] | None = None,
-) -> list[Any]:  # fmt: skip
+    work: Callable[[], Any], *, torn: Path, step: int, world: World, needs: Callable[[], int]
+) -> list[Any]:
     """What every rank's `work` returned, in rank order; one rank's failure is every rank's, and the
     torn folder is gone by then. `needs`: the bytes of a whole checkpoint, asked for when the disk
     is full.
@@ -154,9 +154,8 @@ def agreed(
 
 
 def all_did(
-    work: Callable[[], Any], *, torn: Path, step: int, world: World,
-    needs: Callable[[], int] | None = None,
-) -> None:  # fmt: skip
+    work: Callable[[], Any], *, torn: Path, step: int, world: World, needs: Callable[[], int]
+) -> None:
     """`agreed` without what was returned: one small sum where no rank failed."""
     _, failure = _tried(work, torn, needs)
     failed = torch.tensor([float(failure is not None)])
@@ -164,9 +163,7 @@ def all_did(
         _raise(distributed.gather_objects(failure), torn, step, world)
 
 
-def _tried(
-    work: Callable[[], Any], torn: Path, needs: Callable[[], int] | None
-) -> tuple[Any, str | None]:
+def _tried(work: Callable[[], Any], torn: Path, needs: Callable[[], int]) -> tuple[Any, str | None]:
     """What it returned, and why it could not be done."""
     try:
         return work(), None
@@ -281,18 +278,18 @@ def _one_tag(tag: str) -> None:
     """Two collectives that a constant needs not."""
 
 
-def _why(error: Exception, torn: Path, needs: Callable[[], int] | None) -> str:
+def _why(error: Exception, torn: Path, needs: Callable[[], int]) -> str:
     """torch reports a full disk as `unexpected pos`, with no errno (measured on 2.13)."""
     text = str(error).strip().splitlines()[0]
     full = "unexpected pos" in text or "No space left" in text
     if not full and getattr(error, "errno", None) != errno.ENOSPC:
         return f"{type(error).__name__}: {text}"
     there = next(folder for folder in (torn, *torn.parents) if folder.exists())
-    free, needed = shutil.disk_usage(there).free, _last_bytes(torn.parent)
-    if not needed and needs is not None:
-        needed = needs()
-    size = f"about {needed} bytes needed, " if needed else ""
-    return f"disk full: {size}{free} bytes free; free some space or move run.root ({text})"
+    free, needed = shutil.disk_usage(there).free, _last_bytes(torn.parent) or needs()
+    return (
+        f"disk full: about {needed} bytes needed, {free} bytes free; free some space or move "
+        f"run.root ({text})"
+    )
 
 
 def commit(torn: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:

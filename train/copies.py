@@ -275,11 +275,11 @@ def _committed(
     """All parts as one checkpoint in the run folder, by the protocol of every save."""
     step = choice.step
     manifests = {part: views[holder][part, step] for part, holder in choice.holders.items()}
-    torn = checkpoint.open_torn(root, world, step=step, keep=keep)
 
     def needs() -> int:
-        found = [facts["bytes"] for part in manifests.values() for facts in part["files"].values()]
-        return sum(found)
+        return sum(f["bytes"] for part in manifests.values() for f in part["files"].values())
+
+    torn = checkpoint.open_torn(root, world, step=step, keep=keep, needs=needs)
 
     def copy_mine() -> Files:
         files: Files = {}
@@ -297,7 +297,7 @@ def _committed(
             checkpoint.commit(torn, root / checkpoint.name(step), manifest, keep)
             print(f"copies: step {step} was in memory; it is a checkpoint now", flush=True)
 
-    checkpoint.all_did(commit, torn=torn, step=step, world=world)
+    checkpoint.all_did(commit, torn=torn, step=step, world=world, needs=needs)
     return root / checkpoint.name(step)
 
 

@@ -142,16 +142,18 @@ class Gang:
             self.processes.append(process)
 
     def fit(self, config: dict[str, object], *, timeout_seconds: float = 180.0) -> None:
-        """Train on all ranks; raises rank 0's error, or AssertionError when a rank hangs or
-        dies.
+        """Train on all ranks; raises rank 0's error, or AssertionError when a rank hangs or dies,
+        with what the others raised: that may be what it waits for.
         """
         for pipe in self.pipes:
             pipe.send(config)
-        outcomes = []
+        outcomes: list[Exception | None] = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(timeout_seconds), (
-                f"rank {rank} gave no answer in {timeout_seconds:.0f} s"
-            )
+            if not pipe.poll(timeout_seconds):
+                others = outcomes + [p.recv() for p in self.pipes[rank + 1 :] if p.poll()]
+                raise AssertionError(
+                    f"rank {rank} gave no answer in {timeout_seconds:.0f} s; the others: {others}"
+                )
             outcomes.append(pipe.recv())
         for outcome in outcomes:
             if outcome is not None:
