@@ -139,6 +139,24 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval_and_no_row(lab: P
     assert ledger["collective"] > 0
 
 
+IMPATIENT = """
+import sys
+from tuneloom import cli
+from tuneloom.launch import supervise
+
+supervise.START_SECONDS = 0.001
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_worker_that_does_not_start_in_time_is_a_lost_one(lab: Path) -> None:
+    words = ["train", *overrides(lab, "unstarted", "launch.max_restarts=1")]
+    done = run("-c", IMPATIENT, *words)
+    assert done.returncode == 5, done.stderr
+    assert "restart 1 of 1" in done.stdout
+    assert "last: a worker did not start in 0 s" in done.stderr
+
+
 def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> None:
     """With copies in memory, so that each of them costs a step at most."""
     log = lab / "standby.log"
