@@ -121,7 +121,7 @@ def test_ranks_fill_a_node_first_and_stand_on_as_many_as_were_asked_for(cluster:
     [
         (("launch.nodes=1", "launch.workers=9", "launch.wait_seconds=200"),
          "waited for room for 9 workers"),
-        (("launch.nodes=3", "launch.workers=3"), "1 of 3 nodes had joined"),
+        (("launch.nodes=3", "launch.workers=3"), r"[12] of 3 nodes had joined"),
     ],
 )  # fmt: skip
 def test_a_signal_ends_the_wait_for_room_and_for_nodes(
@@ -137,8 +137,8 @@ def test_a_signal_ends_the_wait_for_room_and_for_nodes(
     with driver:
         wait_until(lambda: b"launch: waiting" in log.read_bytes(), log)
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(10) == 75, log.read_text()
-    assert said in log.read_text()
+        assert driver.wait(30) == 75, log.read_text()
+    assert re.search(said, log.read_text()), log.read_text()
 
 
 @pytest.mark.slow
