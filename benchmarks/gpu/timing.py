@@ -93,6 +93,11 @@ def _peak_extra_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
+def _significant(rate: float) -> float:
+    """Four digits, however slow the machine: others divide by it."""
+    return float(f"{rate:.4g}")
+
+
 def ceilings(plan: Plan) -> dict[str, float]:
     """What this machine reaches: bf16 matmul TFLOP/s at 8192^3, and copy TB/s (read and write)."""
     tiny = not torch.cuda.is_available()
@@ -102,8 +107,8 @@ def ceilings(plan: Plan) -> dict[str, float]:
     target = torch.empty_like(source)
     times = interleave({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, plan)
     return {
-        "matmul_tflops": round(2 * n**3 / times["matmul"].median_ms / 1e9, 2),
-        "copy_tb_s": round(2 * 2 * length / times["copy"].median_ms / 1e9, 4),
+        "matmul_tflops": _significant(2 * n**3 / times["matmul"].median_ms / 1e9),
+        "copy_tb_s": _significant(2 * 2 * length / times["copy"].median_ms / 1e9),
     }
 
 
