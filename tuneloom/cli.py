@@ -1,6 +1,6 @@
 """The command `tuneloom VERB [overrides]`: compose, validate, run one verb, end with its exit code.
 
-Hydra's own flags that print (--help, --cfg, --info, --shell-completion) go to Hydra; an ordinary
+Hydra's own flags that print (--help, --cfg, --info) and its tab completion go to Hydra; an ordinary
 call, and each point of a --multirun, composes in process, makes no output folder and changes no
 directory.
 """
@@ -47,8 +47,9 @@ VERBS = {
     "lineage": ("tuneloom.registry.lineage", "Rows to models, and models back to rows."),
     "erase": ("tuneloom.data.erase", "Rows out of datasets and models: plan, then do it."),
 }
-COMPLETION = ("--shell-completion", "-sc")
-PRINTING = ("--help", "--hydra-help", "--cfg", "-c", "--info", "-i", *COMPLETION)
+COMPLETION = ("install=bash", "uninstall=bash", "query=bash")
+"""Behind `-sc`, as Hydra names it."""
+PRINTING = ("--help", "--hydra-help", "--cfg", "-c", "--info", "-i")
 BESIDE = ("--package", "-p", "--resolve")
 VALUED = ("--cfg", "-c", "--info", "-i", "--package", "-p")
 SWEEP = ("--multirun", "-m")
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     verb, *rest = arguments
     redact_tracebacks()
     try:
+        if verb in ("-sc", "--shell-completion"):
+            return complete(rest)
         if verb not in VERBS:
             raise ConfigError(f"verb: expected one of {', '.join(VERBS)}, got {verb!r}")
         if any(a.split("=")[0] in PRINTING for a in rest):
@@ -91,7 +94,8 @@ def usage() -> str:
     lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(
         ["usage: tuneloom VERB [group=choice] [dotted.key=value]", "", *lines, "",
-         "tuneloom VERB --help shows its groups and keys; --cfg job prints the composed config."]
+         "tuneloom VERB --help shows its groups and keys; --cfg job prints the composed config.",
+         'Tab completion in bash: eval "$(tuneloom -sc install=bash)"']
     )  # fmt: skip
 
 
@@ -181,19 +185,39 @@ def split_config_dir(rest: list[str]) -> tuple[str | None, list[str]]:
 
 def run_under_hydra(verb: str, rest: list[str]) -> int:
     """Hydra's flags that print; the config is composed and looked at before Hydra does it again."""
+    config_dir, overrides = split_config_dir(without_printing(rest))
+    composed(verb, overrides, config_dir=config_dir)
+    hydra_prints(verb, f"tuneloom {verb}", rest)
+    return 0
+
+
+def complete(rest: list[str]) -> int:
+    """Tab completion by Hydra: verbs, then the groups and keys of the one in COMP_LINE."""
+    if len(rest) != 1 or rest[0] not in COMPLETION:
+        raise ConfigError(f"-sc: expected one of {', '.join(COMPLETION)}, got {' '.join(rest)!r}")
+    verb = "train"
+    if rest[0].startswith("query="):
+        name, _, after = os.environ.get("COMP_LINE", "").partition(" ")
+        verb, ended, keys = after.lstrip().partition(" ")
+        if not ended:
+            print(" ".join(known for known in VERBS if known.startswith(verb)))
+        if not ended or verb not in VERBS:
+            return 0
+        os.environ["COMP_LINE"] = f"{name} {keys}"
+    hydra_prints(verb, "tuneloom", ["-sc", *rest])
+    return 0
+
+
+def hydra_prints(verb: str, name: str, arguments: list[str]) -> None:
+    """Hydra's own command line, as the program `name`, on the config of a verb."""
     import hydra
 
-    config_dir, overrides = split_config_dir(without_printing(rest))
-    if not any(a in COMPLETION for a in rest):
-        composed(verb, overrides, config_dir=config_dir)
-
     def never(_: object) -> None:
-        raise AssertionError(f"Hydra ran what was to be printed: {rest}")
+        raise AssertionError(f"Hydra ran what was to be printed: {arguments}")
 
-    sys.argv = [f"tuneloom {verb}", *rest]
+    sys.argv = [name, *arguments]
     os.environ.setdefault("HYDRA_FULL_ERROR", "0")
     hydra.main(version_base="1.3", config_path="pkg://tuneloom.conf", config_name=verb)(never)()
-    return 0
 
 
 def without_printing(rest: list[str]) -> list[str]:
