@@ -190,6 +190,18 @@ def test_what_cannot_be_asked_is_refused_with_exit_2(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "lacking"), [("run: {id: x}\n", "model.path"), ("run: x\n", "run.id")]
+)
+def test_a_torn_config_of_a_run_is_named(
+    tmp_path: Path, text: str, lacking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    for verb, *more in (["evaluate"], ["generate", "prompt=hi"], ["report"]):
+        assert main([verb, f"run={tmp_path}", *more]) == 2
+        assert f"/config.yaml lacks {lacking}" in capsys.readouterr().err
+
+
 def test_a_run_on_a_raw_file_asks_for_held_out_rows(
     trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from tuneloom.config import Config
 from tuneloom.errors import DONE, ConfigError, DataError
 from tuneloom.evals import evaluation, formats, page
 from tuneloom.evals.evaluation import Evaluation
-from tuneloom.yaml_guard import read_mapping
+from tuneloom.evals.runs import open_run
 
 TEMPLATE = "report.html.jinja"
 
@@ -63,10 +63,8 @@ def render(record: page.Record) -> str:
 
 def gather(run: Path, *, task: str | None = None) -> page.Record:
     """Everything the page is made of; only config.yaml has to be there."""
-    if not (run / "config.yaml").exists():
-        raise ConfigError(f"run: {run} has no config.yaml; give a run folder such as runs/RUN_ID")
+    _, config = open_run(str(run))
     text = (run / "config.yaml").read_text("utf-8")
-    config = read_mapping(run / "config.yaml")
     evaluations = _evaluations(run)
     facts = _json(run / "run.json") or {}
     return page.Record(

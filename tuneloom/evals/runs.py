@@ -14,6 +14,13 @@ from tuneloom.registry.contract import Base, Contract
 from tuneloom.registry.digests import template_digest, tokenizer_digest, weights_digest
 from tuneloom.yaml_guard import read_mapping
 
+READ = (
+    "run.id", "model.path", "model.revision", "model.init", "model.dtype", "data.path",
+    "data.split", "method.kind", "method.double_quantisation", "batch.max_length",
+    "batch.over_length", "objective.kind",
+)  # fmt: skip
+"""Keys of a run's config.yaml that evaluation and report read."""
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -28,7 +35,16 @@ def open_run(run: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"run: {run} has no config.yaml; give a run folder such as runs/RUN_ID")
-    return folder, read_mapping(folder / "config.yaml")
+    config = read_mapping(folder / "config.yaml")
+    for key in READ:
+        section, _, name = key.partition(".")
+        inner = config.get(section)
+        if not isinstance(inner, dict) or name not in inner:
+            raise ConfigError(
+                f"run: {run}/config.yaml lacks {key}, so it is not what `tuneloom train` wrote; "
+                "put that back"
+            )
+    return folder, config
 
 
 def weights_of(run: Path, config: dict[str, Any]) -> Tuned:
