@@ -25,7 +25,7 @@ keep_private()
 import ray
 from tuneloom.config import build
 from tuneloom.errors import RefusedError
-from tuneloom.launch import preflight
+from tuneloom.launch import admission, preflight
 from tuneloom.launch.supervise import rendezvous
 from tuneloom.launch.worker import Worker, environment
 from tuneloom.train.config import TrainConfig
@@ -78,7 +78,7 @@ for fault in ("none", "examine", "unseen_by", "now", "links", "sum", "clock"):
     with contextlib.redirect_stdout(said):
         try:
             group = [rendezvous(rank, places, 0, 0) for rank in range(2)]
-            preflight.conduct(actors, places, train, gpus_per_rank=0, group=group)
+            facts = preflight.conduct(actors, places, train, gpus_per_rank=0, group=group)
         except RefusedError as error:
             print(error)
     found[fault] = {"said": said.getvalue(), "seconds": time.monotonic() - started,
@@ -86,6 +86,15 @@ for fault in ("none", "examine", "unseen_by", "now", "links", "sum", "clock"):
 ray.get(actors[1].have.remote("clock"))
 deadline = time.monotonic() + 60
 found["skew"] = [preflight.skew(actor, deadline=deadline) for actor in actors]
+places[1]["node"] = "new"
+for fault, seconds in ((None, 60.0), ("clock", 60.0), ("examine", 1.0)):  # who joins later
+    ray.get(actors[1].have.remote(fault))
+    admission.PATIENCE_SECONDS, joined = seconds, admission.Admission(0)
+    joined.start(places[:1], facts)
+    with contextlib.redirect_stdout(io.StringIO()):
+        admitted = joined.admits(actors, places, train)
+    found[f"joined, {fault}"] = {"admitted": admitted, "left_out": joined.left_out,
+                                 "selector": joined.selector(frozenset())}
 print(json.dumps(found))
 """
 
@@ -149,3 +158,16 @@ def test_a_clock_is_read_from_the_fastest_of_three_answers(found: dict[str, Any]
     ours, theirs = found["skew"]
     assert abs(ours) < 0.2 and abs(theirs - OFF) < 0.2  # the slow answer alone would say 7
     assert "clock: rank 1 on n2 is +7.5 s off" in found["clock"]["said"]
+
+
+def test_a_node_that_joins_later_is_left_out_when_it_is_wrong_or_says_nothing(
+    found: dict[str, Any],
+) -> None:
+    assert found["joined, None"] == {"admitted": True, "left_out": {}, "selector": {}}
+    for fault, reason in (
+        ("clock", f"clock: rank 1 on n2 is {OFF:+.1f} s off; start chrony or ntpd"),
+        ("examine", "no answer in 1 s; look at its disks and network"),
+    ):
+        joined = found[f"joined, {fault}"]
+        assert not joined["admitted"] and joined["selector"] == {"ray.io/node-id": "!in(new)"}
+        assert joined["left_out"] == {"new": f"n2: {reason}"}
