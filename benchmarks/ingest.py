@@ -8,7 +8,7 @@ puts into .peers/, or with `--datatrove PYTHON` and `--data-juicer PYTHON`. Peak
 processes, sampled twenty times a second. `--scale N` runs `core` and `near` on N rows first. Writes
 benchmarks/results/ingest.json.
 
-`--memory N` runs `core` and `near` on N and on 4N rows of 150 bytes instead, each in a process of
+`--memory N` runs `core` and `near` on N and on 4N rows of 182 bytes instead, each in a process of
 its own, for what memory grows by: benchmarks/results/ingest_memory.json. N should be over a chunk
 of tuneloom/data/scratch.py (262,144), up to which memory still fills.
 """

@@ -106,21 +106,7 @@ class Session:
     def prepare(self) -> None:
         """Seed, run folder, tokenizer, data, model, method, engine, resume, metrics."""
         config = self.config
-        world = self.world = self.world.sharing(config.batch.sequence_parallel)
-        distributed.seed_everything(config.seed)
-        self._on_first(self._claim)
-        hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
-        self.watchdog = Watchdog(
-            self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts,
-            step=lambda: self.step,
-        )  # fmt: skip
-        distributed.record_flights(self.watchdog.folder, world)
-        self.stop = StopFlag(self.folder, first=world.first)
-
-        if config.checkpoint.asynchronous:
-            self.background = background.Background(
-                self.folder / "checkpoints", world, keep=config.checkpoint.keep
-            )
+        hosts = self._come_together()
 
         # what to resume from decides how the engine is built
         self._begin_part(READING_SECONDS)
@@ -131,32 +117,87 @@ class Session:
         )
         found = self._resume_point()
         accumulation = self._accumulation(found)
-        universal = None
-        if found and not found.same_layout(world.size, config.zero.stage):
-            layout = {"world_size": world.size, "stage": config.zero.stage}
-            universal = self._on_first(lambda: convert(found, **layout))
-        base = self._on_first(lambda: model.locate(config.model))
-        self.base = base
+        universal = self._universal(found)
+        base = self.base = self._on_first(lambda: model.locate(config.model))
         settings = zero.deepspeed_config(
-            config, world, accumulation=accumulation,
+            config, self.world, accumulation=accumulation,
             universal=universal is not None and own_loader(config.zero) is None,
             largest=model.largest_parameter(base, config.model) if self._swaps() else None,
         )  # fmt: skip
 
         # data first: what may not be trained on, and the batch that lets a base in FP8 in
         self._begin_part(READING_SECONDS)
-        self.tokenizer = load_tokenizer(str(base))
-        self.feed = Feed(config, self.tokenizer, world, accumulation)
+        self._open_data(accumulation)
+        self._begin_part(READING_SECONDS)
+        self._build(settings)
+
+        # the proof that packs are isolated, before a step is taken
+        self._begin_part()
+        self._prove()
+
+        self._begin_part(READING_SECONDS)
+        self._on_first(lambda: self._record_run(found))
+        if self.world.first:
+            self.exposure = Exposure(self.folder)
+        if found:
+            self._resume(found, universal)
+        self._begin_part()
+        self.graphs = self._capture()  # once weights lie where the engine keeps them
+        self._open_metrics()
+        if self.step < config.train.effects_step:
+            self.witness = effects.Witness(config, self.engine, self.world, self.graphs)
+        if self.copies_at is not None:
+            self.copies = copies.Copies(self.copies_at, self.folder, self.world)
+        self.pace = Pace(self.world, hosts, waiting=self._waiting_forward())
+        distributed.barrier()  # the loop's first step is not for the slowest start to use up
+
+    # set-up, in pieces
+
+    def _come_together(self) -> list[str]:
+        """Seed, lock, and what watches the run; returns every rank's host."""
+        config = self.config
+        world = self.world = self.world.sharing(config.batch.sequence_parallel)
+        distributed.seed_everything(config.seed)
+        self._on_first(self._claim)
+        hosts = [str(host) for host in distributed.gather_objects(socket.gethostname())]
+        self.watchdog = Watchdog(
+            self.folder, world, self.clock, seconds=config.train.hang_seconds, hosts=hosts,
+            step=lambda: self.step,
+        )  # fmt: skip
+        distributed.record_flights(self.watchdog.folder, world)
+        self.stop = StopFlag(self.folder, first=world.first)
+        if config.checkpoint.asynchronous:
+            self.background = background.Background(
+                self.folder / "checkpoints", world, keep=config.checkpoint.keep
+            )
+        return hosts
+
+    def _universal(self, found: checkpoint.Found | None) -> Path | None:
+        """The checkpoint in a form for this layout, where it was saved in another."""
+        world, stage = self.world.size, self.config.zero.stage
+        if found is None or found.same_layout(world, stage):
+            return None
+        converted: Path = self._on_first(lambda: convert(found, world_size=world, stage=stage))
+        return converted
+
+    def _open_data(self, accumulation: int) -> None:
+        """Tokenizer and feed; raises what refuses rows that may not be trained on."""
+        self.tokenizer = load_tokenizer(str(self.base))
+        self.feed = Feed(self.config, self.tokenizer, self.world, accumulation)
         today = datetime.datetime.now(datetime.UTC).date()
         for line in self._on_first(lambda: refuse_ended(self.feed.rows, today)):
-            if world.first:
+            if self.world.first:
                 print(line, flush=True)
-        self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, config.data.golden))
+        golden = self.config.data.golden
+        self.golden = self._on_first(lambda: refuse_golden(self.feed.rows, golden))
 
-        # model and method; adapters are made after the seed, alike on every rank
-        self._begin_part(READING_SECONDS)
+    def _build(self, settings: dict[str, Any]) -> None:
+        """Model, method and engine; adapters are made after the seed, alike on every rank."""
+        config, world = self.config, self.world
         with zero.partitioned_init(settings):
-            network = model.load(base, config.model, config.method, world.device, seed=config.seed)
+            network = model.load(
+                self.base, config.model, config.method, world.device, seed=config.seed
+            )
             self._begin_part()
             self._share_sequences(network)
             self.patched = _patch(network) if config.model.kernels else {}
@@ -177,38 +218,27 @@ class Session:
             _prefetch(self.network, self.patched)
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
 
-        # the proof that packs are isolated, before a step is taken
-        self._begin_part()
+    def _prove(self) -> None:
+        """Open the rows to validate on; probe that packed documents are isolated, also when ranks
+        share them; then seed each rank by itself, as dropout differs by rank.
+        """
+        config, world = self.config, self.world
         self.validation = evaluation.Validation(config, self.tokenizer, world)
         if config.batch.packing and config.train.probe:
             probe.isolation(self.network, self.vocabulary, world, seed=config.seed)
         if world.sequence > 1 and config.train.probe:
             probe.sharing(self.network, self.vocabulary, world, seed=config.seed)
-        torch.manual_seed(config.seed + world.rank)  # dropout differs by rank
+        torch.manual_seed(config.seed + world.rank)
 
-        self._begin_part(READING_SECONDS)
-        self._on_first(lambda: self._record_run(found))
-        if world.first:
-            self.exposure = Exposure(self.folder)
-        if found:
-            load = own_loader(config.zero)
-            if universal is not None and load is not None:
-                load(self.engine, universal)
-                checkpoint.restore_rng(found.folder, world)
-            else:
-                checkpoint.restore(self.engine, found, world, universal=universal)
-            self._restore(found)
-        self._begin_part()
-        self.graphs = self._capture()  # once weights lie where the engine keeps them
-        self._open_metrics()
-        if self.step < config.train.effects_step:
-            self.witness = effects.Witness(config, self.engine, world, self.graphs)
-        if self.copies_at is not None:
-            self.copies = copies.Copies(self.copies_at, self.folder, world)
-        self.pace = Pace(world, hosts, waiting=self._waiting_forward())
-        distributed.barrier()  # the loop's first step is not for the slowest start to use up
-
-    # set-up, in pieces
+    def _resume(self, found: checkpoint.Found, universal: Path | None) -> None:
+        """Weights, optimizer, random state and counters of a checkpoint."""
+        load = own_loader(self.config.zero)
+        if universal is not None and load is not None:
+            load(self.engine, universal)
+            checkpoint.restore_rng(found.folder, self.world)
+        else:
+            checkpoint.restore(self.engine, found, self.world, universal=universal)
+        self._restore(found)
 
     def _begin_part(self, seconds: float = STARTUP_SECONDS) -> None:
         """The next part of start-up, which may take so long, on all ranks at once: who waits for a
