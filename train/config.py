@@ -84,7 +84,7 @@ class MethodConfig(Config):
     kind: Literal["full", "lora", "qlora"]
     rank: Positive = 16
     alpha: Positive = 32
-    dropout: Fraction = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """LoRA dropout. 0 by default: it costs a mask a linear and seldom helps."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear modules that get an adapter: all but the head, or names such as [q_proj, v_proj]."""

@@ -146,6 +146,8 @@ def test_a_mixture_is_the_same_again_and_larger_ones_hold_it(
 def test_contradicting_shares_are_refused(parts: list[str]) -> None:
     with pytest.raises(ConfigError, match="two ways to say one thing"):
         build(MixConfig, {"name": "m", "parts": of(parts, weight=[1, 1], epochs=[1, 1])})
+    with pytest.raises(ConfigError, match="temperature: shares parts that have no weight"):
+        build(MixConfig, {"name": "m", "parts": of(parts, weight=[1.0, 2.0]), "temperature": 3.0})
     with pytest.raises(ConfigError, match="a weight to every part or to none"):
         build(MixConfig, {"name": "m", "parts": [{"dataset": "a", "weight": 1}, {"dataset": "b"}]})
 

@@ -44,7 +44,7 @@ def train_adapter(base: Path, rows: Path, weights: Path, *, steps: int) -> None:
     examples = renderer.render_many([opened[i] for i in range(len(opened))])
     settings = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for step in range(steps):
         batch = [examples[(step * 16 + i) % len(examples)] for i in range(16)]
         width = max(len(e.ids) for e in batch)

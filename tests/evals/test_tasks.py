@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tuneloom.data.records import parse
+from tuneloom.errors import DataError
 from tuneloom.evals import baseline
 from tuneloom.evals.tasks import Row, as_row, choose, exact, labels_of, named_label
 
@@ -50,6 +51,13 @@ def test_a_label_counts_in_any_case_and_punctuation_but_not_inside_a_sentence() 
     assert named_label("", labels) is None
 
 
+@pytest.mark.parametrize("labels", [("1", "-1", "0"), ("AA", "AA-", "AA+"), ("C", "C++", "C#")])
+def test_labels_that_differ_in_edge_punctuation_are_told_apart(labels: tuple[str, ...]) -> None:
+    assert [named_label(f"{label}\n", labels) for label in labels] == list(labels)
+    assert named_label(f"*{labels[0]}*", labels) is None  # any of them may be meant
+    assert named_label("c", ("C", "C++")) is None and named_label("c", ("C", "D")) == "C"
+
+
 def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
     assert exact(" perl\n", "perl")
     assert not exact("Perl", "perl")
@@ -70,3 +78,17 @@ def test_the_baseline_learns_what_words_tell() -> None:
     questions, answers = zip(*learnt, strict=True)
     asked = ["a new perl module", "another python library"]
     assert baseline.predict(questions, answers, asked=asked) == ["perl", "python"]
+
+
+def test_the_baseline_learns_from_characters_where_no_word_comes_twice() -> None:
+    pytest.importorskip("sklearn")
+    assert baseline.predict(["1", "2"] * 2, ["a", "b"] * 2, asked=["2", "1"]) == ["b", "a"]
+    many = [f"{'nm'[i % 2] * 3}{i}x{i * 7}" for i in range(1200)]  # 1,200 words, each once
+    assert baseline.predict(many, ["n", "m"] * 600, asked=["nnn9", "mmm8"]) == ["n", "m"]
+
+
+def test_texts_that_have_nothing_in_common_are_no_baseline() -> None:
+    pytest.importorskip("sklearn")
+    texts = [chr(0x4E00 + i) for i in range(1200)]
+    with pytest.raises(DataError, match="1200 texts: no word or part of one stands in 3 of them"):
+        baseline.predict(texts, ["a", "b"] * 600, asked=texts[:1])

@@ -100,6 +100,8 @@ class MixConfig(Config):
             raise ValueError("parts: weight and epochs are two ways to say one thing; keep one")
         if epochs and (self.rows is not None or self.temperature != 1.0):
             raise ValueError("parts: epochs say how many rows; remove rows and temperature")
+        if weights and self.temperature != 1.0:
+            raise ValueError("temperature: shares parts that have no weight; remove one of the two")
         return self
 
 

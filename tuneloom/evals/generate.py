@@ -62,8 +62,10 @@ class GenerateConfig(Config):
     def one_source_one_question(self) -> "GenerateConfig":
         if (self.run is None) == (self.model.path is None):
             raise ValueError("run, model.path: expected exactly one; set run=runs/ID")
-        if self.run is not None and self.adapter is not None:
-            raise ValueError("run, adapter: a run brings its own export; drop adapter=")
+        if self.run is not None and (self.adapter or self.model.revision):
+            raise ValueError(
+                "run, adapter, model.revision: a run brings its own base and export; drop them"
+            )
         if (self.prompt is None) == (self.data.path is None):
             raise ValueError("prompt, data.path: expected exactly one of the two")
         if self.prompt is None and self.system is not None:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from tuneloom.config import Config
 from tuneloom.data.records import Format
-from tuneloom.errors import DONE, ConfigError, GateError
+from tuneloom.errors import DONE, ConfigError, DataError, GateError
 from tuneloom.evals import baseline, evaluation, gate, score
 from tuneloom.evals.evaluation import Baseline, Evaluation
 from tuneloom.evals.model import Device, Dtype, Loaded, load
@@ -74,8 +74,10 @@ class EvaluateConfig(Config):
         alone = (self.base, self.adapter)
         if self.run is None and None in (*alone, self.data.path):
             raise ValueError("run: not set, so base=, adapter= and data.path= must all be")
-        if self.run is not None and any(alone):
-            raise ValueError("run, base, adapter: a run brings its own base and export; drop them")
+        if self.run is not None and any((*alone, self.revision)):
+            raise ValueError(
+                "run, base, revision, adapter: a run brings its own base and export; drop them"
+            )
         if self.task is not None and not set(self.task) <= SAFE:
             raise ValueError("task: expected letters, digits, dots, dashes and underscores")
         return self
@@ -242,7 +244,10 @@ def classical(
     if not sheet.labels or not sheet.answered:
         return None, "the answers are no labels of the training rows"
     if baseline.available():
-        return score.classical(sheet, train), None
+        try:
+            return score.classical(sheet, train), None
+        except DataError as error:  # nothing to learn from; what was scored stays
+            return None, str(error)
     if config.baseline == "on":
         raise ConfigError(f"baseline: on, but {baseline.MISSING}")
     return None, baseline.MISSING

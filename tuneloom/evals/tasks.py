@@ -64,10 +64,15 @@ def exact(text: str, answer: str) -> bool:
 
 
 def named_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that a text's first line is, whatever its case and surrounding punctuation."""
-    first = text.strip().split("\n", 1)[0]
+    """The label that a text's first line is: letter for letter, else whatever its case and
+    surrounding punctuation, where only one label is meant (`C` is none of `C++` and `C#`).
+    """
+    first = text.strip().split("\n", 1)[0].strip()
+    if first in labels:
+        return first
     wanted = _plain(first)
-    return next((label for label in labels if _plain(label) == wanted), None)
+    meant = [label for label in labels if _plain(label) == wanted]
+    return meant[0] if len(meant) == 1 else None
 
 
 def _plain(text: str) -> str:
