@@ -12,13 +12,17 @@ WORDS = {"animal": ["cat", "dog", "horse", "fox"], "fruit": ["apple", "pear", "p
          "metal": ["iron", "gold", "tin", "zinc"]}  # fmt: skip
 
 
-def labelled_rows(path: Path, count: int, *, seed: int) -> Path:
-    """Chats that ask which kind of thing a word is."""
+def labelled_rows(path: Path, count: int, *, seed: int, wrong: int = 0) -> Path:
+    """Chats that ask which kind of thing a word is; the first `wrong` answers are not what it is,
+    so that a model which has learnt misses them.
+    """
     rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             label = rng.choice(sorted(WORDS))
             question = f"{rng.choice(WORDS[label])} {seed}-{number}: which kind?"
+            if number < wrong:
+                label = next(other for other in WORDS if other != label)
             turns = [
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": label},
@@ -88,7 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("evals")
     base = tiny_model(root / "base")
     train = labelled_rows(root / "train.jsonl", 400, seed=1)
-    test = labelled_rows(root / "test.jsonl", 60, seed=2)
+    test = labelled_rows(root / "test.jsonl", 60, seed=2, wrong=6)
     run = root / "runs" / "labels-1"
     write_config(run, base, train)
     train_adapter(base, train, run / "weights", steps=60)
