@@ -301,8 +301,10 @@ def commit(torn: Path, final: Path, manifest: dict[str, Any], keep: int) -> None
         _sync_folder(folder)
     if not runs.is_ours(final.parent.parent):
         raise OSError("another process has taken this run over, and writes it now")
-    if final.exists():  # of a later past, when a run was resumed from an older checkpoint by name
-        os.rename(final, final.with_name(f".torn-replaced-{final.name}"))
+    if final.exists():  # of a process that outlived its gang: this run has gone back behind it
+        replaced = final.with_name(f".torn-replaced-{final.name}")
+        shutil.rmtree(replaced, ignore_errors=True)  # of a process that died before it was pruned
+        os.rename(final, replaced)
     os.rename(torn, final)
     _sync_folder(final.parent)
     point_latest(final.parent.parent, final.name)
@@ -376,6 +378,20 @@ def ordered(root: Path) -> list[Path]:
     """
     folders = [f for f in root.glob("step-*") if f.name.removeprefix("step-").isdecimal()]
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def supersede(root: Path, step: int) -> None:
+    """Set aside what lies after `step`: the run goes on from there, so what it saves is newer."""
+    for folder in ordered(root):
+        if int(folder.name.removeprefix("step-")) > step:
+            aside = folder.with_name(f"superseded-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            print(
+                f"checkpoint {folder.name} lies after step {step}, from which the run goes on: set "
+                f"aside as {aside.name}",
+                flush=True,
+            )
 
 
 def prune(root: Path, keep: int) -> None:

@@ -65,6 +65,12 @@ class FirstCheckpoint:
             )
 
 
+def passed_before(run: Path) -> bool:
+    """Whether a checkpoint of this run has been drilled, and its logits were the same."""
+    path = run / "drill" / "drill.json"
+    return path.exists() and _fault(path, "") is None
+
+
 def _fault(path: Path, errors: str) -> str | None:
     if not path.exists():
         last = (errors.strip().splitlines() or ["no output"])[-1]

@@ -71,7 +71,7 @@ def import_all() -> None:
 def loop(s: Session) -> Outcome:
     """Step until the epochs or steps are over, or until asked to stop."""
     config, world, engine, clock = s.config, s.world, s.engine, s.clock
-    bad_steps, loss = 0, math.nan
+    bad_steps = 0
     clock.switch("productive")
     while True:
         # what is due between steps
@@ -114,7 +114,7 @@ def loop(s: Session) -> Outcome:
         s.step += 1
         with clock.phase("collective"):  # NCCL only enqueues here, gloo waits
             distributed.sum_over_ranks(total)
-        loss = float(total) / tally.target_tokens
+        loss = s.last_loss = float(total) / tally.target_tokens
         seeking_scale = s.loss_scale > 1.0  # fp16: an overflow halves it, and is no fault of a row
         good = math.isfinite(loss) and (applied or seeking_scale)
         bad_steps = 0 if good else bad_steps + 1
@@ -133,5 +133,5 @@ def loop(s: Session) -> Outcome:
             s.save()
             s.settle()
             raise Stopped(f"stopped after step {s.step} on a signal; the same command resumes it")
-    s.finish(loss)
-    return Outcome(str(config.run.id), s.step, loss)
+    s.finish()
+    return Outcome(str(config.run.id), s.step, s.last_loss)

@@ -137,7 +137,7 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
     record = folder / RECORD
     if not record.exists():
         return
-    if config.resume == "never":
+    if config.resume == "never" and earlier(config) is None:
         raise ConfigError(
             f"run.id: {folder} holds a run already and resume=never; choose another run.id"
         )
@@ -152,6 +152,20 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
             f"run.id: {folder} was started with another config ({', '.join(changed)}); "
             "choose another run.id, or start as before"
         )
+
+
+def earlier(config: TrainConfig) -> dict[str, Any] | None:
+    """What the last attempt took up by `resume`, where this one goes on with that attempt: a
+    restart, a job that Slurm queued again, the same command once more. None where it does not.
+    """
+    attempts = recorded(folder_of(config)).get("attempts", [])
+    last = attempts[-1] if attempts and isinstance(attempts[-1], dict) else {}
+    if last.get("resume") != config.resume:
+        return None
+    job = os.environ.get("SLURM_JOB_ID")
+    if config.resume == "never" and not _is_restart() and (job is None or last.get("job") != job):
+        return None
+    return {"named_step": last.get("named_step")}
 
 
 RESUMABLE = (
@@ -251,7 +265,8 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
     attempt = {
         "workers": facts["world_size"], "accumulation": facts["accumulation"],
         "sequence_parallel": facts["sequence_parallel"], "resumed_from": facts["resumed_from"],
-        "clock": facts["clock"],
+        "clock": facts["clock"], "resume": config.resume, "named_step": facts["named_step"],
+        "job": os.environ.get("SLURM_JOB_ID"),
     }  # fmt: skip
     content = {
         **{key: before[key] for key in KEPT if key in before},

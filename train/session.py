@@ -45,7 +45,7 @@ from tuneloom.train import (
 from tuneloom.train.batches import MicroBatch
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
-from tuneloom.train.drills import FirstCheckpoint
+from tuneloom.train.drills import FirstCheckpoint, passed_before
 from tuneloom.train.exposure import Exposure
 from tuneloom.train.feed import Feed
 from tuneloom.train.metrics import Clock, Metrics, Progress, peak_memory_gib
@@ -88,6 +88,9 @@ class Session:
         self.step = 0
         self.last_step = config.steps if config.steps is not None else -1
         self.ended_early = False
+        self.last_loss = math.nan
+        self.named_step: int | None = None
+        """Of the checkpoint that `resume` names."""
         self._lock: IO[str] | None = None
         self._saved_step = -1
         self._evaluated_step = self._sampled_step = -1
@@ -288,11 +291,19 @@ class Session:
 
     def _resume_point(self) -> checkpoint.Found | None:
         config, root = self.config, self.folder / "checkpoints"
-        if config.resume == "never":
+        earlier = self._on_first(lambda: runs.earlier(config))
+        if earlier is None and config.resume == "never":
             return None
-        if config.resume != "auto":
-            return checkpoint.opened(Path(config.resume), self.world)
-        found = checkpoint.newest(root, self.world)
+        own = earlier is not None or config.resume == "auto"
+        found = checkpoint.newest(root, self.world) if own else None
+        if config.resume not in ("auto", "never"):
+            named = earlier["named_step"] if earlier else None
+            if found is None or named is None or found.step <= named:  # nothing was saved since
+                found = checkpoint.opened(Path(config.resume), self.world)
+                named = found.step
+            self.named_step = named
+        if not own:
+            return found
         if self.copies_at is None:
             return found
         rescued = copies.rescue(
@@ -335,17 +346,21 @@ class Session:
             "attempt": int(os.environ.get("TUNELOOM_ATTEMPT", "0")),
             "clock": {"command": self.clock.command, "attempt": self.clock.started},
             "resumed_from": found.folder.name if found else None,
+            "named_step": self.named_step,
             "accumulation": self.feed.accumulation, "sequence_parallel": self.world.sequence,
         }  # fmt: skip
         if found:
             mine = found.folder.parent.parent == self.folder
             runs.refuse_other_inputs(config, facts, found.manifest["digests"] if mine else None)
+            checkpoint.supersede(self.folder / "checkpoints", found.step)
         runs.record(config, facts)
 
     def _restore(self, found: checkpoint.Found) -> None:
         self.step = self._saved_step = found.step
         self.feed.restore(found.trainer["feed"])
         self._best, self._worse = found.trainer["best"], found.trainer["worse"]
+        self.ended_early = 0 < self.config.train.patience <= self._worse
+        self.last_loss = found.trainer.get("loss", math.nan)  # not in checkpoints of before
         # Validating this step once more would count twice towards train.patience.
         self._evaluated_step = found.trainer["evaluated"]
         self._sampled_step = found.trainer["sampled"]
@@ -585,6 +600,7 @@ class Session:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "loss": self.last_loss,
             "group": self.world.data_size * self.feed.accumulation,
             "feed": self.feed.state(),
             "best": self._best,
@@ -593,7 +609,7 @@ class Session:
             "sampled": self._sampled_step,
         }
 
-    def finish(self, loss: float) -> None:
+    def finish(self) -> None:
         """After the last step: validation, samples, checkpoint, weights, receipts; the run is
         done.
         """
@@ -607,8 +623,10 @@ class Session:
         self.settle()
         with self.clock.phase("checkpoint"):
             weights.save(self.engine, self.tokenizer, self.folder / "weights", self.world)
-        if self.drill is not None:
-            with self.clock.phase("checkpoint"):
+        with self.clock.phase("checkpoint"):
+            if self._lacks_drill():  # all was saved by an attempt that ended before its verdict
+                self.drill = FirstCheckpoint(self)
+            if self.drill is not None:
                 self.drill.verdict()
         if self.world.first:
             assert self.exposure is not None
@@ -617,7 +635,8 @@ class Session:
             self.feed.ledger.write(self.folder / "ledger.json")
             self._book_the_rest()
             runs.update(self.folder, {
-                "state": "done", "steps": self.step, "loss": loss, "data_order": data_order,
+                "state": "done", "steps": self.step, "data_order": data_order,
+                "loss": None if math.isnan(self.last_loss) else self.last_loss,
                 "seconds": sum(self.clock.total.values()), "time": self.clock.shares(),
             })  # fmt: skip
         distributed.barrier()
@@ -626,6 +645,12 @@ class Session:
         swapped = zero.swap_folder(self.config)
         if swapped is not None:  # on each node its own drive
             shutil.rmtree(swapped, ignore_errors=True)
+
+    def _lacks_drill(self) -> bool:
+        if not self.config.train.drill or self.drill is not None:
+            return False
+        passed: bool = self._on_first(lambda: passed_before(self.folder))
+        return not passed
 
     def _book_the_rest(self) -> None:
         """The time since the last row, as a row of its own, and where all of it went as a line."""

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.train.test_damage import SHAPES
+from tuneloom.config import build
 from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError
 from tuneloom.testing import Gang, free_port, metrics, small_config
-from tuneloom.train import checkpoint
+from tuneloom.train import checkpoint, runs
+from tuneloom.train.config import TrainConfig
 
 STEPS = 8
 
@@ -211,6 +213,61 @@ def test_resume_never_refuses_a_folder_that_holds_a_run(lab: Path, one: Gang) ->
     one.fit(config(lab, "taken"))
     with pytest.raises(ConfigError, match="holds a run already"):
         one.fit(config(lab, "taken", resume="never"))
+
+
+def test_a_restart_goes_on_under_resume_never_and_a_second_command_does_not(
+    lab: Path, one: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(lab, "fresh", resume="never")
+    one.fit(settings)
+    again = build(TrainConfig, settings)
+    assert runs.earlier(again) is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert runs.earlier(again) is None
+    monkeypatch.setenv("TUNELOOM_ATTEMPT", "1")
+    assert runs.earlier(again) == {"named_step": None}
+
+
+def test_a_checkpoint_named_by_resume_is_taken_up_once(lab: Path, one: Gang) -> None:
+    """And what the run saved after it is set aside, whatever `keep` says."""
+    settings = {"checkpoint__every": 2, "checkpoint__keep": 2}
+    one.fit(config(lab, "back", **settings))
+    folder = lab / "runs/back/checkpoints"
+    whole = metrics(lab, "back")
+    assert sorted(f.name for f in folder.iterdir()) == ["step-000006", "step-000008"]
+    older = shutil.copytree(folder / "step-000006", lab / "copied" / "step-000006")
+    named = config(lab, "back", **settings | {"checkpoint__every": 1, "resume": str(older)})
+    one.fit(named)
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "step-000007", "step-000008", "superseded-step-000008"
+    ]  # fmt: skip
+    assert metrics(lab, "back") == whole
+    shutil.rmtree(folder / "step-000008")  # as if it had been lost before it was saved
+    one.fit(named)
+    attempts = json.loads((lab / "runs/back/run.json").read_text())["attempts"]
+    assert [a["resumed_from"] for a in attempts] == [None, "step-000006", "step-000007"]
+    assert metrics(lab, "back") == whole
+    for step in (7, 8):  # lost before anything was saved: what is named is taken up again
+        shutil.rmtree(folder / checkpoint.name(step))
+    one.fit(named)
+    attempts = json.loads((lab / "runs/back/run.json").read_text())["attempts"]
+    assert attempts[-1]["resumed_from"] == "step-000006" and metrics(lab, "back") == whole
+
+
+def test_a_run_resumed_after_its_last_step_keeps_its_loss_and_is_drilled(
+    lab: Path, one: Gang
+) -> None:
+    settings = config(lab, "ended", train__drill=True)
+    one.fit(settings)
+    run, drilled = lab / "runs/ended/run.json", lab / "runs/ended/drill/drill.json"
+    loss = json.loads(run.read_text())["loss"]
+    drilled.write_text('{"ok": false}')
+    one.fit(settings)
+    assert json.loads(run.read_text())["loss"] == loss == metrics(lab, "ended")[-1]
+    assert json.loads(drilled.read_text())["ok"]
+    before = drilled.stat().st_mtime_ns
+    one.fit(settings)  # drilled already
+    assert drilled.stat().st_mtime_ns == before
 
 
 def test_a_second_writer_of_one_run_is_refused(lab: Path, one: Gang) -> None:

@@ -79,14 +79,15 @@ def test_the_last_step_is_saved_whatever_the_interval(lab: Path, one: Gang) -> N
 
 
 def test_patience_stops_a_run_whose_validation_gets_no_better(lab: Path, one: Gang) -> None:
-    one.fit(
-        small_config(
-            lab, "patient", steps=30, optim__lr=0.5, train__validate_every=1, train__patience=1,
-            data__validation=str(lab / "validation.jsonl"),
-        )
+    settings = small_config(
+        lab, "patient", steps=30, optim__lr=0.5, train__validate_every=1, train__patience=1,
+        data__validation=str(lab / "validation.jsonl"),
     )  # fmt: skip
-    assert len(metrics(lab, "patient")) < 30
-    assert run_json(lab, "patient")["state"] == "done"
+    one.fit(settings)
+    ended = len(metrics(lab, "patient"))
+    assert ended < 30 and run_json(lab, "patient")["state"] == "done"
+    one.fit(settings)  # it has ended, and stays so
+    assert len(metrics(lab, "patient")) == ended == run_json(lab, "patient")["steps"]
 
 
 def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(
