@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 import sys
 import threading
 from collections.abc import Iterator
@@ -115,6 +116,50 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path, url: str) -> None:
     second, _ = synthesise(config(tmp_path, url))
     assert second.read_text() == text
     assert len(Endpoint.asked) == asked == 8 + 7
+
+
+def test_an_answer_from_disk_is_the_one_that_was_given(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Endpoint, "say", lambda *_: "one\r\ntwo \udc80")
+    path, counts = synthesise(config(tmp_path, url, judge=None))
+    text, asked = path.read_bytes(), len(Endpoint.asked)
+    assert json.loads(text.splitlines()[0])["prompt"] == "one\r\ntwo ?" and counts["written"] == 8
+    assert synthesise(config(tmp_path, url, judge=None))[0].read_bytes() == text
+    assert len(Endpoint.asked) == asked
+
+
+def test_an_answer_that_could_not_be_kept_whole_is_asked_again(tmp_path: Path, url: str) -> None:
+    wanted, (_, most) = config(tmp_path, url), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, most))  # the disk is full after 5 bytes
+    try:
+        with pytest.raises(OSError, match="too large"):
+            synthesise(wanted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    path, counts = synthesise(wanted)
+    prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    assert counts["written"] == 6 and prompts[0] == "what of 0?"
+
+
+def test_equal_questions_to_the_judge_at_once_are_one_answer(tmp_path: Path, url: str) -> None:
+    _, counts = synthesise(config(tmp_path, url, judge="Score all", parallel=8, max_share=0.5))
+    assert counts["judged too low"] == 0 and counts["written"] == 19
+
+
+@pytest.mark.parametrize("body", ['{"choices": null}', '{"choices": [', "[]", '{"choices": ["a"]}'])
+def test_an_endpoint_that_answers_something_else_or_half_is_named(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    def answer(self: Endpoint) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(100 if body.endswith("[") else len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    monkeypatch.setattr(Endpoint, "do_POST", answer)
+    with pytest.raises(DataError, match=r"teacher\.url: no answer from http://127"):
+        synthesise(config(tmp_path, url))
 
 
 def test_a_dead_endpoint_is_named(tmp_path: Path) -> None:

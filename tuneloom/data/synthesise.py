@@ -8,10 +8,10 @@ is capped, and a request that was answered is not made again.
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +28,7 @@ from tuneloom.data.mapping import mapper
 from tuneloom.data.recipe import Name
 from tuneloom.data.records import canonical, content_id, parse
 from tuneloom.data.rows import open_rows
+from tuneloom.data.shards import write_whole
 from tuneloom.errors import ConfigError, DataError
 
 SCORE = re.compile(r"\b(10|[0-9])\b")
@@ -208,10 +209,10 @@ class Teacher:
                 "seed": attempt}  # fmt: skip
         path = self.cache / f"{_digest(self.config.url + canonical(body))[:32]}.txt"
         if path.exists():
-            return path.read_text(encoding="utf-8")
-        text = self._post(body)
-        path.write_text(text, encoding="utf-8")
-        return text
+            return path.read_bytes().decode("utf-8")
+        said = self._post(body).encode("utf-8", "replace")  # half a surrogate pair is no text
+        write_whole(path, said)
+        return said.decode("utf-8")
 
     def _post(self, body: dict[str, Any]) -> str:
         if not self.config.url.startswith(("http://", "https://")):
@@ -225,7 +226,7 @@ class Teacher:
         try:
             with urllib.request.urlopen(request, timeout=self.config.timeout_seconds) as response:
                 return str(json.load(response)["choices"][0]["message"]["content"] or "")
-        except (urllib.error.URLError, OSError, ValueError, LookupError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"teacher.url: no answer from {self.config.url} ({error}); answers so far are "
                 "kept, the same command goes on from here"
