@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 import sys
 import threading
 from collections.abc import Iterator
@@ -84,7 +85,8 @@ def test_each_row_names_its_teacher_prompt_and_seed_through_ingest(
 ) -> None:
     path, counts = synthesise(config(tmp_path, url))
     # 8 of 28 rows are 0.3; seed 1 is judged too low, seed 2 answers nothing.
-    assert counts == {"asked": 8, "empty": 1, "judged too low": 1, "a copy": 0, "written": 6}
+    assert counts == {"over max_share": 12, "asked": 8, "empty": 1, "judged too low": 1,
+                      "a copy": 0, "written": 6}  # fmt: skip
     split = {"train": 1, "validation": 0, "test": 0}
     mapping = {
         "data": {"name": "d", "split": split},
@@ -106,7 +108,29 @@ def test_an_answer_that_copies_a_seed_is_left_out(tmp_path: Path, url: str) -> N
     record = {"prompt": "{answer}", "completion": "answer 4"}
     _, counts = synthesise(config(tmp_path, url, record=record, judge=None))
     assert counts["a copy"] == 1
-    assert counts["asked"] == sum(n for what, n in counts.items() if what != "asked")
+    answered = sum(n for what, n in counts.items() if what not in ("asked", "over max_share"))
+    assert counts["asked"] == answered
+
+
+@pytest.mark.parametrize(("share", "over"), [(0.3, 32), (0.5, 20), (0.6, 10), (0.8, 0)])
+def test_answers_over_the_share_are_counted(
+    tmp_path: Path, url: str, share: float, over: int
+) -> None:
+    _, counts = synthesise(config(tmp_path, url, judge=None, per_seed=2, max_share=share))
+    assert (counts["over max_share"], counts["asked"]) == (over, 40 - over)
+
+
+@pytest.mark.parametrize(("seeds", "enough"), [(1, 0.5), (2, 0.334)])
+def test_a_share_of_less_than_a_row_is_refused_with_one_that_is_enough(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, seeds: int, enough: float
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SEEDS", SEEDS[:seeds])
+    why = rf"max_share: 0\.3 leaves no room .* \({seeds}\); raise it to {enough} "
+    with pytest.raises(ConfigError, match=why):
+        synthesise(config(tmp_path, url))
+    assert not list((tmp_path / "raw").glob("*.jsonl*"))
+    given = config(tmp_path, url, judge=None, max_share=enough)
+    assert synthesise(given)[1]["written"] == 1
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path: Path, url: str) -> None:
@@ -115,6 +139,50 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path, url: str) -> None:
     second, _ = synthesise(config(tmp_path, url))
     assert second.read_text() == text
     assert len(Endpoint.asked) == asked == 8 + 7
+
+
+def test_an_answer_from_disk_is_the_one_that_was_given(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Endpoint, "say", lambda *_: "one\r\ntwo \udc80")
+    path, counts = synthesise(config(tmp_path, url, judge=None))
+    text, asked = path.read_bytes(), len(Endpoint.asked)
+    assert json.loads(text.splitlines()[0])["prompt"] == "one\r\ntwo ?" and counts["written"] == 8
+    assert synthesise(config(tmp_path, url, judge=None))[0].read_bytes() == text
+    assert len(Endpoint.asked) == asked
+
+
+def test_an_answer_that_could_not_be_kept_whole_is_asked_again(tmp_path: Path, url: str) -> None:
+    wanted, (_, most) = config(tmp_path, url), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, most))  # the disk is full after 5 bytes
+    try:
+        with pytest.raises(OSError, match="too large"):
+            synthesise(wanted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    path, counts = synthesise(wanted)
+    prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    assert counts["written"] == 6 and prompts[0] == "what of 0?"
+
+
+def test_equal_questions_to_the_judge_at_once_are_one_answer(tmp_path: Path, url: str) -> None:
+    _, counts = synthesise(config(tmp_path, url, judge="Score all", parallel=8, max_share=0.5))
+    assert counts["judged too low"] == 0 and counts["written"] == 19
+
+
+@pytest.mark.parametrize("body", ['{"choices": null}', '{"choices": [', "[]", '{"choices": ["a"]}'])
+def test_an_endpoint_that_answers_something_else_or_half_is_named(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    def answer(self: Endpoint) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(100 if body.endswith("[") else len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    monkeypatch.setattr(Endpoint, "do_POST", answer)
+    with pytest.raises(DataError, match=r"teacher\.url: no answer from http://127"):
+        synthesise(config(tmp_path, url))
 
 
 def test_a_dead_endpoint_is_named(tmp_path: Path) -> None:
@@ -155,7 +223,8 @@ def test_a_design_of_data_designer_fills_rows_and_speaks_to_the_teacher_only(
     sys.addaudithook(hear)
     path, counts = synthesise(designed(tmp_path, url))
     assert reached == {url}
-    assert counts == {"asked": 8, "empty": 2, "judged too low": 1, "a copy": 0, "written": 5}
+    assert counts == {"over max_share": 12, "asked": 8, "empty": 2, "judged too low": 1,
+                      "a copy": 0, "written": 5}  # fmt: skip
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows[0]["prompt"] == "what of 0?" and rows[0]["completion"] == "formal answer 0 true"
     for row in rows:

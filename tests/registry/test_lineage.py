@@ -206,6 +206,82 @@ def test_an_erased_row_takes_the_rows_of_its_key_in_derived_datasets(tmp_path: P
     assert tombstone["ids"] == plan.ids and tombstone["reason"] == "asked"
 
 
+def quarantine(root: Path, **data: Any) -> Path:
+    """A dataset with a good row of ann's, and one of hers, zed's and bob's without an answer."""
+    (root / "raw").mkdir(parents=True)
+    rows = [("ann", "the answer"), ("bob", "an answer"), ("ann", "N/A"), ("zed", "N/A"),
+            ("bob", "N/A")]  # fmt: skip
+    lines = [json.dumps({"q": f"{who} asks {a[:3]}", "a": a, "who": who}) for who, a in rows]
+    (root / "raw" / "crm.jsonl").write_text("\n".join(lines))
+    split = {"train": 1.0, "validation": 0.0, "test": 0.0}
+    return make(root / "datasets", root / "raw", **{"split": split} | data)
+
+
+def erased(root: Path, **selector: str) -> tuple[Any, Path]:
+    """The plan, and the newest version of `d` after it was done."""
+    order = {"execute": True, "reason": "asked", "retrain": False}
+    config = build(EraseConfig, selector | order | places(root))
+    loaded = graph(root)
+    plan = make_plan(loaded, config)
+    list(execute(loaded, plan, config))
+    return plan, (root / "datasets" / "d").resolve()
+
+
+def quarantined_texts(folder: Path) -> list[str]:
+    aside = pq.read_table(folder / "set_aside.parquet").to_pylist()
+    return sorted(json.loads(a["record"])["messages"][0]["content"] for a in aside if a["record"])
+
+
+@pytest.mark.parametrize(
+    ("who", "kept", "left"),
+    [("ann", 1, ["bob asks N/A", "zed asks N/A"]), ("zed", 0, ["ann asks N/A", "bob asks N/A"])],
+)
+def test_an_erased_subject_leaves_no_quarantined_row(
+    tmp_path: Path, who: str, kept: int, left: list[str]
+) -> None:
+    before = quarantine(tmp_path)
+    assert asked(tmp_path, subject=who)[0]["datasets"][before.name]["set_aside"] == 1
+    plan, folder = erased(tmp_path, subject=who)
+    assert plan.datasets == {before.name: kept} and plan.set_aside == {before.name: 1}
+    assert not before.exists() and quarantined_texts(folder) == left
+    assert f"{who} asks" not in (folder / "report.html").read_text()
+    counts = json.loads((folder / "manifest.json").read_text())["counts"]
+    assert counts["quarantined"] == {"erased": kept + 1, "placeholder": 2}
+    assert counts["in"] == counts["kept"] + sum(counts["quarantined"].values())
+    with pytest.raises(DataError, match=f"no dataset holds '{who}'"):
+        erased(tmp_path, subject=who)
+
+
+def test_a_row_or_licence_that_was_quarantined_can_be_erased(tmp_path: Path) -> None:
+    before = quarantine(tmp_path)
+    aside = pq.read_table(before / "set_aside.parquet").to_pylist()
+    _, folder = erased(tmp_path, row=aside[0]["id"])
+    assert len(quarantined_texts(folder)) == 2
+    plan, folder = erased(tmp_path, licence="MIT")
+    assert plan.set_aside == dict.fromkeys(plan.datasets, 2)
+    assert quarantined_texts(folder) == []
+
+
+def test_where_quarantined_rows_name_no_subject_all_their_texts_are_dropped_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = quarantine(tmp_path)
+    aside = pq.read_table(before / "set_aside.parquet")
+    old = aside.drop_columns(["meta"])  # as versions before had it
+    pq.write_table(old, before / "set_aside.parquet")
+    config = build(EraseConfig, {"subject": "zed", **places(tmp_path)})
+    assert erase(config) == 0
+    said = capsys.readouterr().out
+    assert f"{before.name}: quarantined rows cannot be told apart by subject" in said
+    _, folder = erased(tmp_path, subject="zed")
+    assert quarantined_texts(folder) == []
+    assert "asks N/A" not in (folder / "report.html").read_text()
+    assert pq.read_table(folder / "set_aside.parquet")["id"] == aside["id"]
+    assert len(open_rows(folder)) == 2
+    with pytest.raises(DataError, match="no dataset holds 'zed'"):
+        erased(tmp_path, subject="zed")
+
+
 def test_consent_that_ended_stops_a_run_and_its_rows_are_erased_by_that_day(tmp_path: Path) -> None:
     ends = [{"match": "crm*", "consent_until": "2025-01-31"}, {"match": "forum*"}]
     made = make(tmp_path / "datasets", write_raw(tmp_path / "raw"), provenance=ends)

@@ -18,6 +18,7 @@ from tuneloom.data.store import COLUMNS, ShardWriter
 ASIDE = pa.schema([
     ("id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("fate", pa.string()),
     ("reason", pa.string()), ("kept", pa.string()), ("record", pa.string()), ("note", pa.string()),
+    ("meta", pa.string()),
 ])  # fmt: skip
 LENGTHS = (50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 200_000, 1_000_000)
 """Characters a record, as the report counts them; no record is longer than a raw row may be."""
@@ -85,7 +86,10 @@ def aside_rows(
     records: bool,
     notes: list[str | None] | None = None,
 ) -> pa.Table:
-    """Rows that are not in the dataset, as set_aside.parquet lists them."""
+    """Rows that are not in the dataset, as set_aside.parquet lists them.
+
+    Where the record stands, so does its meta, which says whose it is: it may have to be erased.
+    """
     count = len(table)
     columns = [
         table["id"], table["source"], table["line"], pa.array([fate] * count, pa.string()),
@@ -93,5 +97,6 @@ def aside_rows(
         kept if isinstance(kept, pa.ChunkedArray) else pa.array(kept, pa.string()),
         table["record"] if records else pa.nulls(count, pa.string()),
         pa.array(notes or [None] * count, pa.string()),
+        table["meta"] if records else pa.nulls(count, pa.string()),
     ]  # fmt: skip
     return pa.Table.from_arrays(columns, schema=ASIDE)

@@ -22,7 +22,7 @@ from pydantic import model_validator
 from tuneloom.config import Config
 from tuneloom.data.rebuild import rebuild
 from tuneloom.errors import DataError, RefusedError
-from tuneloom.registry.graph import Graph, Kind, Run
+from tuneloom.registry.graph import SET_ASIDE, Graph, Kind, Run
 from tuneloom.registry.lineage import ROW_KINDS, as_text, exposure_of
 
 TOMBSTONES = "tombstones.jsonl"
@@ -78,7 +78,11 @@ class Plan:
     sources: set[str]
     """Sources that go as a whole."""
     datasets: dict[str, int]
-    """Rows to remove, by version."""
+    """Rows to remove from the splits, by version."""
+    set_aside: dict[str, int]
+    """Quarantined rows to remove, by version."""
+    hidden: list[str]
+    """Versions whose quarantined rows do not say whose they are; none of their texts stays."""
     runs: dict[str, dict[str, Any]]
     """Exposure of the runs that saw the rows."""
     descendants: list[str]
@@ -94,10 +98,15 @@ def main(config: EraseConfig) -> int:
     plan = make_plan(graph, config)
     print(
         as_text(
-            {k: v for k, v in asdict(plan).items() if k not in ("ids", "sources")}
+            {k: v for k, v in asdict(plan).items() if k not in ("ids", "sources", "hidden")}
             | {"rows": len(plan.ids)}
         )
     )
+    for name in plan.hidden:
+        print(
+            f"{name}: quarantined rows cannot be told apart by subject, so the new version drops "
+            "all their texts; ingest again first to keep those of others"
+        )
     if not config.execute:
         print("\nnothing was changed; add execute=true reason='...' to do it")
         return 0
@@ -111,7 +120,8 @@ def make_plan(graph: Graph, config: EraseConfig) -> Plan:
     kind = next(k for k in ROW_KINDS if getattr(config, k) is not None)
     value = str(getattr(config, kind))
     found = graph.find_rows(kind, value)
-    if not found:
+    hidden = _hidden(graph, kind, found)
+    if not found and not hidden:
         raise DataError(f"{kind}: no dataset holds {value!r}; nothing to erase")
     ids = sorted({i for table in found.values() for i in table["id"].to_pylist()})
     if kind == "row" and len(ids) > 1:
@@ -122,18 +132,31 @@ def make_plan(graph: Graph, config: EraseConfig) -> Plan:
             if len(same) and derived.name not in found:
                 found[derived.name] = same
     ids = sorted({i for table in found.values() for i in table["id"].to_pylist()})
-    seen = {run.id: exposure_of(run, pa.array(ids)) for run in graph.runs.values()}
+    aside = {name: t["split"].to_pylist().count(SET_ASIDE) for name, t in found.items()}
+    seen = {run.id: exposure_of(run, pa.array(ids, pa.string())) for run in graph.runs.values()}
     seen = {run_id: exposure for run_id, exposure in seen.items() if exposure}
     later = graph.descendants([graph.runs[run_id] for run_id in seen])
     again = [*(graph.runs[run_id] for run_id in seen), *later]
     return Plan(
         kind=kind, value=value, ids=ids,
         sources=whole_sources(found) if kind in ("source", "licence", "consent") else set(),
-        datasets={name: len(t) for name, t in found.items()},
+        datasets=dict.fromkeys(hidden, 0) | {n: len(t) - aside[n] for n, t in found.items()},
+        set_aside={name: rows for name, rows in aside.items() if rows}, hidden=hidden,
         runs=seen, descendants=[run.id for run in later],
         exports=[str(path) for run in again for path in run.exports()],
         train_seconds=round(sum(map(seconds_of, again)), 1),
     )  # fmt: skip
+
+
+def _hidden(graph: Graph, kind: Kind, found: dict[str, pa.Table]) -> list[str]:
+    """Versions that may hold the rows among quarantined ones that do not say whose they are."""
+    derived = {d.name for name in found for d in graph.made_from(graph.datasets[name])}
+    return [
+        name
+        for name, dataset in graph.datasets.items()
+        if (name in derived or (kind == "subject" and dataset.manifest["recipe"].get("subject")))
+        and dataset.hides_subjects()
+    ]
 
 
 def whole_sources(found: dict[str, pa.Table]) -> set[str]:
@@ -143,7 +166,7 @@ def whole_sources(found: dict[str, pa.Table]) -> set[str]:
 
 def keys_in(table: pa.Table) -> set[str]:
     """The split keys of rows, as their meta holds them."""
-    return {json.loads(meta)["key"] for meta in table["meta"].to_pylist()}
+    return {json.loads(meta)["key"] for meta in table["meta"].drop_null().to_pylist()}
 
 
 def seconds_of(run: Run) -> float:
@@ -173,6 +196,7 @@ def execute(graph: Graph, plan: Plan, config: EraseConfig) -> Any:
         replaced[name] = rebuild(
             graph.datasets[name].folder, set(plan.ids), sources=plan.sources,
             renamed={old: new.name for old, new in replaced.items()},
+            hide_texts=name in plan.hidden,
         )  # fmt: skip
         yield f"rebuilt {name} as {replaced[name].name}"
     moved: dict[str, str] = {}

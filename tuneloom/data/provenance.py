@@ -7,6 +7,7 @@ use that the recipe wants is listed by source, which is the smallest set of rows
 import datetime
 import fnmatch
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import Field, field_validator
 from tuneloom.config import Config
 
 Use = Literal["commercial", "research"]
+OWN_TERMS = re.compile(r"(?:DocumentRef-[\w.-]+:)?LicenseRef-[\w.-]+")
 
 
 class SourceInfo(Config):
@@ -54,11 +56,13 @@ def _spdx() -> Any:
 
 def spdx_faults(expression: str) -> str:
     """What is wrong with an SPDX expression; empty when nothing is."""
-    known = " ".join(word for word in expression.split() if not word.startswith("LicenseRef-"))
-    plain = known.strip("() ").removeprefix("AND ").removeprefix("OR ").removesuffix(" AND")
-    if not plain:
-        return ""
-    return "; ".join(_spdx().validate(plain).errors)
+    from license_expression import ExpressionError
+
+    try:
+        parsed = _spdx().parse(OWN_TERMS.sub("0BSD", expression), validate=True, strict=True)
+    except ExpressionError as error:
+        return str(error)
+    return "it is empty" if parsed is None else ""
 
 
 class Provenance:
@@ -84,22 +88,21 @@ def allows(entry: SourceInfo, use: Use, as_of: datetime.date | None) -> str | No
         return f"consent ended on {entry.consent_until}"
     if entry.licence is None:
         return "no licence is named" if use == "commercial" else None
-    if choices(entry.licence, use, entry.commercial):
+    # The library takes some LicenseRefs for other names of public licences.
+    tree = _spdx().parse(OWN_TERMS.sub("LicenseRef-own", entry.licence))
+    if _tree_allows(tree, use, entry.commercial):
         return None
     return f"{entry.licence} does not allow {use} use of derived work"
 
 
-def choices(expression: str, use: Use, own_terms: bool | None = None) -> list[str]:
-    """The alternatives (OR) of an SPDX expression under which a model may be tuned for `use`."""
-    alternatives = [part.strip("() ") for part in expression.split(" OR ")]
-    return [
-        alternative
-        for alternative in alternatives
-        if all(
-            _licence_allows(name.strip("() "), use, own_terms)
-            for name in alternative.split(" AND ")
-        )
-    ]
+def _tree_allows(tree: Any, use: Use, own_terms: bool | None) -> bool:
+    """Of a parsed expression: one side of an OR is enough, an AND needs all."""
+    if isinstance(tree, _spdx().OR):
+        return any(_tree_allows(part, use, own_terms) for part in tree.args)
+    if isinstance(tree, _spdx().AND):
+        return all(_tree_allows(part, use, own_terms) for part in tree.args)
+    licence = getattr(tree, "license_symbol", tree)  # without its WITH
+    return _licence_allows(licence.key, use, own_terms)
 
 
 def _licence_allows(name: str, use: Use, own_terms: bool | None) -> bool:

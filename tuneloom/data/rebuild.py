@@ -26,11 +26,13 @@ from tuneloom.data.store import (
 )
 
 
-def rebuild(folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str, str]) -> Path:
+def rebuild(
+    folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str, str], hide_texts: bool
+) -> Path:
     """Write the version without the rows `ids` beside the old one; returns its folder.
 
     What is said of rows from `sources`, which go as a whole, goes too; `renamed` are versions of
-    datasets that were rebuilt before this one.
+    datasets that were rebuilt before this one. With `hide_texts` no quarantined text is copied.
     """
     manifest = read_manifest(folder)
     root = folder.resolve().parent
@@ -56,9 +58,10 @@ def rebuild(folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str
                         labels[label][split] -= 1
                 writer.add(table.filter(pc.invert(out)))
             splits[split] = writer.close()
-        made = _manifest(manifest, splits, gone, renamed) | {
+        aside = _copy_set_aside(folder, draft, unwanted, sources, hide_texts)
+        made = _manifest(manifest, splits, gone, aside, renamed) | {
             "mixture": [_less(part, unlearnt) for part in manifest["mixture"]],
-            "labels": labels, "rejects_digest": _copy_paperwork(folder, draft, unwanted, sources),
+            "labels": labels, "rejects_digest": _copy_rejects(folder, draft, sources),
         }  # fmt: skip
         made["id"] = manifest_id(made)
         write_paperwork(draft, made)
@@ -67,8 +70,8 @@ def rebuild(folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _copy_paperwork(folder: Path, draft: Path, unwanted: pa.Array, sources: Set[str]) -> str:
-    """Rejects and rows set aside, without what goes; returns the digest of the rejects."""
+def _copy_rejects(folder: Path, draft: Path, sources: Set[str]) -> str:
+    """Rejects without those of `sources`; returns their digest."""
     sha = hashlib.sha256()
     with (
         (folder / "rejected.jsonl").open("rb") as old,
@@ -78,21 +81,40 @@ def _copy_paperwork(folder: Path, draft: Path, unwanted: pa.Array, sources: Set[
             if json.loads(line)["source"] not in sources:
                 sha.update(line)
                 new.write(line)
+    return sha.hexdigest()
+
+
+def _copy_set_aside(
+    folder: Path, draft: Path, unwanted: pa.Array, sources: Set[str], hide_texts: bool
+) -> Counter[str]:
+    """Rows set aside, without what goes; returns the quarantined rows that went, by reason."""
     aside = pq.read_table(folder / "set_aside.parquet")
     out = pc.or_(
         pc.is_in(aside["id"], unwanted),
         pc.is_in(aside["source"], pa.array(sorted(sources), pa.string())),
     )
-    pq.write_table(aside.filter(pc.invert(out)), draft / "set_aside.parquet", compression="zstd")
-    return sha.hexdigest()
+    left = aside.filter(pc.invert(out))
+    if hide_texts:
+        for name in ("record", "note"):
+            nothing = pa.nulls(len(left), pa.string())
+            left = left.set_column(left.column_names.index(name), name, nothing)
+    pq.write_table(left, draft / "set_aside.parquet", compression="zstd")
+    went = aside.filter(pc.and_(out, pc.equal(aside["fate"], "quarantined")))
+    return Counter(went["reason"].to_pylist())
 
 
 def _manifest(
-    before: dict[str, Any], splits: dict[str, Any], gone: Counter[str], renamed: dict[str, str]
+    before: dict[str, Any],
+    splits: dict[str, Any],
+    gone: Counter[str],
+    aside: Counter[str],
+    renamed: dict[str, str],
 ) -> dict[str, Any]:
     """The old manifest with its counts brought up to date, and the rebuild on the record."""
     counts = before["counts"]
-    erased = counts["quarantined"].get("erased", 0) + gone.total()
+    quarantined = Counter(counts["quarantined"])
+    quarantined.subtract(aside)
+    quarantined["erased"] += gone.total() + aside.total()
     created_from = []
     for part in before["created_from"]:
         if "dataset" in part:
@@ -107,10 +129,10 @@ def _manifest(
     return {key: value for key, value in before.items() if key != "id"} | {
         "splits": splits,
         "counts": counts | {"kept": counts["kept"] - gone.total(),
-                            "quarantined": counts["quarantined"] | {"erased": erased}},
+                            "quarantined": {k: n for k, n in sorted(quarantined.items()) if n}},
         "licence": _licence(before, created_from),
         "created_from": created_from,
-        "transforms": [*before["transforms"], step | {"rows": gone.total()}],
+        "transforms": [*before["transforms"], step | {"rows": gone.total() + aside.total()}],
     }  # fmt: skip
 
 

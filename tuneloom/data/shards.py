@@ -7,6 +7,7 @@ pickle).
 
 import hashlib
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def write(
 
 def write_whole(path: Path, data: Any) -> None:
     """Temporary file, fsync, rename, fsync of the folder: `path` is whole or absent."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -8,10 +8,11 @@ is capped, and a request that was answered is not made again.
 """
 
 import hashlib
+import http.client
 import json
+import math
 import os
 import re
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import mapper
 from tuneloom.data.recipe import Name
 from tuneloom.data.records import canonical, content_id, parse
-from tuneloom.data.rows import open_rows
+from tuneloom.data.rows import Rows, open_rows
+from tuneloom.data.shards import write_whole
 from tuneloom.errors import ConfigError, DataError
 
 SCORE = re.compile(r"\b(10|[0-9])\b")
@@ -61,6 +63,7 @@ class SynthesiseConfig(Config):
     """Template over the same that asks for a score from 0 to 10; None asks for none."""
     min_score: Annotated[int, Field(ge=0, le=10)] = 7
     per_seed: Annotated[int, Field(gt=0)] = 1
+    """Answers to ask for each seed, as far as max_share allows; a second one after all firsts."""
     max_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
     """Synthetic rows, of these and the seeds together."""
     parallel: Annotated[int, Field(gt=0)] = 8
@@ -86,14 +89,14 @@ def main(config: SynthesiseConfig) -> int:
 
 
 def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
-    """Write the synthetic rows; returns the file, whole or not there, and the counts, which add up.
+    """Write the synthetic rows; returns the file, whole or not there, and the counts; from
+    `empty` on they add up to `asked`.
 
     Raises ConfigError for a template or design that is wrong, DataError for an endpoint that does
     not answer; what was answered is kept, so that the same command goes on from there.
     """
     seeds = open_rows(config.seeds, config.split)
-    most = int(config.max_share / (1.0 - config.max_share) * len(seeds))
-    wanted = [i for _ in range(config.per_seed) for i in range(len(seeds))][:most]
+    wanted = [i for _ in range(config.per_seed) for i in range(len(seeds))][: _most(config, seeds)]
     fields = [flat(seeds[i].content) for i in wanted]
     out = Path(config.out)
     teacher = Teacher(config.teacher, out / f".{config.name}.answers")
@@ -106,8 +109,8 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
             designer.read_design(Path(config.design)), fields, teacher=config.teacher,
             parallel=config.parallel, cache=teacher.cache,
         )  # fmt: skip
-    counts = dict.fromkeys(("asked", "empty", "judged too low", "a copy", "written"), 0)
-    counts["asked"] = counts["empty"] = len(wanted)
+    counts = {"over max_share": config.per_seed * len(seeds) - len(wanted), "asked": len(wanted),
+              "empty": len(wanted), "judged too low": 0, "a copy": 0, "written": 0}  # fmt: skip
     known = {seeds[i].id for i in range(len(seeds))}
     source = config.prompt or Path(str(config.design)).read_text(encoding="utf-8")
     origin = {
@@ -142,6 +145,18 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
     finally:
         part.unlink(missing_ok=True)
     return whole, counts
+
+
+def _most(config: SynthesiseConfig, seeds: Rows) -> int:
+    """Synthetic rows that max_share allows beside the seeds; raises ConfigError for none."""
+    most = int(config.max_share / (1.0 - config.max_share) * len(seeds) + 1e-9)  # 0.6 of 50 is 30
+    if not most:
+        enough = math.ceil(1000 / (len(seeds) + 1)) / 1000
+        raise ConfigError(
+            f"max_share: {config.max_share} leaves no room for a row beside the seeds "
+            f"({len(seeds)}); raise it to {enough} or give more seeds"
+        )
+    return most
 
 
 def _prompted(
@@ -208,10 +223,10 @@ class Teacher:
                 "seed": attempt}  # fmt: skip
         path = self.cache / f"{_digest(self.config.url + canonical(body))[:32]}.txt"
         if path.exists():
-            return path.read_text(encoding="utf-8")
-        text = self._post(body)
-        path.write_text(text, encoding="utf-8")
-        return text
+            return path.read_bytes().decode("utf-8")
+        said = self._post(body).encode("utf-8", "replace")  # half a surrogate pair is no text
+        write_whole(path, said)
+        return said.decode("utf-8")
 
     def _post(self, body: dict[str, Any]) -> str:
         if not self.config.url.startswith(("http://", "https://")):
@@ -225,7 +240,7 @@ class Teacher:
         try:
             with urllib.request.urlopen(request, timeout=self.config.timeout_seconds) as response:
                 return str(json.load(response)["choices"][0]["message"]["content"] or "")
-        except (urllib.error.URLError, OSError, ValueError, LookupError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"teacher.url: no answer from {self.config.url} ({error}); answers so far are "
                 "kept, the same command goes on from here"

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from tuneloom.errors import DataError
 
 Kind = Literal["row", "subject", "source", "licence", "consent"]
+SET_ASIDE = "set_aside"
+"""Where quarantined rows stand, which are in no split."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Dataset:
                     yield split, pq.read_table(path, columns=columns)
                 except (OSError, pa.ArrowException) as error:
                     raise DataError(f"{path}: cannot be read ({error}); ingest again") from None
+
+    def quarantined(self) -> pa.Table:
+        """Rows set aside whose text is kept: id, source, and meta where the file tells it."""
+        path = self.folder / "set_aside.parquet"
+        try:
+            names = [n for n in ("id", "source", "meta") if n in pq.read_schema(path).names]
+            table = pq.read_table(path, columns=names, filters=pc.field("record").is_valid())
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read ({error}); ingest again") from None
+        if "meta" in names:
+            return table
+        return table.append_column("meta", pa.nulls(len(table), pa.string()))
+
+    def hides_subjects(self) -> bool:
+        """True when it was made before quarantined rows named their subjects, and it has some."""
+        return bool(self.quarantined()["meta"].null_count)
 
     def terms(self) -> dict[str, dict[str, Any]]:
         """What the recipe says of each source: licence, consent_until and more."""
@@ -166,29 +184,36 @@ class Graph:
         return sorted(found, key=lambda run: run.id)
 
     def find_rows(self, kind: Kind, value: str) -> dict[str, pa.Table]:
-        """By dataset version, the rows meant: id, split, source, meta."""
+        """By dataset version, the rows meant: id, split (or SET_ASIDE), source, meta."""
         found = {}
         for dataset in self.datasets.values():
             terms, tables = self.terms(dataset), []
-            for split, table in dataset.rows(["id", "source", "meta"]):
+            for split, table in _everything(dataset):
                 chosen = table.filter(_meant(table, kind, value, dataset, terms))
-                column = pa.array([split] * len(chosen), pa.string())
-                tables.append(chosen.append_column("split", column))
-            joined = pa.concat_tables(tables) if tables else None
-            if joined is not None and len(joined):
+                tables.append(_in_split(chosen, split))
+            joined = pa.concat_tables(tables)
+            if len(joined):
                 found[dataset.name] = joined
         return found
 
     def rows_of_keys(self, dataset: Dataset, keys: set[str]) -> pa.Table:
         """Rows of a version by the split keys in their meta: id, split, source, meta."""
         tables = []
-        for split, table in dataset.rows(["id", "source", "meta"]):
+        for split, table in _everything(dataset):
+            table = table.filter(pc.is_valid(table["meta"]))
             meant = [json.loads(meta)["key"] in keys for meta in table["meta"].to_pylist()]
-            chosen = table.filter(pa.array(meant, pa.bool_()))
-            tables.append(
-                chosen.append_column("split", pa.array([split] * len(chosen), pa.string()))
-            )
+            tables.append(_in_split(table.filter(pa.array(meant, pa.bool_())), split))
         return pa.concat_tables(tables)
+
+
+def _everything(dataset: Dataset) -> Iterator[tuple[str, pa.Table]]:
+    """Id, source and meta of every row whose text the version holds."""
+    yield from dataset.rows(["id", "source", "meta"])
+    yield SET_ASIDE, dataset.quarantined()
+
+
+def _in_split(table: pa.Table, split: str) -> pa.Table:
+    return table.append_column("split", pa.array([split] * len(table), pa.string()))
 
 
 def _meant(
