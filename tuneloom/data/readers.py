@@ -31,6 +31,8 @@ LONGEST_LINE = 64 << 20
 """Bytes; what goes beyond is cut off, and the row is rejected as too long or as broken JSON."""
 LARGEST_JSON = 256 << 20
 """Bytes of one .json file, which has to be read whole; JSONL has no such limit."""
+UNCLOSED = "unexpected end of data"
+"""What csv says of a quote that is open where the file ends."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 Row = dict[str, Any]
 
@@ -161,27 +163,48 @@ def _csv(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     )
     start = text.readline()
     csv.field_size_limit(64 << 20)
-    reader = csv.reader(itertools.chain([start], text), delimiter=max(",;\t|", key=start.count))
-    header = next(reader, [])
+    reader = csv.reader(
+        itertools.chain([start], text), delimiter=max(",;\t|", key=start.count), strict=True
+    )
+    rows = _csv_rows(reader, source)
+    header = next(rows, [])
+    if isinstance(header, Reject):
+        raise DataError(f"{source.name}: the header is not CSV ({header.sentence}); correct it")
     _refuse_twice(source, header)
     if any(map(_undecoded, header)):
         raise DataError(f"{source.name}: the header {header} is not UTF-8; save the file as UTF-8")
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Reject("invalid_csv", str(error))
+    for cells in rows:
+        if isinstance(cells, Reject):
+            yield cells
+        elif not cells:
             continue
-        if not cells:
-            continue
-        if len(cells) != len(header):
+        elif len(cells) != len(header):
             yield Reject("invalid_csv", f"{len(cells)} cells under a header of {len(header)}")
         elif any(map(_undecoded, cells)):
             yield Reject("invalid_utf8", "a cell is not UTF-8")
         else:
             yield {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+
+
+def _csv_rows(reader: Any, source: Source) -> Iterator[list[str] | Reject]:
+    """Rows of cells, the header first; a quote that is never closed is a DataError."""
+    number = 0
+    while True:
+        line = reader.line_num + 1
+        cells: list[str] | Reject
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if str(error) == UNCLOSED:
+                raise DataError(
+                    f"{source.name}: row {number} (line {line}) opens a quote that is never "
+                    "closed, so all after it would be one cell; close it"
+                ) from None
+            cells = Reject("invalid_csv", str(error))
+        yield cells
+        number += cells != []
 
 
 def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
