@@ -183,6 +183,28 @@ def test_common_chat_exports_need_no_mapping(tmp_path: Path) -> None:
     ]
 
 
+ANIMAL = {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("value", "records"),
+    [
+        ({"id": 7, **SHAREGPT}, 1),
+        ({**ANIMAL, "tags": ["animal"]}, 1),
+        ({**ANIMAL, "sources": [{"url": "x"}, {"url": "y"}]}, 1),
+        ({"version": 1, "data": [ANIMAL, {**ANIMAL, "prompt": "p"}]}, 2),
+        ({"conversations": [SHAREGPT, ALPACA]}, 2),
+    ],
+)
+def test_one_json_object_is_a_record_or_holds_records(
+    tmp_path: Path, value: dict[str, Any], records: int
+) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    found = kept(tmp_path, str(tmp_path / "r.json"))
+    assert len(found) == records
+    assert all(record.startswith("{") for record in found), "a list's item became a reject"
+
+
 def test_a_mapping_reads_any_other_export(tmp_path: Path) -> None:
     ticket = {
         "id": 7, "meta": {"tags": ["a", "b"], "lang": None},

@@ -18,6 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from tuneloom.data.archives import parts_of
+from tuneloom.data.mapping import UnknownShape, recognise
 from tuneloom.data.payloads import DEEPEST, deeper
 from tuneloom.data.schema import Reject, unique
 from tuneloom.data.sources import Source
@@ -208,7 +209,7 @@ def _csv_rows(reader: Any, source: Source) -> Iterator[list[str] | Reject]:
 
 
 def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
-    """One array of rows, or an object whose only list holds them."""
+    """One array of rows, or an object that is a row or whose only list holds them."""
     data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
         raise DataError(f"{source.name}: over {LARGEST_JSON >> 20} MiB for one JSON; write JSONL")
@@ -219,8 +220,7 @@ def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source.name}: not JSON ({error})") from None
     if isinstance(value, dict):
-        lists = [inner for inner in value.values() if isinstance(inner, list)]
-        value = lists[0] if len(lists) == 1 and "messages" not in value else [value]
+        value = _rows_in(value)
     for row in value if isinstance(value, list) else [value]:
         if isinstance(row, dict) and deeper(row, DEEPEST):
             yield Reject("invalid_json", TOO_DEEP)
@@ -230,6 +230,23 @@ def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
             yield row
         else:
             yield Reject("not_an_object", f"expected an object, got {type(row).__name__}")
+
+
+def _rows_in(value: Row) -> list[Any]:
+    """The rows in an object's only list, or the object itself where it is one."""
+    lists = [inner for inner in value.values() if isinstance(inner, list)]
+    rows = lists[0] if len(lists) == 1 else []
+    of_objects = all(isinstance(row, dict | Reject) for row in rows)
+    return rows if rows and of_objects and not _is_record(value) else [value]
+
+
+def _is_record(row: Row) -> bool:
+    """True for a shape that is known without a recipe."""
+    try:
+        recognise(row)
+    except (UnknownShape, RecursionError):
+        return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row | Reject:
