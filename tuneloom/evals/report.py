@@ -139,7 +139,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; a torn last line, of a killed writer, is left out."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
     found = []
     for number, line in enumerate(lines, 1):
         try:
