@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tuneloom.config import Config
+from tuneloom.config import Config, OutFile
 from tuneloom.errors import DONE, ConfigError, DataError
 from tuneloom.evals import evaluation, formats, page
 from tuneloom.evals.evaluation import Evaluation
@@ -22,7 +22,7 @@ class ReportConfig(Config):
     """Run folder, such as runs/RUN_ID."""
     task: str | None = None
     """Evaluation that leads the page; by default the newest."""
-    out: str | None = None
+    out: OutFile | None = None
     """File to write; by default report.html in the run folder."""
 
 
