@@ -158,6 +158,11 @@ def test_more_rows_than_any_disk_holds_are_refused_before_a_row_is_written(
     assert not list((tmp_path / "datasets").glob(".draft-*"))
 
 
+def test_epochs_that_take_no_row_are_refused(tmp_path: Path, parts: list[str]) -> None:
+    with pytest.raises(ConfigError, match="parts: no row is taken; raise epochs"):
+        mixed(tmp_path, parts=of(parts, epochs=[0.0001, 0.0001]))
+
+
 @pytest.mark.parametrize("root", ["file", "file/below", "/proc/none"])
 def test_a_root_that_cannot_be_written_is_named(
     tmp_path: Path, parts: list[str], root: str

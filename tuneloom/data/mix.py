@@ -162,6 +162,8 @@ def _mixed(config: MixConfig, draft: Path) -> dict[str, Any]:
     wanted = shares(config, [part.train for part in parts])
     if config.rehearsal and rehearsal:
         wanted.append(round(sum(wanted) * config.rehearsal.share / (1.0 - config.rehearsal.share)))
+    if not any(wanted):
+        raise ConfigError("parts: no row is taken; raise epochs")
     if sum(wanted) > MOST_ROWS:
         raise ConfigError(f"parts: {sum(wanted):,} rows in all; at most {MOST_ROWS:,} are mixed")
     for part, number in zip(everyone, wanted, strict=True):
