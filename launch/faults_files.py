@@ -146,7 +146,8 @@ def bad_rows(lab: Lab, rng: random.Random) -> list[Figures]:
         _ingested(lab, "dirty", "dirty.jsonl", budget),
     ]  # fmt: skip
     folder = lab.folder / "sets/dirty"
-    rejects = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
+        rejects = [json.loads(line) for line in file]
     found = {(reject["line"], reject["reason"]) for reject in rejects}
     sources = {"clean": "sets/clean", "rest": "sets/dirty", "raw": "dirty.jsonl"}
     runs = {}

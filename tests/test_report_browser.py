@@ -144,6 +144,14 @@ def test_the_page_leads_with_the_verdict_and_both_figures(run: Path) -> None:
     assert "It does better than the tuned model: for this task alone, use it." in lead
 
 
+def test_a_line_separator_in_a_sample_is_no_line_end(run: Path) -> None:
+    sample = {"step": 60, "prompt": "p", "expected": "perl", "answer": "one\u2028two\x85three"}
+    with (run / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        file.write(json.dumps(sample) + "\n")
+    assert page(run).count("one\u2028two\x85three") == 2
+
+
 def test_everything_recorded_is_on_the_page(run: Path) -> None:
     text = page(run)
     for expected in (

@@ -6,15 +6,16 @@ Every fault comes back as one sentence that starts with the dotted key.
 
 import difflib
 import itertools
+import os
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from tuneloom.errors import ConfigError
 from tuneloom.yaml_guard import FORBIDDEN_KEYS, check_folder, check_interpolations
@@ -34,6 +35,17 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _writable(path: str) -> str:
+    folder = Path(path).parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError("expected a file in a folder that exists and can be written to")
+    return path
+
+
+OutFile = Annotated[str, AfterValidator(_writable)]
+"""A file to write, whose folder is there before any work is done for it."""
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

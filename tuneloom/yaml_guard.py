@@ -28,10 +28,17 @@ CODE_KEYS = {*FORBIDDEN_KEYS, "()"}
 
 def check_file(path: Path) -> None:
     """Raises ConfigError when `path` is too large, too deep, or unfolds to too much."""
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ConfigError(f"{path}: {size} bytes of YAML, at most {MAX_BYTES} are read; split it")
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ConfigError(
+                f"{path}: {size} bytes of YAML, at most {MAX_BYTES} are read; split it"
+            )
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); put it back, or remove the name"
+        ) from None
     try:
         _measure_events(text, path)
         root = yaml.compose(text, Loader=yaml.CSafeLoader)

@@ -186,6 +186,15 @@ def test_the_table_and_the_validator_agree_on_every_method_stage_and_optimizer()
                 assert (verdict(settings) is None) == (not told)
 
 
+def test_a_dangling_link_in_a_config_dir_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").symlink_to("nowhere.yaml")
+    assert cli.main(["ingest", "--config-dir", str(tmp_path), "data=mine"]) == 2
+    assert "mine.yaml: cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
 def test_a_mapping_with_entries_says_how_to_add_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,18 @@ def test_an_edited_log_is_refused(tmp_path: Path) -> None:
         golden(tmp_path)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_separator_in_a_row_or_a_note_is_no_line_end(tmp_path: Path, separator: str) -> None:
+    record, note = parse(chat(f"a{separator}b", "c"), source="s"), f"x{separator}y"
+    store = golden(tmp_path)
+    store.propose(record, "anna")
+    store.write()
+    decision = {"id": record.id, "decision": "approve", "by": "bob", "note": note}
+    (tmp_path / "d.jsonl").write_text(json.dumps(decision, ensure_ascii=False), encoding="utf-8")
+    act(tmp_path, "decide", decisions=str(tmp_path / "d.jsonl"))
+    assert golden(tmp_path).rows[record.id].notes == [f"bob: {note}"]
+
+
 def decisions(path: Path, ids: list[str], by: str) -> str:
     path.write_text(
         "".join(json.dumps({"id": i, "decision": "approve", "by": by}) + "\n" for i in ids)

@@ -322,6 +322,27 @@ def test_a_name_that_is_no_folder_name_is_refused(tmp_path: Path) -> None:
         run(tmp_path, write(tmp_path / "raw.jsonl", [chat("a", "b")]), name="../../etc")
 
 
+def test_a_zstandard_file_that_is_cut_inside_a_frame_is_refused_and_whole_frames_are_all_read(
+    tmp_path: Path,
+) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    frames = [
+        zstandard.compress(b"".join(b'{"text": "%d %d"}\n' % (i, j) for j in range(20_000)))
+        for i in range(3)
+    ]
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note"
+    path = tmp_path / "r.jsonl.zst"
+    path.write_bytes(frames[0] + skipped + frames[1] + frames[2])
+    assert manifest(run(tmp_path, str(path)))["counts"]["in"] == 60_000
+    for cut in (frames[0][: len(frames[0]) // 2], frames[0] + frames[1] + frames[2][:12]):
+        path.write_bytes(cut)
+        with pytest.raises(DataError, match=r"r\.jsonl\.zst: cannot be uncompressed \(ends inside"):
+            run(tmp_path, str(path))
+    path.write_bytes(zstandard.compress(b" " * (300 << 20), 1))
+    with pytest.raises(DataError, match="as a bomb does"):
+        run(tmp_path, str(path))
+
+
 def test_a_damaged_gzip_is_a_sentence_and_a_bomb_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(
         "".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(9999)).encode()

@@ -160,6 +160,20 @@ def test_more_rows_than_any_disk_holds_are_refused_before_a_row_is_written(
     assert not list((tmp_path / "datasets").glob(".draft-*"))
 
 
+def test_epochs_that_take_no_row_are_refused(tmp_path: Path, parts: list[str]) -> None:
+    with pytest.raises(ConfigError, match="parts: no row is taken; raise epochs"):
+        mixed(tmp_path, parts=of(parts, epochs=[0.0001, 0.0001]))
+
+
+@pytest.mark.parametrize("root", ["file", "file/below", "/proc/none"])
+def test_a_root_that_cannot_be_written_is_named(
+    tmp_path: Path, parts: list[str], root: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"root: .*{root} cannot be written"):
+        mixed(tmp_path, parts=of(parts), root=str(tmp_path / root))
+
+
 def test_a_part_with_no_row_left_is_named(tmp_path: Path) -> None:
     part = make(tmp_path, "one", 50, key="{n}", split={"train": 1, "validation": 0, "test": 0})
     held = make(tmp_path, "two", 50, key="{n}", split={"train": 0, "validation": 0, "test": 1})

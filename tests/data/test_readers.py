@@ -124,6 +124,34 @@ def test_a_csv_row_of_another_width_or_encoding_is_a_reject(tmp_path: Path) -> N
     assert kept(tmp_path, str(tmp_path / "r.csv"))[2:] == ["invalid_csv", "invalid_utf8"]
 
 
+def test_a_csv_whose_quote_is_never_closed_is_refused_by_row_and_line(tmp_path: Path) -> None:
+    rows = [
+        "prompt,completion",
+        '"q one","answer\none"',
+        'q two here,"answer two',
+        "q3,a3",
+        "q4,a4",
+    ]
+    (tmp_path / "r.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"r\.csv: row 2 \(line 4\) opens a quote that is never"):
+        kept(tmp_path, str(tmp_path / "r.csv"))
+    (tmp_path / "r.csv").write_text('"prompt,completion\na,b\n')
+    with pytest.raises(DataError, match=r"r\.csv: row 0 \(line 1\) opens a quote that is never"):
+        kept(tmp_path, str(tmp_path / "r.csv"))
+
+
+def test_a_csv_quote_that_closes_in_another_row_is_a_reject_and_in_the_header_an_error(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "r.csv").write_text('prompt,completion\nq1,"a1\nq2,"a2"\nq3,a3 of 5" pipe\n')
+    assert kept(tmp_path, str(tmp_path / "r.csv")) == [
+        '{"completion":"a3 of 5\\" pipe","prompt":"q3"}', "invalid_csv"
+    ]  # fmt: skip
+    (tmp_path / "r.csv").write_text('"prompt"s,completion\na,b\n')
+    with pytest.raises(DataError, match=r"r\.csv: the header is not CSV"):
+        kept(tmp_path, str(tmp_path / "r.csv"))
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.rar").write_bytes(b"Rar!")
     with pytest.raises(DataError, match="is of no kind that is read here"):
@@ -153,6 +181,28 @@ def test_common_chat_exports_need_no_mapping(tmp_path: Path) -> None:
         '{"content":"ho","role":"assistant"}]}',
         '{"messages":[{"content":"hi","role":"user"},{"content":"ho","role":"assistant"}]}',
     ]
+
+
+ANIMAL = {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("value", "records"),
+    [
+        ({"id": 7, **SHAREGPT}, 1),
+        ({**ANIMAL, "tags": ["animal"]}, 1),
+        ({**ANIMAL, "sources": [{"url": "x"}, {"url": "y"}]}, 1),
+        ({"version": 1, "data": [ANIMAL, {**ANIMAL, "prompt": "p"}]}, 2),
+        ({"conversations": [SHAREGPT, ALPACA]}, 2),
+    ],
+)
+def test_one_json_object_is_a_record_or_holds_records(
+    tmp_path: Path, value: dict[str, Any], records: int
+) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    found = kept(tmp_path, str(tmp_path / "r.json"))
+    assert len(found) == records
+    assert all(record.startswith("{") for record in found), "a list's item became a reject"
 
 
 def test_a_mapping_reads_any_other_export(tmp_path: Path) -> None:

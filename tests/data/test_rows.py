@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloom.data.records import canonical, content_id
-from tuneloom.data.rows import open_rows
+from tuneloom.data.rows import _columns, open_rows
 from tuneloom.errors import DataError
 
 
@@ -49,6 +49,13 @@ def test_a_row_of_one_byte_is_a_bad_row_and_not_a_blank_line(tmp_path: Path) -> 
     assert len(rows) == 2 and rows[0].content == {"text": "a"}
     with pytest.raises(DataError, match=r"rows\.jsonl:4: expected a JSON object a row, got 7"):
         rows[1]
+
+
+def test_a_shards_text_may_pass_2_gib(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", TEXTS, shard_rows=10)
+    columns = _columns(folder / "train-00000.parquet")
+    assert {column.type for column in columns.values()} == {pa.large_string()}
+    assert open_rows(folder)[7].content == TEXTS[7]
 
 
 def test_raw_jsonl_is_read_at_random(tmp_path: Path) -> None:

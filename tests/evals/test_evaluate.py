@@ -176,6 +176,8 @@ def test_records_are_answered_in_their_order(trained: dict[str, Path], tmp_path:
     [
         (["generate", "prompt=hi"], "set run=runs/ID"),
         (["generate", "run=nowhere", "prompt=hi"], "no config.yaml"),
+        (["generate", "run=a", "data.path=b", "out=no/such/a.jsonl"], "out: expected a file in"),
+        (["report", "run=a", "out=no/such/a.html"], "out: expected a file in a folder that exists"),
         (["generate", "run=a", "prompt=hi", "data.path=b"], "exactly one of the two"),
         (["evaluate", "base=b"], "run: not set"),
         (["generate", "run=a", "prompt=hi", "model.revision=abc"], "drop them"),

@@ -109,6 +109,13 @@ def test_a_folder_without_safetensors_is_refused_with_its_name(tmp_path: Path) -
         weights_digest(tmp_path)
 
 
+def test_a_shard_that_the_index_names_and_that_is_not_there_is_a_data_error(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "shards", tensors())
+    (folder / "model-00001.safetensors").unlink()
+    with pytest.raises(DataError, match=r"model-00001\.safetensors: not there.*copy it again"):
+        weights_digest(folder)
+
+
 @pytest.mark.parametrize("damage", ["short", "header", "empty"])
 def test_a_damaged_file_is_a_data_error_that_names_it(tmp_path: Path, damage: str) -> None:
     file = one_file(tmp_path / "model", tensors()) / "model.safetensors"

@@ -139,6 +139,11 @@ def test_out_writes_every_row(
     assert pq.read_table(tmp_path / "rows.parquet").num_rows == answer["rows"] > 20
 
 
+def test_out_in_a_folder_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="out: expected a file in a folder that exists"):
+        build(LineageConfig, {"run": "first", "out": "/nonexistent/rows.parquet"})
+
+
 def test_a_source_of_the_same_name_in_another_folder_is_another_source(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw")
     write_raw(tmp_path / "raw" / "old")

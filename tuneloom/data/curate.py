@@ -96,7 +96,8 @@ class Golden:
 
     def _lines(self) -> Iterator[str]:
         if self.log.exists():
-            yield from self.log.read_text(encoding="utf-8").splitlines()
+            with self.log.open(encoding="utf-8") as file:
+                yield from (line.removesuffix("\n") for line in file)
 
     def of(self, status: Status) -> list[Row]:
         """The rows of one status, by id."""

@@ -35,8 +35,8 @@ from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.scratch import Column, Scratch
 from tuneloom.data.sources import find_sources
-from tuneloom.data.store import TIMING, publish, write_json
-from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.data.store import TIMING, draft_in, publish, write_json
+from tuneloom.errors import RefusedError
 
 STAGES = ("prepare", "merge", "decide", "write")
 
@@ -75,7 +75,7 @@ def ingest(config: IngestConfig, prepare: Prepare = prepare_here) -> Path:
 def make(config: IngestConfig, prepare: Prepare) -> Made:
     """Make the dataset, and say what it is."""
     root = Path(config.root)
-    draft = _draft(root)
+    draft = draft_in(root)
     try:
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=root) as spill:
             manifest, seconds = _make(config, prepare, draft, Path(spill))
@@ -88,15 +88,6 @@ def make(config: IngestConfig, prepare: Prepare) -> Made:
         raise RefusedError(f"root: {place} cannot be written ({why})") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _draft(root: Path) -> Path:
-    """A folder in `root` to write in, unseen until it is whole."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
-    except OSError as error:
-        raise ConfigError(f"root: {root} cannot be written ({error.strerror})") from None
 
 
 def _make(

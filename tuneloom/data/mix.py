@@ -11,7 +11,6 @@ import hashlib
 import heapq
 import json
 import shutil
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -41,6 +40,7 @@ from tuneloom.data.store import (
     SCHEMA,
     ShardWriter,
     digest_of,
+    draft_in,
     manifest_id,
     publish,
     read_manifest,
@@ -142,7 +142,15 @@ def _token_lines(tokens: dict[str, int]) -> list[str]:
 def mix(config: MixConfig) -> Path:
     """Make the mixture; returns its folder NAME@ID."""
     root = Path(config.root)
-    root.mkdir(parents=True, exist_ok=True)
+    draft = draft_in(root)
+    try:
+        return publish(draft, root, _mixed(config, draft))
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _mixed(config: MixConfig, draft: Path) -> dict[str, Any]:
+    """Choose the rows of each part and write them; returns the manifest."""
     parts = [Loaded(part.dataset) for part in config.parts]
     rehearsal = Loaded(config.rehearsal.dataset) if config.rehearsal else None
     everyone = [*parts, rehearsal] if rehearsal else parts
@@ -156,16 +164,13 @@ def mix(config: MixConfig) -> Path:
     wanted = shares(config, [part.train for part in parts])
     if config.rehearsal and rehearsal:
         wanted.append(round(sum(wanted) * config.rehearsal.share / (1.0 - config.rehearsal.share)))
+    if not any(wanted):
+        raise ConfigError("parts: no row is taken; raise epochs")
     if sum(wanted) > MOST_ROWS:
         raise ConfigError(f"parts: {sum(wanted):,} rows in all; at most {MOST_ROWS:,} are mixed")
     for part, number in zip(everyone, wanted, strict=True):
         part.take(number)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
-    try:
-        manifest = _write(config, draft, parts, everyone)
-        return publish(draft, root, manifest)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    return _write(config, draft, parts, everyone)
 
 
 def shares(config: MixConfig, sizes: list[int]) -> list[int]:

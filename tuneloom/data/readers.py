@@ -18,6 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from tuneloom.data.archives import parts_of
+from tuneloom.data.mapping import UnknownShape, recognise
 from tuneloom.data.payloads import DEEPEST, deeper
 from tuneloom.data.schema import Reject, unique
 from tuneloom.data.sources import Source
@@ -31,6 +32,8 @@ LONGEST_LINE = 64 << 20
 """Bytes; what goes beyond is cut off, and the row is rejected as too long or as broken JSON."""
 LARGEST_JSON = 256 << 20
 """Bytes of one .json file, which has to be read whole; JSONL has no such limit."""
+UNCLOSED = "unexpected end of data"
+"""What csv says of a quote that is open where the file ends."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 Row = dict[str, Any]
 
@@ -161,22 +164,22 @@ def _csv(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     )
     start = text.readline()
     csv.field_size_limit(64 << 20)
-    reader = csv.reader(itertools.chain([start], text), delimiter=max(",;\t|", key=start.count))
-    header = next(reader, [])
+    reader = csv.reader(
+        itertools.chain([start], text), delimiter=max(",;\t|", key=start.count), strict=True
+    )
+    rows = _csv_rows(reader, source)
+    header = next(rows, [])
+    if isinstance(header, Reject):
+        raise DataError(f"{source.name}: the header is not CSV ({header.sentence}); correct it")
     _refuse_twice(source, header)
     if any(map(_undecoded, header)):
         raise DataError(f"{source.name}: the header {header} is not UTF-8; save the file as UTF-8")
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Reject("invalid_csv", str(error))
+    for cells in rows:
+        if isinstance(cells, Reject):
+            yield cells
+        elif not cells:
             continue
-        if not cells:
-            continue
-        if len(cells) != len(header):
+        elif len(cells) != len(header):
             yield Reject("invalid_csv", f"{len(cells)} cells under a header of {len(header)}")
         elif any(map(_undecoded, cells)):
             yield Reject("invalid_utf8", "a cell is not UTF-8")
@@ -184,8 +187,29 @@ def _csv(stream: Counted, source: Source) -> Iterator[Row | Reject]:
             yield {name: cell for name, cell in zip(header, cells, strict=True) if cell}
 
 
+def _csv_rows(reader: Any, source: Source) -> Iterator[list[str] | Reject]:
+    """Rows of cells, the header first; a quote that is never closed is a DataError."""
+    number = 0
+    while True:
+        line = reader.line_num + 1
+        cells: list[str] | Reject
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if str(error) == UNCLOSED:
+                raise DataError(
+                    f"{source.name}: row {number} (line {line}) opens a quote that is never "
+                    "closed, so all after it would be one cell; close it"
+                ) from None
+            cells = Reject("invalid_csv", str(error))
+        yield cells
+        number += cells != []
+
+
 def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
-    """One array of rows, or an object whose only list holds them."""
+    """One array of rows, or an object that is a row or whose only list holds them."""
     data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
         raise DataError(f"{source.name}: over {LARGEST_JSON >> 20} MiB for one JSON; write JSONL")
@@ -196,8 +220,7 @@ def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source.name}: not JSON ({error})") from None
     if isinstance(value, dict):
-        lists = [inner for inner in value.values() if isinstance(inner, list)]
-        value = lists[0] if len(lists) == 1 and "messages" not in value else [value]
+        value = _rows_in(value)
     for row in value if isinstance(value, list) else [value]:
         if isinstance(row, dict) and deeper(row, DEEPEST):
             yield Reject("invalid_json", TOO_DEEP)
@@ -207,6 +230,23 @@ def _json(stream: Counted, source: Source) -> Iterator[Row | Reject]:
             yield row
         else:
             yield Reject("not_an_object", f"expected an object, got {type(row).__name__}")
+
+
+def _rows_in(value: Row) -> list[Any]:
+    """The rows in an object's only list, or the object itself where it is one."""
+    lists = [inner for inner in value.values() if isinstance(inner, list)]
+    rows = lists[0] if len(lists) == 1 else []
+    of_objects = all(isinstance(row, dict | Reject) for row in rows)
+    return rows if rows and of_objects and not _is_record(value) else [value]
+
+
+def _is_record(row: Row) -> bool:
+    """True for a shape that is known without a recipe."""
+    try:
+        recognise(row)
+    except (UnknownShape, RecursionError):
+        return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row | Reject:

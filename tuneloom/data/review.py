@@ -150,7 +150,7 @@ def _decisions(text: str, by: str, people: Mapping[str, str]) -> list[Decided]:
             return [(i, _word(word), name, note) for i, word, name, note in answers]
         found = [entry for task in tasks for entry in _from_label_studio(task, by)]
         return [(i, word, people.get(name, name), note) for i, word, name, note in found]
-    entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+    entries = [json.loads(line) for line in text.split("\n") if line.strip()]
     return [(e["id"], _word(e["decision"]), e.get("by") or by, e.get("note", "")) for e in entries]
 
 

@@ -176,7 +176,10 @@ class DatasetRows:
 
 
 def _columns(path: Path) -> dict[str, Any]:
-    """id, record and source of one shard as contiguous Arrow arrays (no Python objects)."""
+    """id, record and source of one shard as contiguous Arrow arrays (no Python objects).
+
+    With offsets of 64 bits: those of pa.string() end at 2 GiB of text.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,7 +187,9 @@ def _columns(path: Path) -> dict[str, Any]:
         table = pq.read_table(path, columns=["id", "record", "source"], memory_map=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable shard ({error}); ingest again") from None
-    return {name: table[name].combine_chunks() for name in table.column_names}
+    return {
+        name: table[name].cast(pa.large_string()).combine_chunks() for name in table.column_names
+    }
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

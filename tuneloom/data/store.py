@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from tuneloom.data.lock import alone_in
 from tuneloom.data.rows import manifest_of
-from tuneloom.errors import DataError
+from tuneloom.errors import ConfigError, DataError
 
 TIMING = "timing.json"
 ROWS_PER_SHARD = 50_000
@@ -119,6 +120,15 @@ def manifest_id(manifest: dict[str, Any]) -> str:
     said = manifest | {"splits": splits}
     text = json.dumps(said, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def draft_in(root: Path) -> Path:
+    """A folder in `root` to write in, unseen until it is whole."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
+    except OSError as error:
+        raise ConfigError(f"root: {root} cannot be written ({error.strerror})") from None
 
 
 def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:

@@ -16,6 +16,8 @@ from tuneloom.errors import ConfigError, DataError
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
 """What the readers of zip and tar raise; RuntimeError for what they do not implement, too."""
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+FRAME_PIECE = 1 << 10
+"""Bytes given to zstandard at once; four may stand for 128 KiB, so all of it for 32 MiB."""
 TEXT_KINDS = ("lines", "csv", "json", "text")
 MAX_EXPANSION = 200
 """Times that a compressed file may grow; text stays below 20, a bomb is near deflate's 1,000."""
@@ -28,12 +30,19 @@ class Counted(io.RawIOBase):
         self.source = source
         self.raw = source.open()
         self.sha, self.read_raw, self.given = hashlib.sha256(), 0, 0
-        opener = fsspec.compression.compr.get(source.compression) if source.compression else None
-        if source.compression and opener is None:
+        self.plain: Any = self._uncompressed() if source.compression else None
+
+    def _uncompressed(self) -> Any:
+        """The file's bytes through what uncompresses them."""
+        kind = self.source.compression
+        try:
+            if kind == "zstd":
+                return io.BufferedReader(_Frames(_Hashing(self)))
+            return fsspec.compression.compr[kind](_Hashing(self), mode="rb")
+        except (ImportError, KeyError):
             raise ConfigError(
-                f"source: {source.name} needs {source.compression}; pip install 'tuneloom[data]'"
-            )
-        self.plain: Any = opener(_Hashing(self), mode="rb") if opener else None
+                f"source: {self.source.name} needs {kind}; pip install 'tuneloom[data]'"
+            ) from None
 
     def __enter__(self) -> "Counted":
         return self
@@ -96,3 +105,35 @@ class _Hashing(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         return self.counted.take(size)
+
+
+class _Frames(io.RawIOBase):
+    """Zstandard, frame after frame; its own reader takes a frame that is cut off for the end."""
+
+    def __init__(self, packed: _Hashing) -> None:
+        import zstandard
+
+        self.packed = packed
+        self.context = zstandard.ZstdDecompressor()
+        self.frame: Any = None
+        """The one that is open; None between two."""
+        self.left, self.ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            piece = self.left or self.packed.read(FRAME_PIECE)
+            if not piece and self.frame:
+                raise EOFError("ends inside a frame")
+            if not piece:
+                return 0
+            self.frame = self.frame or self.context.decompressobj()
+            self.ready = memoryview(self.frame.decompress(piece))
+            self.left = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size

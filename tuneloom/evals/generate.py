@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from tuneloom.config import Config
+from tuneloom.config import Config, OutFile
 from tuneloom.data.records import Format
 from tuneloom.errors import DONE, ConfigError, DataError
 from tuneloom.evals.model import Device, Dtype, Loaded, load
@@ -49,7 +49,7 @@ class GenerateConfig(Config):
     data: GenerateData = GenerateData()
     limit: Annotated[int, Field(ge=0)] = 0
     """Answer at most this many records; 0 is all."""
-    out: str | None = None
+    out: OutFile | None = None
     """JSONL file for the answers to `data.path`; none writes to the terminal."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -164,7 +164,10 @@ def answer_records(loaded: Loaded, config: GenerateConfig) -> list[dict[str, Any
     if config.out is None:
         sys.stdout.write(lines)
     else:
-        Path(config.out).write_text(lines, encoding="utf-8")
+        path = Path(config.out)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(lines, encoding="utf-8")
+        partial.replace(path)
         print(f"{len(found)} answers in {config.out}")
     return found
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tuneloom.config import Config
+from tuneloom.config import Config, OutFile
 from tuneloom.errors import DONE, ConfigError, DataError
 from tuneloom.evals import evaluation, formats, page
 from tuneloom.evals.evaluation import Evaluation
@@ -22,7 +22,7 @@ class ReportConfig(Config):
     """Run folder, such as runs/RUN_ID."""
     task: str | None = None
     """Evaluation that leads the page; by default the newest."""
-    out: str | None = None
+    out: OutFile | None = None
     """File to write; by default report.html in the run folder."""
 
 
@@ -139,7 +139,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; a torn last line, of a killed writer, is left out."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
     found = []
     for number, line in enumerate(lines, 1):
         try:

@@ -54,7 +54,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     """
     index = Path(folder, "model.safetensors.index.json")
     if index.exists():
-        return sorted({Path(folder, name) for name in _json(index)["weight_map"].values()})
+        files = sorted({Path(folder, name) for name in _json(index)["weight_map"].values()})
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"{file}: not there, though {index.name} names it; copy it again")
+        return files
     for name in ("adapter_model.safetensors", "model.safetensors"):
         if Path(folder, name).exists():
             return [Path(folder, name)]

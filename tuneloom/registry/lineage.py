@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import model_validator
 
-from tuneloom.config import Config
+from tuneloom.config import Config, OutFile
 from tuneloom.errors import DataError
 from tuneloom.registry.graph import Dataset, Graph, Kind, Run
 
@@ -44,7 +44,7 @@ class LineageConfig(Config):
     """The folder of an adapter or model that `tuneloom export` wrote."""
     datasets: str = "datasets"
     runs: str = "runs"
-    out: str | None = None
+    out: OutFile | None = None
     """A Parquet file for all rows; the screen shows twenty."""
     format: Literal["text", "json"] = "text"
     """What is printed."""
