@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tuneloom.config import build
 from tuneloom.data import recognisers
 from tuneloom.data.ingest import ingest
-from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.prepare import Prepared, Preparer
+from tuneloom.data.readers import Block
+from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.recognisers import RECOGNISERS, find
 from tuneloom.data.redact import PrivacyConfig, Redactor
 from tuneloom.data.sanitise import SanitiseConfig, sanitise
@@ -168,6 +170,53 @@ def test_what_rejected_jsonl_shows_of_a_row_is_masked_even_if_rows_keep_all(tmp_
     text = (folder / "rejected.jsonl").read_text()
     assert "<EMAIL>" in text and "<SECRET>" in text
     assert "anna" not in text and "ghp_" not in text
+
+
+def prepared(row: Any, **recipe: Any) -> Prepared:
+    """One row, prepared by a recipe: as a line, or as a table gives it if it is no bytes."""
+    block = Block(0, "s", 1, row) if isinstance(row, bytes) else Block(0, "s", 1, b"", [row])
+    return Preparer(build(Recipe, {"name": "d", **recipe}))(block)
+
+
+MAIL = "alice@corp.example.com"
+TOKEN = "ghp_" + "a1B2" * 9
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    return {"messages": [{"role": "user", "content": "q"}, answer]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        call({"role": MAIL, "who": MAIL}), call({MAIL: "x", "n": 0}), call({TOKEN: {"a": MAIL}}),
+        call({MAIL: None}),
+        {"input": "q", "schema": {"type": "object"}, "answer": {"role": MAIL, TOKEN: 1}},
+        {"input": "q", "schema": {"required": [MAIL]}, "answer": {MAIL: ""}},
+        {"input": "q", "schema": {"type": "array"}, "answer": [("who", MAIL), (MAIL, 1)]},
+    ],
+)  # fmt: skip
+def test_nothing_personal_survives_under_a_role_in_a_key_or_in_a_map(row: dict[str, Any]) -> None:
+    done = prepared(row)
+    assert done.rejects == []
+    assert "alice" not in str(done.table.to_pylist()) and "ghp_" not in str(done.table.to_pylist())
+    assert sum(done.found.values()) == str(row).count(MAIL) + str(row).count(TOKEN)
+
+
+def test_the_roles_and_keys_of_a_chat_are_no_personal_data() -> None:
+    own = [{"entity": "word", "pattern": "assistant|content|messages"}]
+    row = {"messages": [{"role": "assistant", "content": "hello"}]}
+    done = prepared(row, privacy={"recognisers": own})
+    assert json.loads(done.table["record"][0].as_py()) == row
+
+
+def test_a_row_whose_keys_become_one_by_masking_is_rejected_by_name() -> None:
+    done = prepared(call({"bob@example.com": 1, "eve@example.com": 2}))
+    (reject,) = done.rejects
+    assert reject["reason"] == "duplicate_key" and "eve" not in json.dumps(reject)
+    assert reject["why"].endswith("function.arguments: two keys are the same once masked")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Rows come back as an Arrow table sorted by id; `gather.py` merges the tables of 
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ EXCERPT = 200
 ORIGIN = ("teacher", "teacher_licence", "prompt_digest", "seed", "score")
 SORTED = orjson.OPT_SORT_KEYS
 NOTHING: frozenset[str] = frozenset()
+TURN = re.compile(r"messages\.\d+")
 
 
 @dataclass
@@ -205,19 +207,26 @@ def origin_of(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:
-    """`value` with every text in it replaced; roles, which are no text, stay."""
+    """`value` with every text in it replaced, keys too; a row's own keys and roles stay.
+
+    What is found in a key is said of the object that holds it. Raises Reject where keys meet.
+    """
     if type(value) is str:
         return text(value, field) if value else value
     if type(value) is dict:
-        made = {}
+        made: dict[Any, Any] = {}
+        ours = not field or TURN.fullmatch(field)  # keys that have been checked
         for name, inner in value.items():
-            if name == "role" or not inner:
-                made[name] = inner
+            key = name if ours else rewrite(name, text, field)
+            if key in made:
+                raise Reject("duplicate_key", f"{field}: two keys are the same once masked")
+            if not inner or (ours and name == "role"):
+                made[key] = inner
                 continue
-            place = f"{field}.{name}" if field else name
-            made[name] = text(inner, place) if type(inner) is str else rewrite(inner, text, place)
+            place = f"{field}.{key}" if field else key
+            made[key] = text(inner, place) if type(inner) is str else rewrite(inner, text, place)
         return made
-    if type(value) is list:
+    if type(value) is list or type(value) is tuple:  # Arrow gives a map as pairs
         return [rewrite(inner, text, f"{field}.{i}") for i, inner in enumerate(value)]
     return value
 
