@@ -148,6 +148,19 @@ def test_the_tenants_own_pattern_is_asked_first() -> None:
     assert redactor.redact("chapter C-123456", "t")[0] == "chapter C-123456"
 
 
+@pytest.mark.parametrize("pattern", [r"C?\d*", r"C\d+|(?P<value>)", r"\b|C\d+"])
+def test_a_tenants_pattern_that_may_match_nothing_masks_what_it_matches(pattern: str) -> None:
+    own = [{"entity": "cust", "pattern": pattern}]
+    redactor = Redactor(build(PrivacyConfig, {"recognisers": own}))
+    assert redactor.redact("ask for it", "t") == ("ask for it", [])
+
+
+def test_a_tenants_pattern_masks_between_the_places_where_it_matches_nothing() -> None:
+    own = [{"entity": "cust", "pattern": r"C?\d*"}]
+    redactor = Redactor(build(PrivacyConfig, {"recognisers": own}))
+    assert redactor.redact("ask C123 now", "t")[0] == "ask <CUST> now"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_tenants_pattern_without_end_is_refused_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -272,6 +285,11 @@ def test_dirty_text_is_repaired_and_the_step_is_named(dirty: str, clean: str, st
 )
 def test_clean_text_of_any_script_is_left_alone(text: str) -> None:
     assert sanitise(text, SanitiseConfig(), frozenset()) == (text, frozenset())
+
+
+def test_a_fiscal_code_with_digits_of_another_script_is_masked() -> None:
+    text, _ = Redactor(PrivacyConfig()).redact("CF: RSSMRA８５T１０A５６２S.", "t")
+    assert text == "CF: <IT_CF>."
 
 
 @settings(max_examples=300, deadline=None)

@@ -189,7 +189,7 @@ ODD = dict(zip("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
 
 def it_cf(text: str) -> bool:
     """Codice fiscale: sixteen characters, the last a checksum over odd and even places."""
-    plain = text.upper()
+    plain = "".join(str(int(c)) if c.isdecimal() else c for c in text.upper())  # of any script
     even = sum(int(c) if c.isdigit() else ord(c) - 65 for c in plain[1:15:2])
     return chr(65 + (sum(ODD[c] for c in plain[0:15:2]) + even) % 26) == plain[15]
 
