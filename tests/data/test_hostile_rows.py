@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tuneloom.config import build
 from tuneloom.data.prepare import Preparer
 from tuneloom.data.readers import Block, read_blocks
 from tuneloom.data.recipe import Recipe
+from tuneloom.data.records import canonical
 from tuneloom.data.sources import find_sources
 from tuneloom.errors import DataError
 
@@ -42,6 +45,45 @@ def test_whatever_stands_in_a_field_is_a_row_or_a_reject(row: str) -> None:
     for value in VALUES:
         done = prepare(Block(0, "s", 1, row.replace("%s", value).encode()))
         assert done.rows_in == 1 == len(done.table) + len(done.rejects)
+
+
+HALF = "half \ud800 a pair"
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe"),
+    [
+        ({"text": "a", "cat": HALF}, {"label": "{cat}"}),
+        ({"text": "a", "cat": HALF}, {"key": "{cat}"}),
+        ({"text": "a", "cat": HALF}, {"subject": "{cat}"}),
+        ({"text": "a", "cat": [HALF]}, {"label": "{cat}", "key": "{cat}"}),
+        ({"text": "a", "meta": {"synthetic": {"teacher": HALF}}}, {}),
+    ],
+)
+def test_half_a_surrogate_pair_beside_the_content_is_a_reject(
+    row: dict[str, Any], recipe: dict[str, str]
+) -> None:
+    done = Preparer(build(Recipe, {"name": "d", **recipe}))(Block(0, "s", 1, dumped(row)))
+    assert [reject["reason"] for reject in done.rejects] == ["lone_surrogate"]
+
+
+def dumped(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode()
+
+
+def test_half_a_surrogate_pair_in_a_secret_can_get_a_pseudonym(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("0123456789abcdef")
+    privacy = {"default": "pseudonym", "key_file": str(tmp_path / "key")}
+    prepare = Preparer(build(Recipe, {"name": "d", "privacy": privacy}))
+    done = prepare(Block(0, "s", 1, dumped({"text": f"password='{HALF.replace(' ', '')}'"})))
+    assert done.found == {"secret": 1} and len(done.table) == 1
+
+
+def test_what_is_said_of_a_rejected_row_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"additionalProperties": {"type": "string"}}')
+    prepare = Preparer(build(Recipe, {"name": "d", "json_schema": str(tmp_path / "schema.json")}))
+    (reject,) = prepare(Block(0, "s", 1, dumped({"text": "a", HALF: 1}))).rejects
+    assert reject["reason"] == "schema" and canonical(reject).encode()
 
 
 @pytest.mark.parametrize("levels", [63, 64, 900, 1_000, 1_020, 2_000, 10_000])

@@ -207,9 +207,10 @@ def test_a_row_with_an_entity_to_drop_leaves_no_trace_but_its_count(tmp_path: Pa
 def test_what_rejected_jsonl_shows_of_a_row_is_masked_even_if_rows_keep_all(tmp_path: Path) -> None:
     broken = {"messages": [{"role": "user", "content": "I am anna@example.com, " + "x" * 400}]}
     secret = {"title": "ghp_" + "a1B2" * 9}
+    nobody = {"messages": [{"role": "anna@example.org", "content": "a"}]}
     privacy = {"default": "keep", "secrets": "off"}
     folder, _, _ = dataset(
-        tmp_path, [broken, secret, {"text": "a"}], max_rejected=0.9, privacy=privacy
+        tmp_path, [broken, secret, nobody, {"text": "a"}], max_rejected=0.9, privacy=privacy
     )
     text = (folder / "rejected.jsonl").read_text()
     assert "<EMAIL>" in text and "<SECRET>" in text
