@@ -13,7 +13,7 @@ from tuneloom.data.readers import Block, read_blocks
 from tuneloom.data.recipe import Recipe
 from tuneloom.data.records import canonical
 from tuneloom.data.sources import find_sources
-from tuneloom.errors import DataError
+from tuneloom.errors import ConfigError, DataError
 
 DEEP = "nested too deeply; at most 64 levels are read"
 VALUES = [
@@ -84,6 +84,35 @@ def test_what_is_said_of_a_rejected_row_can_be_written(tmp_path: Path) -> None:
     prepare = Preparer(build(Recipe, {"name": "d", "json_schema": str(tmp_path / "schema.json")}))
     (reject,) = prepare(Block(0, "s", 1, dumped({"text": "a", HALF: 1}))).rejects
     assert reject["reason"] == "schema" and canonical(reject).encode()
+
+
+LARGE = b'{"input": "q", "schema": {"properties": {"n": %s}}, "answer": {"n": 1%s}}'
+
+
+def test_a_number_too_large_for_multiple_of_is_a_reject(tmp_path: Path) -> None:
+    row = LARGE % (b'{"multipleOf": 0.1}', b"0" * 400)
+    (reject,) = Preparer(Recipe(name="d"))(Block(0, "s", 1, row)).rejects
+    assert reject["reason"] == "schema"
+    assert reject["why"] == "answer: holds a number too large to check"
+    (tmp_path / "schema.json").write_text('{"properties": {"n": {"multipleOf": 0.1}}}')
+    prepare = Preparer(build(Recipe, {"name": "d", "json_schema": str(tmp_path / "schema.json")}))
+    rows = b'{"text": "a", "n": 1%s}\n{"text": "b", "n": 1}' % (b"0" * 400)
+    done = prepare(Block(0, "s", 1, rows))
+    assert [reject["why"] for reject in done.rejects] == ["row: holds a number too large to check"]
+    assert len(done.table) == 1
+
+
+DRAFT4 = '{"$schema": "http://json-schema.org/draft-04/schema#", "$ref": 5}'
+
+
+def test_a_reference_that_is_no_text_is_no_schema(tmp_path: Path) -> None:
+    row = f'{{"input": "q", "schema": {DRAFT4}, "answer": {{}}}}'
+    (reject,) = Preparer(Recipe(name="d"))(Block(0, "s", 1, row.encode())).rejects
+    assert (reject["reason"], reject["why"]) == ("no_schema", "schema: $ref: expected text")
+    (tmp_path / "schema.json").write_text(DRAFT4)
+    prepare = Preparer(build(Recipe, {"name": "d", "json_schema": str(tmp_path / "schema.json")}))
+    with pytest.raises(ConfigError, match=r"^data.json_schema: \S+ \$ref: expected text"):
+        prepare(Block(0, "s", 1, b'{"text": "a"}'))
 
 
 @pytest.mark.parametrize("levels", [63, 64, 900, 1_000, 1_020, 2_000, 10_000])
