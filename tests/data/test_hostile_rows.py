@@ -122,6 +122,14 @@ def test_the_levels_of_nesting_that_are_read_do_not_depend_on_the_stack(levels: 
     assert [reject["why"] for reject in done.rejects] == ([DEEP] if levels > 63 else [])
 
 
+@pytest.mark.parametrize("space", ["", " ", "  ", "\t", " \t ", "\r", "   \r  "])
+def test_a_key_that_stands_twice_is_seen_whatever_stands_before_its_colon(space: str) -> None:
+    for first, second in ((space, ""), ("", space), (space, space)):
+        raw = f'{{"prompt"{first}:"A","prompt"{second}:"B","completion":"c"}}'
+        done = Preparer(Recipe(name="d"))(Block(0, "s", 1, raw.encode()))
+        assert [reject["why"] for reject in done.rejects] == ["the key 'prompt' stands twice"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
