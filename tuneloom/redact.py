@@ -11,7 +11,9 @@ import traceback
 from typing import Any
 
 MASK = "[secret]"
-NAMED = re.compile(r"(?i)token|secret|passw|api_?key|credential|access_?key")
+NAMED = re.compile(
+    r"(?i)token|secret|passw|passphrase|pseudonym|credential|(?:api|access|private)_?key"
+)
 """Variables with such a name hold secrets, whatever shape their value has."""
 SHORTEST = 8
 
@@ -50,10 +52,10 @@ def redact_tracebacks() -> None:
 
 @functools.cache
 def _own() -> tuple[str, ...]:
-    """Values of secret variables, longest first; names of files (…_PATH, …_FILE) are none."""
+    """Values of secret variables, longest first; files (…_PATH, …_FILE, a path there) are none."""
     values = {
         value for name, value in os.environ.items()
         if NAMED.search(name) and not name.endswith(("_PATH", "_FILE", "_MODE"))
-        and len(value) >= SHORTEST and not os.path.isabs(value)
+        and len(value) >= SHORTEST and not (os.path.isabs(value) and os.path.exists(value))
     }  # fmt: skip
     return tuple(sorted(values, key=len, reverse=True))

@@ -16,6 +16,7 @@ from tuneloom.data.inspect import CONFIG, main
 from tuneloom.data.recipe import IngestConfig
 
 Maker = Callable[..., Any]
+HOSTILE = "\x1b]0;owned\x07\x1b[2Jhidden\rshown\x9b31m"
 
 
 @pytest.fixture
@@ -105,6 +106,21 @@ def test_a_person_sees_trained_tokens_in_green(
     out = capsys.readouterr().out
     assert "\x1b[32manswer <|im_end|>\x1b[0m" in out
     assert "rows.jsonl:1" in out and "10.00% longer than 30 tokens" in out
+
+
+def test_a_rows_control_characters_do_not_reach_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    turns = [{"role": "user", "content": "q\tq\nq"}, {"role": "assistant", "content": HOSTILE}]
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    assert inspect(folder, "rows=1") == 0
+    out = capsys.readouterr().out
+    assert r"\x1b]0;owned\x07\x1b[2Jhidden\x0dshown\x9b31m<|im_end|>" in out and r"\x09" not in out
+    assert not set("\x07\r\x9b") & set(out) and "\x1b]" not in out and "\x1b[2J" not in out
+    assert inspect(folder, "rows=1", "json=true") == 0
+    segments = json.loads(capsys.readouterr().out)["rows"][0]["segments"]
+    assert HOSTILE in "".join(segment["text"] for segment in segments)
 
 
 def test_the_command_runs_without_torch_and_ends_with_the_right_code(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Sanitising, secrets and personal data, through the texts and datasets that come out."""
 
 import json
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from tuneloom.config import build
 from tuneloom.data import recognisers
 from tuneloom.data.ingest import ingest
-from tuneloom.data.recipe import IngestConfig
+from tuneloom.data.prepare import Prepared, Preparer
+from tuneloom.data.readers import Block
+from tuneloom.data.recipe import IngestConfig, Recipe
 from tuneloom.data.recognisers import RECOGNISERS, find
 from tuneloom.data.redact import PrivacyConfig, Redactor
 from tuneloom.data.sanitise import SanitiseConfig, sanitise
@@ -45,14 +48,44 @@ def test_a_token_of_known_form_does_not_survive(secret: str) -> None:
     assert [note["entity"] for note in notes] == ["secret"]
 
 
+@pytest.mark.parametrize("part", ["a-", "token-", "password", "api_key: '"])
+def test_long_words_beside_a_secrets_name_take_no_longer_than_others(part: str) -> None:
+    started = time.process_time()
+    assert list(find_secrets("secret " + part * (40_000 // len(part)))) == []
+    assert time.process_time() - started < 1
+
+
 def test_the_password_of_a_url_goes_and_the_host_stays() -> None:
     text, _ = Redactor(PrivacyConfig()).redact("see https://bob:hunter22@db.example.com/x", "text")
     assert text == "see https://<SECRET>@db.example.com/x"
 
 
+AWS_KEY = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKE"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        (f"export AWS_SECRET_ACCESS_KEY={AWS_KEY}Y", AWS_KEY + "Y"),
+        (f"AwsSecretAccessKey: {AWS_KEY}/", AWS_KEY),
+        ("redis://:s3cretpassw0rd@host:6379/0", "s3cretpassw0rd"),
+        ('{"user": "bob", "password": "hunter2hunter2"}', "hunter2hunter2"),
+        ('{"api_key":"Zx81Zx81Zx81"}', "Zx81Zx81Zx81"),
+        ('say \\"secret\\": \\"hunter2hunter2\\"', "hunter2hunter2"),
+        ("Token = 'hunter2hunter2'", "hunter2hunter2"),
+        ("Client Secret: 'hunter2hunter2'", "hunter2hunter2"),
+        ("Api-Key: 'hunter2hunter2'", "hunter2hunter2"),
+        ("secretKey='<x>hunter2hunter2'", "hunter2hunter2"),
+    ],
+)
+def test_a_credential_beside_its_name_does_not_survive(text: str, secret: str) -> None:
+    assert secret in text and secret not in Redactor(PrivacyConfig()).redact(text, "text")[0]
+
+
 @pytest.mark.parametrize(
     "text",
     ["the key-note speech", "a sk-inny latte", "token economics: prices", "std::vector<int> v;",
+     '{"tokenizer": "meta-llama/Llama-3"}', '{"eos_token": "<|im_end|>"}', "secretary: 'Katherine'",
      "see https://example.com/a:b@c", "git commit 3f786850e387550fdab836ed7e6dc881de23001b"],
 )  # fmt: skip
 def test_ordinary_text_is_no_secret(text: str) -> None:
@@ -115,6 +148,19 @@ def test_the_tenants_own_pattern_is_asked_first() -> None:
     assert redactor.redact("chapter C-123456", "t")[0] == "chapter C-123456"
 
 
+@pytest.mark.parametrize("pattern", [r"C?\d*", r"C\d+|(?P<value>)", r"\b|C\d+"])
+def test_a_tenants_pattern_that_may_match_nothing_masks_what_it_matches(pattern: str) -> None:
+    own = [{"entity": "cust", "pattern": pattern}]
+    redactor = Redactor(build(PrivacyConfig, {"recognisers": own}))
+    assert redactor.redact("ask for it", "t") == ("ask for it", [])
+
+
+def test_a_tenants_pattern_masks_between_the_places_where_it_matches_nothing() -> None:
+    own = [{"entity": "cust", "pattern": r"C?\d*"}]
+    redactor = Redactor(build(PrivacyConfig, {"recognisers": own}))
+    assert redactor.redact("ask C123 now", "t")[0] == "ask <CUST> now"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_tenants_pattern_without_end_is_refused_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -161,13 +207,61 @@ def test_a_row_with_an_entity_to_drop_leaves_no_trace_but_its_count(tmp_path: Pa
 def test_what_rejected_jsonl_shows_of_a_row_is_masked_even_if_rows_keep_all(tmp_path: Path) -> None:
     broken = {"messages": [{"role": "user", "content": "I am anna@example.com, " + "x" * 400}]}
     secret = {"title": "ghp_" + "a1B2" * 9}
+    nobody = {"messages": [{"role": "anna@example.org", "content": "a"}]}
     privacy = {"default": "keep", "secrets": "off"}
     folder, _, _ = dataset(
-        tmp_path, [broken, secret, {"text": "a"}], max_rejected=0.9, privacy=privacy
+        tmp_path, [broken, secret, nobody, {"text": "a"}], max_rejected=0.9, privacy=privacy
     )
     text = (folder / "rejected.jsonl").read_text()
     assert "<EMAIL>" in text and "<SECRET>" in text
     assert "anna" not in text and "ghp_" not in text
+
+
+def prepared(row: Any, **recipe: Any) -> Prepared:
+    """One row, prepared by a recipe: as a line, or as a table gives it if it is no bytes."""
+    block = Block(0, "s", 1, row) if isinstance(row, bytes) else Block(0, "s", 1, b"", [row])
+    return Preparer(build(Recipe, {"name": "d", **recipe}))(block)
+
+
+MAIL = "alice@corp.example.com"
+TOKEN = "ghp_" + "a1B2" * 9
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    return {"messages": [{"role": "user", "content": "q"}, answer]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        call({"role": MAIL, "who": MAIL}), call({MAIL: "x", "n": 0}), call({TOKEN: {"a": MAIL}}),
+        call({MAIL: None}),
+        {"input": "q", "schema": {"type": "object"}, "answer": {"role": MAIL, TOKEN: 1}},
+        {"input": "q", "schema": {"required": [MAIL]}, "answer": {MAIL: ""}},
+        {"input": "q", "schema": {"type": "array"}, "answer": [("who", MAIL), (MAIL, 1)]},
+    ],
+)  # fmt: skip
+def test_nothing_personal_survives_under_a_role_in_a_key_or_in_a_map(row: dict[str, Any]) -> None:
+    done = prepared(row)
+    assert done.rejects == []
+    assert "alice" not in str(done.table.to_pylist()) and "ghp_" not in str(done.table.to_pylist())
+    assert sum(done.found.values()) == str(row).count(MAIL) + str(row).count(TOKEN)
+
+
+def test_the_roles_and_keys_of_a_chat_are_no_personal_data() -> None:
+    own = [{"entity": "word", "pattern": "assistant|content|messages"}]
+    row = {"messages": [{"role": "assistant", "content": "hello"}]}
+    done = prepared(row, privacy={"recognisers": own})
+    assert json.loads(done.table["record"][0].as_py()) == row
+
+
+def test_a_row_whose_keys_become_one_by_masking_is_rejected_by_name() -> None:
+    done = prepared(call({"bob@example.com": 1, "eve@example.com": 2}))
+    (reject,) = done.rejects
+    assert reject["reason"] == "duplicate_key" and "eve" not in json.dumps(reject)
+    assert reject["why"].endswith("function.arguments: two keys are the same once masked")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +286,11 @@ def test_dirty_text_is_repaired_and_the_step_is_named(dirty: str, clean: str, st
 )
 def test_clean_text_of_any_script_is_left_alone(text: str) -> None:
     assert sanitise(text, SanitiseConfig(), frozenset()) == (text, frozenset())
+
+
+def test_a_fiscal_code_with_digits_of_another_script_is_masked() -> None:
+    text, _ = Redactor(PrivacyConfig()).redact("CF: RSSMRA８５T１０A５６２S.", "t")
+    assert text == "CF: <IT_CF>."
 
 
 @settings(max_examples=300, deadline=None)

@@ -747,3 +747,21 @@ def test_an_error_that_quotes_a_secret_does_not_show_it(
     said = capsys.readouterr()
     assert "[secret]" in said.err
     assert secret not in said.out + said.err
+
+
+SAID = "import sys; from tuneloom.redact import redact; print(redact(sys.argv[1]))"
+
+
+@pytest.mark.parametrize("secret", ["/w3x9Qz+t0pSecret==", "a tenant's key, kept apart"])
+@pytest.mark.parametrize(
+    "name", ["DB_PASSWORD", "TUNELOOM_PSEUDONYM_KEY", "SSH_PASSPHRASE", "PRIVATE_KEY"]
+)
+def test_the_value_of_a_secret_variable_is_masked_and_the_name_of_a_file_is_not(
+    name: str, secret: str, tmp_path: Path
+) -> None:
+    environment = os.environ | {"API_TOKEN": str(tmp_path), name: secret}
+    done = subprocess.run(
+        [sys.executable, "-c", SAID, f"no {secret} in {tmp_path}"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"no [secret] in {tmp_path}\n"

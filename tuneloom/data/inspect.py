@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 State = Literal["trained", "masked", "cut"]
 STYLES: dict[State, str] = {"trained": "green", "masked": "grey50", "cut": "red strike"}
+SHOWN = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n"}
+"""Control characters, which could set a terminal's title or hide a line, as Python writes them."""
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -229,4 +231,4 @@ def _print(
 def _coloured(segments: list[Segment]) -> "Text":
     from rich.text import Text
 
-    return Text.assemble(*((segment.text, STYLES[segment.state]) for segment in segments))
+    return Text.assemble(*((s.text.translate(SHOWN), STYLES[s.state]) for s in segments))

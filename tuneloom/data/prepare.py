@@ -7,6 +7,7 @@ Rows come back as an Arrow table sorted by id; `gather.py` merges the tables of 
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ EXCERPT = 200
 ORIGIN = ("teacher", "teacher_licence", "prompt_digest", "seed", "score")
 SORTED = orjson.OPT_SORT_KEYS
 NOTHING: frozenset[str] = frozenset()
+LONE_SURROGATE = ("lone_surrogate", "half of a surrogate pair, which is no text")
+TURN = re.compile(r"messages\.\d+")
 
 
 @dataclass
@@ -158,16 +161,16 @@ class Preparer:
     ) -> tuple[dict[str, Any], str | None, str | None, str | None]:
         """Content, split key, label and subject of a raw row; raises Reject."""
         try:
-            return (
-                self.content(fields),
-                self.key(fields) if self.key else None,
-                self.label(fields) if self.label else None,
-                self.subject(fields) if self.subject else None,
-            )
+            content = self.content(fields)
+            key = self.key(fields) if self.key else None
+            label = self.label(fields) if self.label else None
+            subject = self.subject(fields) if self.subject else None
         except MissingField as missing:
             raise Reject("missing_field", f"{missing.args[0]}: missing or null") from None
         except UnknownShape as unknown:
             raise Reject("unknown_shape", str(unknown)) from None
+        refuse_halves(key, label, subject)
+        return content, key, label, subject
 
     def clean(
         self, content: dict[str, Any]
@@ -201,23 +204,41 @@ def origin_of(fields: dict[str, Any]) -> dict[str, Any]:
         large = isinstance(value, int) and abs(value) >= 1 << 63  # more than meta can hold
         if large or not isinstance(value, str | int | float | None):
             raise Reject("wrong_type", f"meta.synthetic.{key}: expected a text or a number")
+    refuse_halves(*made.values())
     return made
 
 
+def refuse_halves(*values: Any) -> None:
+    """Raise Reject for a text that UTF-8 cannot hold."""
+    try:
+        for value in values:
+            if isinstance(value, str):
+                value.encode()
+    except UnicodeEncodeError:
+        raise Reject(*LONE_SURROGATE) from None
+
+
 def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:
-    """`value` with every text in it replaced; roles, which are no text, stay."""
+    """`value` with every text in it replaced, keys too; a row's own keys and roles stay.
+
+    What is found in a key is said of the object that holds it. Raises Reject where keys meet.
+    """
     if type(value) is str:
         return text(value, field) if value else value
     if type(value) is dict:
-        made = {}
+        made: dict[Any, Any] = {}
+        ours = not field or TURN.fullmatch(field)  # keys that have been checked
         for name, inner in value.items():
-            if name == "role" or not inner:
-                made[name] = inner
+            key = name if ours else rewrite(name, text, field)
+            if key in made:
+                raise Reject("duplicate_key", f"{field}: two keys are the same once masked")
+            if not inner or (ours and name == "role"):
+                made[key] = inner
                 continue
-            place = f"{field}.{name}" if field else name
-            made[name] = text(inner, place) if type(inner) is str else rewrite(inner, text, place)
+            place = f"{field}.{key}" if field else key
+            made[key] = text(inner, place) if type(inner) is str else rewrite(inner, text, place)
         return made
-    if type(value) is list:
+    if type(value) is list or type(value) is tuple:  # Arrow gives a map as pairs
         return [rewrite(inner, text, f"{field}.{i}") for i, inner in enumerate(value)]
     return value
 
@@ -261,18 +282,22 @@ def canonical_bytes(content: dict[str, Any], *, plain: bool) -> bytes:
             return orjson.dumps(content, option=SORTED)
         return records.canonical(content).encode("utf-8")
     except (UnicodeEncodeError, orjson.JSONEncodeError):
-        raise Reject("lone_surrogate", "half of a surrogate pair, which is no text") from None
+        raise Reject(*LONE_SURROGATE) from None
 
 
 def excerpt(
     raw: bytes | Reject | dict[str, Any], source: str, line: int, reject: Reject
 ) -> dict[str, Any]:
-    """What rejected.jsonl says of a row: its start is masked, whatever the recipe keeps."""
+    """What rejected.jsonl says of a row: it is masked, whatever the recipe keeps."""
     if isinstance(raw, dict):
         start = json.dumps(raw, ensure_ascii=False, default=str)[: 8 * EXCERPT]
     else:
         start = "" if isinstance(raw, Reject) else raw[: 8 * EXCERPT].decode("utf-8", "replace")
-    start = CONTROLS.sub("", start.encode("utf-8", "replace").decode("utf-8"))
-    masked, _ = excerpt_redactor().redact(start, "")
-    return {"source": source, "line": line, "reason": reject.code, "why": reject.sentence,
-            "start": masked[:EXCERPT]}  # fmt: skip
+    return {"source": source, "line": line, "reason": reject.code, "why": _shown(reject.sentence),
+            "start": _shown(start)[:EXCERPT]}  # fmt: skip
+
+
+def _shown(text: str) -> str:
+    """What may be written of a row that was not cleaned."""
+    plain = CONTROLS.sub("", text.encode("utf-8", "replace").decode("utf-8"))
+    return excerpt_redactor().redact(plain, "")[0]

@@ -63,11 +63,13 @@ class Recogniser:
     unless: re.Pattern[str] | None = None
 
     def find(self, text: str, lowered: str) -> Iterator[Finding]:
-        """Every match that holds up."""
+        """Every match of something that holds up."""
         if self.words and not any(word.strip() in lowered for word in self.words):
             return
         for match in self.pattern.finditer(text):
             start, end = match.span("value" if "value" in self.pattern.groupindex else 0)
+            if start == end:  # of a pattern such as `C?\d*`, between any two characters
+                continue
             if self.words and not self.named(lowered[max(0, start - NEAR) : start]):
                 continue
             if self.unless and self.unless.search(text[max(0, start - NEAR) : start]):
@@ -187,7 +189,7 @@ ODD = dict(zip("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
 
 def it_cf(text: str) -> bool:
     """Codice fiscale: sixteen characters, the last a checksum over odd and even places."""
-    plain = text.upper()
+    plain = "".join(str(int(c)) if c.isdecimal() else c for c in text.upper())  # of any script
     even = sum(int(c) if c.isdigit() else ord(c) - 65 for c in plain[1:15:2])
     return chr(65 + (sum(ODD[c] for c in plain[0:15:2]) + even) % 26) == plain[15]
 

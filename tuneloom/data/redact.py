@@ -162,7 +162,8 @@ class Redactor:
     def pseudonym(self, entity: str, value: str) -> str:
         """Eight letters, keyed: letters, so that no recogniser takes a pseudonym for a number."""
         plain = value.casefold() if entity == "email" else re.sub(r"[\s().\-/]", "", value)
-        mac = hmac.digest(self.key, f"{entity}\0{plain}".encode(), hashlib.sha256)
+        named = f"{entity}\0{plain}".encode("utf-8", "surrogatepass")
+        mac = hmac.digest(self.key, named, hashlib.sha256)
         number = int.from_bytes(mac[:8], "big")
         letters = []
         for _ in range(8):

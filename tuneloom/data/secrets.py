@@ -14,7 +14,8 @@ from tuneloom.errors import ConfigError
 
 PATTERNS: list[tuple[tuple[str, ...], str]] = [
     (("AKIA", "ASIA", "ABIA", "ACCA"), r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b"),
-    (("aws",), r"(?i)aws_?(?:secret_?)?(?:access_?)?key\W{1,5}[A-Za-z0-9/+]{40}\b"),
+    (("aws", "AWS", "Aws"),
+     r"(?i)aws_?(?:secret_?)?(?:access_?)?key\W{1,5}[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"),
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{36,255}\b"),
     (("github_pat_",), r"\bgithub_pat_\w{22,255}\b"),
     (("glpat-",), r"\bglpat-[\w-]{20,}"),
@@ -38,11 +39,12 @@ PATTERNS: list[tuple[tuple[str, ...], str]] = [
     (("key-",), r"\bkey-[0-9a-f]{32}\b"),
     (("-us",), r"\b[0-9a-f]{32}-us\d{1,2}\b"),
     ((":AA",), r"\b\d{8,10}:AA[\w-]{33}\b"),
-    (("://",), r"(?<=://)[^\s/:@]{1,64}:[^\s/@]{3,}(?=@[\w.-])"),
+    (("://",), r"(?<=://)[^\s/:@]{0,64}:[^\s/@]{3,}(?=@[\w.-])"),
     (("Bearer ", "bearer "), r"(?i)(?<=bearer )[\w.~+/-]{24,}=*"),
-    (("assw", "ASSW", "secret", "SECRET", "api", "API", "token", "TOKEN"),
-     r"(?i)\b[\w-]*(?:password|passwd|secret|api[_-]?key|token)[\w-]*"
-     r"\s?[=:]\s?[\"'](?P<value>[^\s\"']{8,})[\"']"),
+    (("assw", "ASSW", "ecret", "ECRET", "api", "Api", "API", "oken", "OKEN"),
+     # Not of a tokenizer or a secretary; and <pad> is no value, nor is what a redactor put there.
+     r"(?i)(?:password|passwd|secret|api[_-]?key|token)(?:s|key)?(?-i:(?![a-z]))[\w-]{0,64}"
+     r"(?:\\?[\"'])?\s?[=:]\s?\\?[\"'](?!<[^\s\"']*>\\?[\"'])(?P<value>[^\s\"']{8,})[\"']"),
 ]  # fmt: skip
 COMPILED = [(anchors, re.compile(pattern)) for anchors, pattern in PATTERNS]
 # Sorted by a character that all anchors of a pattern share, most patterns cost nothing on prose.

@@ -1,6 +1,7 @@
 """JSON without what readers disagree about: no key twice, no NaN, no nesting that ends a stack."""
 
 import json
+import re
 from typing import Any
 
 import orjson
@@ -9,6 +10,7 @@ from tuneloom.data.payloads import DEEPEST, deeper
 from tuneloom.data.schema import Reject, unique
 
 TOO_DEEP = f"nested too deeply; at most {DEEPEST} levels are read"
+SPACED = re.compile(rb'"[ \t\r\n]+:')
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         return parse_slowly(raw)
     _refuse_deep(value, raw)
-    if type(value) is not dict or b'" :' in raw or b'"\t:' in raw or b'"\r:' in raw:
+    if type(value) is not dict or SPACED.search(raw):
         return parse_slowly(raw)
     # Every key stands before a colon: as many keys as `":` in the bytes, and none stands twice.
     return value if _keys(value) == raw.count(b'":') else parse_slowly(raw)

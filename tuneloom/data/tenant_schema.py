@@ -66,7 +66,8 @@ def _checker(text: str, *, bounded: bool = False) -> Callable[[Any, str], None]:
     except (ValueError, RecursionError, jsonschema.SchemaError) as error:
         raise NoSchema(str(getattr(error, "message", error))) from None
     bounds = Bounds()
-    own = bounds.keywords(cls.VALIDATORS) if bounded else {"pattern": _search}
+    references = {n: _of_text(n, cls.VALIDATORS[n]) for n in REFERENCES if n in cls.VALIDATORS}
+    own = bounds.keywords(references) if bounded else {"pattern": _search} | references
     cls = jsonschema.validators.extend(cls, own)
     validator = cls(schema, registry=referencing.Registry())  # the default one asks the network
 
@@ -78,12 +79,25 @@ def _checker(text: str, *, bounded: bool = False) -> Callable[[Any, str], None]:
             raise NoSchema(f"refers to {error.ref}, not in it") from None
         except RecursionError:
             raise NoSchema("refers to itself without end") from None
+        except OverflowError:  # of multipleOf, which divides
+            raise Reject("schema", f"{name}: holds a number too large to check") from None
         if fault is not None:
             where = ".".join(map(str, fault.absolute_path)) or name
             # The library's message would quote the row's own text, which may be personal.
             raise Reject("schema", f"{where}: breaks {fault.validator!r} of the schema")
 
     return conforms
+
+
+def _of_text(name: str, follow: Any) -> Any:
+    """A keyword that refers, with the check of its type that draft 4's own schema lacks."""
+
+    def checked(validator: Any, reference: Any, *rest: Any) -> Any:
+        if not isinstance(reference, str):
+            raise NoSchema(f"{name}: expected text")
+        return follow(validator, reference, *rest)
+
+    return checked
 
 
 def _search(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Exception]:
@@ -102,11 +116,10 @@ class Bounds:
     def __init__(self) -> None:
         self.left = MOST_REFERENCES
 
-    def keywords(self, validators: Mapping[str, Any]) -> dict[str, Any]:
+    def keywords(self, references: Mapping[str, Any]) -> dict[str, Any]:
         """What stands in for the library's own keywords."""
-        names = [name for name in REFERENCES if name in validators]
         return {"pattern": self._refuse, "patternProperties": self._refuse} | {
-            name: self._counted(validators[name]) for name in names
+            name: self._counted(follow) for name, follow in references.items()
         }
 
     def _refuse(self, *_: Any) -> None:
