@@ -12,6 +12,7 @@ from typing import Any
 from tuneloom.errors import RefusedError, Stopped
 from tuneloom.launch.admission import Admission, Probes
 from tuneloom.launch.config import LaunchConfig
+from tuneloom.launch.worker import losses
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import folder_of, recorded
 
@@ -197,8 +198,6 @@ class Growth:
 
     def _sound(self) -> bool | None:
         """Whether the nodes of the slots passed preflight; None while they are examined."""
-        from ray.exceptions import RayActorError
-
         if self._probes is None:
             self._probes = Probes(
                 self._slots, self._full.workers - self._now.workers,
@@ -206,7 +205,7 @@ class Growth:
             )  # fmt: skip
         try:
             return self._probes.agree(self._admission, self._config, self._now.workers)
-        except RayActorError:  # the node went again
+        except losses():  # the node went again
             return False
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from tuneloom.train import shm
 
 GRACE_SECONDS = 1.0
 """What Ray may take to end by itself; after `ray.shutdown` it has all but ended already."""
+ENDING_SECONDS = 10.0
 NOTE_SECONDS = 2.0
 
 
@@ -43,6 +44,7 @@ def main(driver: int, run: Path | None = None) -> int:
             process.kill()
         except psutil.NoSuchProcess:  # it ended by itself meanwhile
             continue
+    psutil.wait_procs(left, timeout=ENDING_SECONDS)  # or rank 0 holds the run's lock still
     if run is not None:
         shm.forget_run(run)
     return 0

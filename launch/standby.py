@@ -98,12 +98,12 @@ class Standby:
     def _ask(self, gang: Gang) -> None:
         """Who has imported, and where is no room for it?"""
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayError
 
         done, self._importing = ray.wait(self._importing, num_returns=1, timeout=0)
         try:
             refused = [reason for reason in ray.get(done) if reason]
-        except RayActorError as error:  # none of the run's own
+        except RayError as error:  # of one that waits, none of the run's own
             refused = [f"a worker was lost ({type(error).__name__})"]
         if refused:
             print(f"launch.standby: {refused[0]}; none waits, a restart starts anew", flush=True)
@@ -120,14 +120,14 @@ class Standby:
     def take(self) -> Gang | None:
         """The gang that waits, or None where there is none or one of it does not answer."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import RayError
 
         gang, self._gang, self._importing = self._gang, None, []
         if gang is None:
             return None
         try:
             ray.get([actor.now.remote() for actor in gang.actors], timeout=ANSWER_SECONDS)
-        except (GetTimeoutError, RayActorError):
+        except RayError:
             gang.end()
         if gang.actors:
             return gang

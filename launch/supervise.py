@@ -28,11 +28,11 @@ from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.preflight import Facts, conduct
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.standby import Gang, Standby
-from tuneloom.launch.worker import environment
+from tuneloom.launch.worker import environment, losses
 from tuneloom.train import shm
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.hangs import last_report
-from tuneloom.train.runs import folder_of
+from tuneloom.train.runs import LOCK, folder_of, locked
 
 READ_AT_IMPORT = {
     "RAY_DEDUP_LOGS": "0",
@@ -44,6 +44,8 @@ GROWS = "nodes returned"
 """How a gang ended that was asked to make room for a larger one."""
 LEFT_OUT = "a node left out"
 """How a gang ended that stood on a node that did not pass preflight, before it trained."""
+LEAVING_SECONDS = 10.0
+"""For the ranks of a driver that was killed: they end within 4 s."""
 SAVING_SECONDS = 30.0
 LAST_WORDS_SECONDS = 5.0
 """After a rank failed, the others stand in a collective with it and will not answer any more."""
@@ -67,16 +69,18 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
     os.environ |= READ_AT_IMPORT
     import ray
 
-    folder = folder_of(config)
+    folder, signals = folder_of(config), list[int]()
+    if (folder / LOCK).exists():  # a command that is refused must not touch the other's `stop`
+        locked(folder, patience=LEAVING_SECONDS).close()
     (folder / "stop").unlink(missing_ok=True)  # of a driver that was killed after it was asked
     with ExitStack() as stack:
         stack.callback(shm.forget_run, folder)
-        stack.enter_context(signals_ask_to_stop(folder))
+        stack.enter_context(signals_ask_to_stop(folder, signals))
         stack.callback(ray.shutdown)
         connect(launch, run=folder)
         stack.callback(time.sleep, LAST_LINES_SECONDS)
         keeps_its_folder(config)
-        with signals_ask_to_stop(folder) as signals:  # once more: ray.init puts its own handler
+        with signals_ask_to_stop(folder, signals):  # once more: ray.init puts its own handler
             if launch.kind == "ray" and launch.min_workers is None:
                 wait_for_nodes(launch.nodes, signals)
             attempts(config, launch, signals)
@@ -98,6 +102,11 @@ def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> N
                 raise TrainingError(
                     f"launch.max_restarts: all {restarts} restarts are used up; last: {ending}"
                 )
+            if signals:  # which the ranks that stand now have not heard of
+                raise Stopped(
+                    f"stopped on a signal; not all ranks saved it, as {ending}; the same command "
+                    "goes on from the newest checkpoint"
+                )
             restarts += 1
             print(f"launch: {ending}; restart {restarts} of {launch.max_restarts}", flush=True)
     finally:
@@ -118,12 +127,10 @@ def keeps_its_folder(config: TrainConfig) -> None:
 
 
 @contextmanager
-def signals_ask_to_stop(folder: Path) -> Iterator[list[int]]:
-    """SIGTERM, SIGINT and SIGUSR1 leave a `stop` file that rank 0 reads at its next step.
-
-    Yields the signals that came, as a list that grows.
+def signals_ask_to_stop(folder: Path, came: list[int]) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 leave a `stop` file that rank 0 reads at its next step, and their
+    number in `came`.
     """
-    came: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         came.append(number)
@@ -134,7 +141,7 @@ def signals_ask_to_stop(folder: Path) -> Iterator[list[int]]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield came
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -205,7 +212,7 @@ def run_gang(
     """One attempt: place, start, wait. None when done, GROWS, LEFT_OUT, or a sentence when a
     worker was lost.
     """
-    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.exceptions import GetTimeoutError, OutOfMemoryError
 
     gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
     killed = killed_for_memory()
@@ -255,14 +262,16 @@ def run_gang(
         return GROWS
     except GetTimeoutError:
         return f"a worker did not start in {START_SECONDS:.0f} s; look at Ray's logs on its node"
-    except RayActorError as error:
+    except losses() as error:
         if head.gone():
             raise TrainingError(head.sentence("a worker was lost with it")) from None
         hang = last_report(folder, since=started)
         if hang:
             return hang.sentence
         reason = type(error).__name__
-        if killed_for_memory() > killed:
+        if isinstance(error, OutOfMemoryError):
+            reason = "Ray ended it, as this host's memory was all but full; `tuneloom plan`"
+        elif killed_for_memory() > killed:
             reason = "this host ran out of memory, and the kernel killed a process; `tuneloom plan`"
         return f"a worker was lost ({reason})"
     finally:
@@ -276,6 +285,8 @@ def run_gang(
             gang.free()
         if growth and not head.lost:
             growth.close()
+        if growth and growth.asked and not signals:  # by us, of ranks that may be gone
+            (folder / "stop").unlink(missing_ok=True)
 
 
 def places_of(actors: list[Any]) -> list[dict[str, Any]]:
@@ -317,7 +328,8 @@ def wait(calls: list[Any], *, meanwhile: Callable[[], object] | None = None) -> 
     """Until every rank returned; raises the first error, after the others had time to say the
     same, or to save where it is Stopped. `meanwhile` is called about once a second.
 
-    Raises RayActorError when a worker died: its peers fail in a collective, often before Ray knows.
+    Raises one of `losses` when a worker died: its peers fail in a collective, often before Ray
+    knows.
     """
     import ray
     from ray.exceptions import RayTaskError

@@ -22,6 +22,13 @@ def environment() -> dict[str, str]:
     return passed
 
 
+def losses() -> tuple[type[Exception], ...]:
+    """What Ray raises for a worker that is gone; its own monitor of a host's memory ends some."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
+
+    return RayActorError, OutOfMemoryError, NodeDiedError
+
+
 class Worker:
     """Says where it landed and what it sees there, then trains as the rank it is told to be."""
 

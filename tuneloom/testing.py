@@ -127,15 +127,19 @@ class Gang:
 
     def __init__(self, size: int, *, setup: Callable[[], None] | None = None) -> None:
         """`setup` runs first in every process; it is a function that a module has by name."""
+        self._size, self._setup = size, setup
+        self._start()
+
+    def _start(self) -> None:
         import multiprocessing
 
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.pipes, self.processes = [], []
-        for rank in range(size):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs, setup),
-                                      daemon=True)  # fmt: skip
+            task = (rank, self._size, port, theirs, self._setup)
+            process = context.Process(target=_serve, args=task, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -151,6 +155,8 @@ class Gang:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(timeout_seconds):
                 others = outcomes + [p.recv() for p in self.pipes[rank + 1 :] if p.poll()]
+                self.close()  # or a late answer would be taken for that of the next config
+                self._start()
                 raise AssertionError(
                     f"rank {rank} gave no answer in {timeout_seconds:.0f} s; the others: {others}"
                 )

@@ -157,6 +157,29 @@ def test_a_worker_that_does_not_start_in_time_is_a_lost_one(lab: Path) -> None:
     assert "last: a worker did not start in 0 s" in done.stderr
 
 
+def test_ranks_that_ray_ends_for_the_hosts_memory_are_lost_ones(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")  # any host is fuller than that
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    words = ["train", *overrides(lab, "crowded", "launch.max_restarts=1")]
+    done = run("-m", "tuneloom", *words)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "restart 1 of 1" in done.stdout
+    assert "as this host's memory was all but full; `tuneloom plan`" in done.stderr
+
+
+def test_a_signal_before_a_worker_is_lost_ends_the_run_with_75(lab: Path) -> None:
+    """Slow steps: the rank dies before the one that would have been saved ends."""
+    process = started(lab, "asked", "batch.accumulation=200")
+    wait_for_step(lab, "asked", 1, process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    assert process.wait(60) == 75
+    assert "restart" not in (lab / "asked.log").read_text()
+
+
 def test_standby_workers_take_the_place_of_a_gang_that_lost_one(lab: Path) -> None:
     """With copies in memory, so that each of them costs a step at most."""
     log = lab / "standby.log"

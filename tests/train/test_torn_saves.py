@@ -35,7 +35,13 @@ def died(event):
         return
     at["saving"] = False  # what the copy itself opens is no boundary
     at["deaths"] += 1
-    shutil.copytree(at["run"], target / f"{at['run'].name}-{rank}-{at['deaths']:03d}")
+    copy = target / f"{at['run'].name}-{rank}-{at['deaths']:03d}"
+    for _ in range(50):
+        try:
+            shutil.copytree(at["run"], copy)
+            break
+        except shutil.Error:  # the other rank renamed a file meanwhile
+            shutil.rmtree(copy)
     at["saving"] = True
 
 def boundary(event, arguments):
