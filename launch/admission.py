@@ -18,11 +18,13 @@ from tuneloom.launch.preflight import (
     skew,
     verdict,
 )
-from tuneloom.launch.worker import Worker, environment
+from tuneloom.launch.worker import START_SECONDS, Worker, environment
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import digest
 
 NODE_LABEL = "ray.io/node-id"
+ANSWER_SECONDS = 2.0
+"""For one that has answered in time, to tell its clock."""
 
 
 class Admission:
@@ -55,48 +57,57 @@ class Admission:
         new = [rank for rank, place in enumerate(places) if place["node"] not in self._passed]
         probes = [ask(actors[rank], rank, places[rank]["host"], config) for rank in new]
         return not new or self.judge_all(
-            [actors[rank] for rank in new], [places[rank] for rank in new], probes, config
-        )
+            [actors[rank] for rank in new], [places[rank] for rank in new], probes, config,
+            deadline=time.monotonic() + PATIENCE_SECONDS,
+        )  # fmt: skip
 
     def judge_all(
         self, actors: list[Any], places: list[dict[str, Any]], probes: list[Any],
-        config: TrainConfig,
+        config: TrainConfig, *, deadline: float,
     ) -> bool:  # fmt: skip
-        """True when every node passed; each that did not is left out."""
+        """True when every node passed; each that did not, or says nothing before `deadline` of the
+        monotonic clock, is left out.
+        """
         before = frozenset(self._passed)
         try:
             verdicts = [
-                place["node"] in before or self._judge(place, probe, actor, config)
+                place["node"] in before or self._judge(place, probe, actor, config, deadline)
                 for place, probe, actor in zip(places, probes, actors, strict=True)
             ]
         finally:
             shutil.rmtree(probe_folder(config), ignore_errors=True)
         return all(verdicts)
 
-    def _judge(self, place: dict[str, Any], probe: Any, actor: Any, config: TrainConfig) -> bool:
+    def _judge(
+        self, place: dict[str, Any], probe: Any, actor: Any, config: TrainConfig, deadline: float
+    ) -> bool:
         """True when what a node's worker said is what rank 0 said at the start."""
         node, name = place["node"], place["host"]
-        reasons = self._reasons(probe, actor, config)
+        reasons = self._reasons(probe, actor, config, deadline)
         if not reasons:
             if node not in self._passed:
                 print(f"preflight: {name} joined and agrees with rank 0", flush=True)
             self._passed.add(node)
             return True
+        self.leave_out(node, name, reasons)
+        return False
+
+    def leave_out(self, node: str, name: str, reasons: list[str]) -> None:
+        """No rank stands there from now on."""
         if node not in self.left_out:
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             print(f"preflight: {name} joined and is left out: {reasons[0]}{more}", flush=True)
             self.left_out[node] = f"{name}: {reasons[0]}"
-        return False
 
-    def _reasons(self, probe: Any, actor: Any, config: TrainConfig) -> list[str]:
+    def _reasons(self, probe: Any, actor: Any, config: TrainConfig, deadline: float) -> list[str]:
         """Why a worker's node may not take ranks; empty when it may."""
         import ray
         from ray.exceptions import GetTimeoutError, RayTaskError
 
         assert self._reference is not None, "no gang was examined yet"
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = max(deadline, time.monotonic() + ANSWER_SECONDS)
         try:
-            facts = Facts(**ray.get(probe, timeout=PATIENCE_SECONDS))
+            facts = Facts(**ray.get(probe, timeout=deadline - time.monotonic()))
             ahead = skew(actor, deadline=deadline)
         except RayTaskError as error:
             return [f"its examination failed: {str(error.cause).strip()}"]
@@ -131,23 +142,45 @@ class Probes:
             ).remote(environment())
             for rank in range(ranks)
         ]  # fmt: skip
-        self._asked = [actor.place.remote() for actor in self._actors]
+        self._slots, self._share = slots, share
+        self._asked, self._since = (
+            [actor.place.remote() for actor in self._actors],
+            time.monotonic(),
+        )
         self._places: list[dict[str, Any]] = []
 
     def agree(self, admission: Admission, config: TrainConfig, first_rank: int) -> bool | None:
         """None while they examine; then whether every node of them is admitted."""
         import ray
 
-        if ray.wait(self._asked, num_returns=len(self._asked), timeout=0)[1]:
+        silent = ray.wait(self._asked, num_returns=len(self._asked), timeout=0)[1]
+        waited = time.monotonic() - self._since
+        if silent and waited < (PATIENCE_SECONDS if self._places else START_SECONDS):
             return None
         if not self._places:
-            self._places = ray.get(self._asked)
+            if silent:
+                self._leave_out(silent, admission)
+                return False
+            self._places, self._since = ray.get(self._asked), time.monotonic()
             self._asked = [
                 ask(actor, first_rank + number, self._places[number]["host"], config)
                 for number, actor in enumerate(self._actors)
             ]
             return None
-        return admission.judge_all(self._actors, self._places, self._asked, config)
+        return admission.judge_all(
+            self._actors, self._places, self._asked, config, deadline=time.monotonic()
+        )
+
+    def _leave_out(self, silent: list[Any], admission: Admission) -> None:
+        """Nodes where no worker starts; only Ray knows which those are."""
+        from ray.util.placement_group import placement_group_table
+
+        nodes = placement_group_table(self._slots)["bundles_to_node_id"]
+        for number, asked in enumerate(self._asked):
+            if asked in silent:
+                node = nodes[number // self._share]
+                reason = f"no worker started in {START_SECONDS:.0f} s; look at Ray's logs there"
+                admission.leave_out(node, f"node {node[:12]}", [reason])
 
     def end(self) -> None:
         """Kill them; the slots stay."""

@@ -28,7 +28,7 @@ from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.preflight import Facts, conduct
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.standby import Gang, Standby
-from tuneloom.launch.worker import environment, losses
+from tuneloom.launch.worker import START_SECONDS, environment, losses
 from tuneloom.train import shm
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.hangs import last_report
@@ -51,8 +51,6 @@ LAST_WORDS_SECONDS = 5.0
 """After a rank failed, the others stand in a collective with it and will not answer any more."""
 NODES_SECONDS = 120.0
 """How long nodes may take to join: `ray start` alone needs 30 to 40 s on a loaded machine."""
-START_SECONDS = 300.0
-"""For worker processes, which import from a file system that 1,000 others may read."""
 LAST_LINES_SECONDS = 1.0
 """For what ranks print last to come here: `ray.shutdown` drops what is still on its way, and waits
 (half a second) at the end of an interpreter alone.

@@ -11,6 +11,8 @@ INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OF
              "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
              "CUDA_HOME", "PATH")  # fmt: skip
 """Variables that ranks get from the driver; secrets are not among them, W&B reads its own netrc."""
+START_SECONDS = 300.0
+"""For worker processes, which import from a file system that 1,000 others may read."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
 """Which GPUs are this rank's, and that Ray is to leave that alone."""
 

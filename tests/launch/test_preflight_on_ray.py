@@ -95,6 +95,29 @@ for fault, seconds in ((None, 60.0), ("clock", 60.0), ("examine", 1.0)):  # who 
         admitted = joined.admits(actors, places, train)
     found[f"joined, {fault}"] = {"admitted": admitted, "left_out": joined.left_out,
                                  "selector": joined.selector(frozenset())}
+class Silent(Worker):
+    def place(self):
+        time.sleep(60 if stalled == "place" else 0)
+        return super().place()
+    def examine(self, *arguments):
+        time.sleep(60)
+
+for actor in actors:
+    ray.kill(actor)
+admission.Worker, admission.PATIENCE_SECONDS, admission.START_SECONDS = Silent, 1.0, 3.0
+for stalled in ("examine", "place"):  # a shrunken run looks for room on another node
+    slots, joined = ray.util.placement_group([{"CPU": 1}]), admission.Admission(0)
+    ray.get(slots.ready())
+    joined.start([], facts)
+    probes, answers = admission.Probes(slots, 1, share=1, gpus=0), []
+    with contextlib.redirect_stdout(io.StringIO()):
+        while (answer := probes.agree(joined, train, 1)) is None:
+            answers.append(answer)
+            time.sleep(0.2)
+    probes.end()
+    ray.util.remove_placement_group(slots)
+    found[f"room, {stalled}"] = {"sound": answer, "looks": len(answers),
+                                 "left_out": list(joined.left_out.values())}
 print(json.dumps(found))
 """
 
@@ -171,3 +194,16 @@ def test_a_node_that_joins_later_is_left_out_when_it_is_wrong_or_says_nothing(
         joined = found[f"joined, {fault}"]
         assert not joined["admitted"] and joined["selector"] == {"ray.io/node-id": "!in(new)"}
         assert joined["left_out"] == {"new": f"n2: {reason}"}
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [("examine", r".+: no answer in 1 s; look at its disks and network"),
+     ("place", r"node [0-9a-f]{12}: no worker started in 3 s; look at Ray's logs there")],
+)  # fmt: skip
+def test_a_node_that_is_looked_at_for_room_and_says_nothing_is_left_out(
+    found: dict[str, Any], question: str, reason: str
+) -> None:
+    room = found[f"room, {question}"]
+    assert room["sound"] is False and room["looks"] > 2  # training is not held up by the question
+    assert len(room["left_out"]) == 1 and re.fullmatch(reason, room["left_out"][0]), room
