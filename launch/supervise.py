@@ -77,6 +77,8 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(ray.shutdown)
         connect(launch, run=folder)
         stack.callback(time.sleep, LAST_LINES_SECONDS)
+        if launch.kind == "ray" and config.checkpoint.memory_every:
+            stack.callback(forget_elsewhere, folder)
         keeps_its_folder(config)
         with signals_ask_to_stop(folder, signals):  # once more: ray.init puts its own handler
             if launch.kind == "ray" and launch.min_workers is None:
@@ -171,6 +173,24 @@ def connect(launch: LaunchConfig, *, run: Path | None = None) -> None:
             "launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local"
         )
     ray.init(address=address, **shared)
+
+
+def forget_elsewhere(folder: Path) -> None:
+    """Give back what ranks that did not end by themselves left in the memory of their hosts."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if Head(folder / "stop").gone():
+        return
+    nodes = [str(node["NodeID"]) for node in ray.nodes() if node["Alive"]]
+    asked = [
+        ray.remote(shm.forget_when_ended).options(
+            num_cpus=0, max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        ).remote(folder)
+        for node in nodes
+    ]  # fmt: skip
+    ray.wait(asked, num_returns=len(asked), timeout=2 * shm.ENDING_SECONDS)
 
 
 def wait_for_nodes(count: int, signals: list[int]) -> None:

@@ -21,6 +21,7 @@ ROOT = Path("/dev/shm")
 TOKEN = "copies"
 OWNER = "owner"
 MEMORY = "memory"
+ENDING_SECONDS = 5.0
 STALE_SECONDS = 3600.0
 """What nobody has written for so long, of a run that nobody runs, was left by a lost launcher."""
 
@@ -78,6 +79,14 @@ def forget_run(run: Path) -> None:
     """
     if (run / TOKEN).exists() and not _is_written(run):
         forget(ROOT / name_of(run))
+
+
+def forget_when_ended(run: Path) -> None:
+    """`forget_run`, as soon as the rank 0 that was just killed has let go of the lock."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while _is_written(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    forget_run(run)
 
 
 def sweep() -> None:

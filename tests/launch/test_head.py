@@ -41,6 +41,44 @@ def test_a_dead_head_ends_the_run_with_75_after_its_ranks_have_saved(lab: Path) 
     assert (facts["state"], saved) == ("stopped", f"step-{steps[-1]:06d}")
 
 
+def copies(hosts: Hosts, host: str) -> list[str]:
+    """What runs keep in that host's memory, seen through its raylet."""
+    raylet = next(
+        pid for pid in hosts.pids(host)
+        if b"raylet" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    )  # fmt: skip
+    return [p.name for p in Path(f"/proc/{raylet}/root/dev/shm").glob("tuneloom-*")]
+
+
+@pytest.mark.slurm
+def test_copies_on_another_host_go_with_a_run_that_has_no_restart_left(
+    lab: Path, hosts: Hosts
+) -> None:
+    words = arguments(lab, "crossed", "launch.kind=ray", "launch.nodes=2", "launch.workers=2",
+                      "launch.max_restarts=0", "checkpoint.memory_every=1", "steps=10000",
+                      "epochs=100000")  # fmt: skip
+    environment = hosts.environment | {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
+    log, rows = lab / "crossed.log", lab / "runs/crossed/metrics.jsonl"
+    with log.open("wb") as into:
+        driver = subprocess.Popen(
+            [*hosts.inside("a"), sys.executable, "-m", "tuneloom", "train", *words],
+            env=environment, stdout=into, stderr=into, cwd=lab,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not rows.exists() or rows.read_text().count("\n") < 4:
+            assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert copies(hosts, "a") and copies(hosts, "b")
+        for pid in hosts.pids("b"):
+            if b"Worker.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        assert driver.wait(60) == 5, log.read_text()
+    finally:
+        driver.kill()
+    assert copies(hosts, "a") == copies(hosts, "b") == []
+
+
 @pytest.mark.slurm
 def test_a_head_that_dies_while_ranks_wait_for_room_ends_the_command_with_75(
     lab: Path, hosts: Hosts
