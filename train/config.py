@@ -259,7 +259,8 @@ class TrainConfig(Config):
     epochs: Annotated[float, Field(gt=0)] | None = None
     resume: str = "auto"
     """`auto` continues run.id if its folder holds a checkpoint, `never` refuses, else a checkpoint
-    path.
+    path. Restarts, jobs that are queued again, and the same command with the same path go on from
+    what the run saved since.
     """
     debug: bool = False
     """Anomaly detection, at most 20 steps, and a verdict whether it is safe to scale."""
