@@ -114,7 +114,9 @@ class DataConfig(Config):
     format: Format = "auto"
     """Payload of a raw JSONL; `auto` looks at the keys of each row."""
     validation: str | None = "validation"
-    """Split of the dataset folder, or a JSONL file, for validation loss; None for none."""
+    """For validation loss: a split of the dataset folder, else a JSONL file or another dataset's
+    folder; None for none.
+    """
     split: str = "train"
     """Split of the dataset folder that is trained on."""
     golden: list[str] = ["golden/*/golden.jsonl"]
