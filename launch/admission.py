@@ -18,7 +18,7 @@ from tuneloom.launch.preflight import (
     skew,
     verdict,
 )
-from tuneloom.launch.worker import Worker, environment
+from tuneloom.launch.worker import Worker, devices, environment
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import digest
 
@@ -128,7 +128,7 @@ class Probes:
             ray.remote(Worker).options(
                 num_cpus=1, num_gpus=gpus, placement_group=slots,
                 placement_group_bundle_index=rank // share, max_restarts=0,
-            ).remote(environment())
+            ).remote(environment() | devices(gpus))
             for rank in range(ranks)
         ]  # fmt: skip
         self._asked = [actor.place.remote() for actor in self._actors]

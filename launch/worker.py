@@ -22,6 +22,13 @@ def environment() -> dict[str, str]:
     return passed
 
 
+def devices(gpus: int) -> dict[str, str]:
+    """What makes a rank of `gpus` GPUs see no more than those: Ray shows it its one, and without
+    any what the host has, since it is told to leave that alone, and torch would train there.
+    """
+    return {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+
+
 class Worker:
     """Says where it landed and what it sees there, then trains as the rank it is told to be."""
 
