@@ -25,7 +25,9 @@ class RunConfig(Config):
     name: str = "run"
     """What the run is called in its id and in W&B."""
     id: str | None = None
-    """The folder's name under `root`; None makes one from name, time and a random suffix."""
+    """The folder's name under `root`; None makes one from name, time and a random suffix, and is
+    refused under torchrun.
+    """
     parent: str | None = None
     """Run id that this run was started from, kept for lineage."""
 

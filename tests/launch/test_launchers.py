@@ -64,6 +64,13 @@ def test_ray_gives_torchruns_bits_and_rows(lab: Path, by_torchrun: list[float]) 
     assert digests[0] == digests[1]
 
 
+def test_under_torchrun_a_run_without_an_id_is_refused(lab: Path) -> None:
+    """It would begin anew, under another, after each restart."""
+    done = torchrun(lab, "null", 2, f"run.root={lab}/nameless")
+    assert done.stderr.count("tuneloom train: run.id: torchrun starts ranks anew") == 1, done.stderr
+    assert done.returncode and not (lab / "nameless").exists()
+
+
 def test_inline_gives_the_bits_of_torchrun_with_one_rank(lab: Path) -> None:
     assert torchrun(lab, "torchrun1", 1).returncode == 0
     done = run("-m", "tuneloom", "train", *overrides(lab, "inline1", "launch=inline"))
