@@ -18,7 +18,7 @@ from tuneloom.launch.preflight import (
     skew,
     verdict,
 )
-from tuneloom.launch.worker import START_SECONDS, Worker, environment
+from tuneloom.launch.worker import START_SECONDS, Worker, devices, environment
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import digest
 
@@ -139,14 +139,12 @@ class Probes:
             ray.remote(Worker).options(
                 num_cpus=1, num_gpus=gpus, placement_group=slots,
                 placement_group_bundle_index=rank // share, max_restarts=0,
-            ).remote(environment())
+            ).remote(environment() | devices(gpus))
             for rank in range(ranks)
         ]  # fmt: skip
         self._slots, self._share = slots, share
-        self._asked, self._since = (
-            [actor.place.remote() for actor in self._actors],
-            time.monotonic(),
-        )
+        self._asked = [actor.place.remote() for actor in self._actors]
+        self._since = time.monotonic()
         self._places: list[dict[str, Any]] = []
 
     def agree(self, admission: Admission, config: TrainConfig, first_rank: int) -> bool | None:

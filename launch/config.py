@@ -22,7 +22,7 @@ class LaunchConfig(Config):
     workers: Annotated[int, Field(gt=0)] = 1
     """Ranks in all: one a GPU, or one a CPU process on machines without."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
-    """auto: 1 where the machine has GPUs, else 0."""
+    """0: ranks see no GPU and train on processors; auto: 1 where the machine has GPUs, else 0."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts from the newest good checkpoint after a worker is lost."""
     standby: Annotated[float, Field(ge=0)] | None = 60.0

@@ -77,6 +77,12 @@ class Device:
     """It is this machine's, so its disk is the run's, too."""
 
 
+ELSEWHERE = Device("a rank of the cluster", 2**63, cuda=True, host=None, here=True)
+"""Of a rank under launch=ray before anyone looked at its machine: everything fits there, so that
+only the disk of `run.root`, which is shared, and what the config alone decides can be too little.
+"""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A forecast; `fits` when devices, hosts and the disk hold it."""
@@ -115,11 +121,13 @@ class Way:
     memory: Memory
 
 
-def plan(job: JobConfig, target: PlanConfig | None = None) -> Plan:
-    """The forecast of `job` on this machine, or on the machine that `target` names."""
+def plan(
+    job: JobConfig, target: PlanConfig | None = None, *, device: Device | None = None
+) -> Plan:  # fmt: skip
+    """The forecast of `job` on this machine, on the machine that `target` names, or on `device`."""
     target = target or PlanConfig()
     config, ranks = training_of(job), ranks_of(job)
-    device = device_of(job, target)
+    device = device or device_of(job, target)
     parts, memory = _memory(job, device)
     checkpoint = checkpoint_bytes(config, parts)
     result = Plan(
@@ -146,10 +154,18 @@ def check(job: JobConfig) -> Plan | None:
 
     None where a bound from file sizes says that it fits: counting takes 6 s of imports, this none.
     """
-    device = device_of(job, PlanConfig())
+    if job.launch.kind == "ray":
+        device = ELSEWHERE
+        print(
+            "plan: what the ranks' machines hold is not checked here, they are the cluster's, and "
+            "preflight compares them; `tuneloom plan plan.gpu=...` counts for one kind of GPU",
+            flush=True,
+        )
+    else:
+        device = device_of(job, PlanConfig())
     if surely_fits(job, device):
         return None
-    result = plan(job)
+    result = plan(job, device=device)
     if not result.fits:
         raise RefusedError(refusal(job, result))
     return result

@@ -8,6 +8,7 @@ import time
 from tuneloom import imports
 from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.plan import check
+from tuneloom.launch.worker import devices
 from tuneloom.train.runs import folder_of, with_id
 
 CONFIG = JobConfig
@@ -24,6 +25,8 @@ def main(config: JobConfig) -> int:
 
         return launch_slurm(job)
     training = training_of(job)
+    if job.launch.kind == "inline" and job.launch.gpus_per_worker == 0:
+        os.environ |= devices(0)  # before torch looks
     check(job)
     print(f"run {job.run.id} in {folder_of(training)}", flush=True)
     if config.launch.kind == "inline":

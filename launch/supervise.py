@@ -28,7 +28,7 @@ from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.preflight import Facts, conduct
 from tuneloom.launch.reaper import after_us
 from tuneloom.launch.standby import Gang, Standby
-from tuneloom.launch.worker import START_SECONDS, environment, losses
+from tuneloom.launch.worker import START_SECONDS, devices, environment, losses
 from tuneloom.train import shm
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.hangs import last_report
@@ -243,7 +243,7 @@ def run_gang(
         if gang is None:
             sequence = config.batch.sequence_parallel
             gang = Gang(*elastic.place(launch, gpus, group, sequence, admission, signals))
-            gang.start([environment()] * gang.size.workers, cpus=1, gpus=gpus)
+            gang.start([environment() | devices(gpus)] * gang.size.workers, cpus=1, gpus=gpus)
     size, actors = gang.size, gang.actors
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)

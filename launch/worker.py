@@ -24,6 +24,13 @@ def environment() -> dict[str, str]:
     return passed
 
 
+def devices(gpus: int) -> dict[str, str]:
+    """What makes a rank of `gpus` GPUs see no more than those: Ray shows it its one, and without
+    any what the host has, since it is told to leave that alone, and torch would train there.
+    """
+    return {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def losses() -> tuple[type[Exception], ...]:
     """What Ray raises for a worker that is gone; its own monitor of a host's memory ends some."""
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError

@@ -55,6 +55,20 @@ def test_a_mistake_is_one_sentence_with_the_right_exit_code(
     assert "Traceback" not in said
 
 
+def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_before_it(
+    lab: Path, capsys: Capture
+) -> None:
+    (lab / "runs-bad" / "stopped").mkdir(parents=True)
+    (lab / "runs-bad" / "stopped" / "stop").touch()
+    (lab / "runs-bad" / "failed").touch()  # where a run's folder would be made
+    points = "run.id=failed,stopped,after,last"
+    assert train(lab, "--multirun", points, "steps=2", "train.drill=false") == 2
+    said = capsys.readouterr().err
+    assert "stopped after step 1 on a signal" in said
+    assert "not started: run.id=after; run.id=last\n" in said
+    assert not (lab / "runs-bad" / "after").exists()
+
+
 def test_an_unknown_verb_lists_the_verbs(capsys: Capture) -> None:
     assert main(["trian"]) == 2
     assert "expected one of doctor, ingest" in capsys.readouterr().err

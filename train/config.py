@@ -25,7 +25,9 @@ class RunConfig(Config):
     name: str = "run"
     """What the run is called in its id and in W&B."""
     id: str | None = None
-    """The folder's name under `root`; None makes one from name, time and a random suffix."""
+    """The folder's name under `root`; None makes one from name, time and a random suffix, and is
+    refused under torchrun.
+    """
     parent: str | None = None
     """Run id that this run was started from, kept for lineage."""
 
@@ -114,7 +116,9 @@ class DataConfig(Config):
     format: Format = "auto"
     """Payload of a raw JSONL; `auto` looks at the keys of each row."""
     validation: str | None = "validation"
-    """Split of the dataset folder, or a JSONL file, for validation loss; None for none."""
+    """For validation loss: a split of the dataset folder, else a JSONL file or another dataset's
+    folder; None for none.
+    """
     split: str = "train"
     """Split of the dataset folder that is trained on."""
     golden: list[str] = ["golden/*/golden.jsonl"]

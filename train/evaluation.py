@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tuneloom.data.packing import pack
-from tuneloom.data.rows import open_rows
+from tuneloom.data.rows import manifest_of, open_rows
 from tuneloom.train import distributed, samples
 from tuneloom.train.batches import collate
 from tuneloom.train.config import TrainConfig
@@ -33,11 +33,12 @@ class Validation:
         data = self.config.data
         if data.validation is None:
             return None
-        path = Path(data.validation)
-        if path.suffix == ".jsonl" or path.is_dir():
+        path, dataset = Path(data.validation), Path(data.path)
+        is_split = dataset.is_dir() and data.validation in manifest_of(dataset)["splits"]
+        if not is_split and (path.suffix == ".jsonl" or path.is_dir()):
             return open_rows(path, "train", data.format)
-        if Path(data.path).is_dir():
-            return open_rows(data.path, data.validation, data.format, verify=self.world.first)
+        if dataset.is_dir():  # where it has no such split, this says which it has
+            return open_rows(dataset, data.validation, data.format, verify=self.world.first)
         if self.world.first:
             print(
                 f"validation: none, since {data.path} is a file without splits; "

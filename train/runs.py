@@ -38,9 +38,17 @@ def new_id(name: str) -> str:
 
 
 def with_id(config: C) -> C:
-    """The same config with `run.id` filled in, so that every rank and restart names one folder."""
+    """The same config with `run.id` filled in, so that every rank and restart names one folder.
+
+    Raises ConfigError under torchrun, whose restarts would each fill in another.
+    """
     if config.run.id is not None:
         return config
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            "run.id: torchrun starts ranks anew after a loss, and each start would begin another "
+            "run; set run.id=NAME, the same at each start"
+        )
     return config.model_copy(
         update={"run": config.run.model_copy(update={"id": new_id(config.run.name)})}
     )

@@ -21,7 +21,7 @@ from tuneloom.config import (
     points,
     unknown_override,
 )
-from tuneloom.errors import CONFIGURATION, ConfigError, TuneloomError
+from tuneloom.errors import CONFIGURATION, DONE, STOPPED, ConfigError, Stopped, TuneloomError
 from tuneloom.imports import unswept
 from tuneloom.redact import redact, redact_tracebacks
 
@@ -112,7 +112,8 @@ def run(verb: str, rest: list[str]) -> int:
 
 
 def sweep(verb: str, rest: list[str]) -> int:
-    """Every point, one after the other, once all are valid; returns the worst exit code.
+    """Every point, one after the other, once all are valid; returns the worst exit code. A point
+    that is stopped by a signal is the last to start.
 
     Not by Hydra's sweeper: it would call what a config names in hydra.callbacks or its logging.
     """
@@ -122,13 +123,30 @@ def sweep(verb: str, rest: list[str]) -> int:
     texts = [o for o in overrides if o.partition("=")[0] in keys]
     swept = points([o for o in overrides if o not in texts])
     jobs = [config_of(verb, [*where, *texts, *point]) for point in swept]
-    worst = 0
-    for module, config in jobs:
+    codes: list[int] = []
+    for number, (module, config) in enumerate(jobs, 1):
         try:
-            worst = max(worst, int(module.main(config)))
+            codes.append(int(module.main(config)))
+        except Stopped as error:
+            codes.append(failed(verb, error))
+            if left := swept[number:]:
+                print(f"tuneloom {verb}: not started: {names(left, swept)}", file=sys.stderr)
+            break
         except TuneloomError as error:
-            worst = max(worst, failed(verb, error))
-    return worst
+            codes.append(failed(verb, error))
+    return worst(codes)
+
+
+def names(some: list[list[str]], swept: list[list[str]]) -> str:
+    """These points of a sweep, each by the overrides that not all of its points share."""
+    shared = set.intersection(*map(set, swept))
+    return redact("; ".join(" ".join(o for o in point if o not in shared) for point in some))
+
+
+def worst(codes: list[int]) -> int:
+    """The gravest of some exit codes: a failure, of several the highest, then a stop, then none."""
+    failures = [code for code in codes if code not in (DONE, STOPPED)]
+    return max(failures or codes)
 
 
 def config_of(verb: str, rest: list[str]) -> tuple[ModuleType, Config]:

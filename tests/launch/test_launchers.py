@@ -64,6 +64,13 @@ def test_ray_gives_torchruns_bits_and_rows(lab: Path, by_torchrun: list[float]) 
     assert digests[0] == digests[1]
 
 
+def test_under_torchrun_a_run_without_an_id_is_refused(lab: Path) -> None:
+    """It would begin anew, under another, after each restart."""
+    done = torchrun(lab, "null", 2, f"run.root={lab}/nameless")
+    assert done.stderr.count("tuneloom train: run.id: torchrun starts ranks anew") == 1, done.stderr
+    assert done.returncode and not (lab / "nameless").exists()
+
+
 def test_inline_gives_the_bits_of_torchrun_with_one_rank(lab: Path) -> None:
     assert torchrun(lab, "torchrun1", 1).returncode == 0
     done = run("-m", "tuneloom", "train", *overrides(lab, "inline1", "launch=inline"))
@@ -77,6 +84,52 @@ def test_two_ranks_by_two_give_the_curve_of_one_by_four(
     done = torchrun(lab, "one-by-two", 1, "batch.accumulation=2")
     assert done.returncode == 0, done.stderr
     assert metrics(lab, "one-by-two") == pytest.approx(by_torchrun, rel=1e-5)
+
+
+UNDER_RAY = """
+import sys
+from tuneloom import cli
+from tuneloom.errors import RefusedError
+from tuneloom.launch import supervise
+
+places_of = supervise.places_of
+
+
+def told(actors):
+    raise RefusedError(f"seen {[p['devices']['CUDA_VISIBLE_DEVICES'] for p in places_of(actors)]}")
+
+
+supervise.places_of = told
+sys.exit(cli.main(sys.argv[1:]))
+"""
+INLINE = """
+import os, sys
+from tuneloom import cli
+from tuneloom.errors import RefusedError
+from tuneloom.launch import run
+
+
+def check(job):
+    assert "torch" not in sys.modules
+    raise RefusedError(f"seen {[os.environ['CUDA_VISIBLE_DEVICES']]}")
+
+
+run.check = check
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "launch", "gpus", "seen"),
+    [(UNDER_RAY, "local", "0", ""), (INLINE, "inline", "0", ""), (INLINE, "inline", "auto", "7")],
+)
+def test_a_rank_that_asks_for_no_gpu_sees_none_of_a_host_that_has_some(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, script: str, launch: str, gpus: str, seen: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    keys = f"launch={launch}", f"launch.gpus_per_worker={gpus}"
+    done = run("-c", script, "train", *overrides(lab, "hidden", *keys))
+    assert f"seen {[seen]}" in done.stderr, done.stderr
 
 
 def wait_for_step(lab: Path, run_id: str, step: int, process: subprocess.Popen[bytes]) -> None:

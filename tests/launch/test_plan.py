@@ -444,6 +444,21 @@ def test_fp16_is_refused_where_there_is_no_gpu(lab: Path) -> None:
         check(local(lab, model__dtype="fp16", zero__stage=1))
 
 
+def test_under_ray_the_drivers_own_machine_refuses_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A head may have no GPU, and little memory; what the config alone decides is still checked."""
+    large = ("meta-llama/Meta-Llama-3-70B", "launch=ray", "zero=stage2", "zero.offload=cpu")
+    found = check(shaped(*large, "model.dtype=fp16"))
+    assert found is not None and found.fits
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "is not checked here" in said and "preflight" in said
+    with pytest.raises(RefusedError, match="3 ranks cannot share 64 attention heads"):
+        check(shaped(*large, "launch.workers=3", "batch.sequence_parallel=3"))
+    with pytest.raises(RefusedError, match=r"^run\.root: 100000 checkpoints"):
+        check(shaped(*large, "method=full", "checkpoint.keep=100000"))
+
+
 def test_planned_steps_are_the_steps_a_run_takes(lab: Path, two: Gang) -> None:
     settings: dict[str, object] = {"steps": None, "epochs": 2.0, "batch__tokens": 256}
     two.fit(small_config(lab, "whole", **settings))

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,8 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tuneloom.config import build
+from tuneloom.data.ingest import ingest
+from tuneloom.data.recipe import IngestConfig
 from tuneloom.errors import TrainingError
 from tuneloom.testing import Gang, chat_rows, metrics, small_config, tiny_model
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run_json(lab: Path, run_id: str) -> dict[str, object]:
@@ -103,6 +111,39 @@ def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(
     assert metrics(lab, "eval2", "eval/loss") == pytest.approx(
         metrics(lab, "eval1", "eval/loss"), rel=1e-5
     )
+
+
+OPENED = """
+import json, sys
+from transformers import AutoTokenizer
+from tuneloom.config import build
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.distributed import start
+from tuneloom.train.evaluation import Validation
+world = start()
+for config in map(json.loads, sys.argv[1:]):
+    tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
+    print(Validation(build(TrainConfig, config), tokenizer, world).rows.where(0))
+"""
+
+
+def test_a_split_of_the_dataset_goes_before_a_folder_of_its_name(lab: Path, tmp_path: Path) -> None:
+    """Where the dataset has no such split, the folder is taken."""
+    split, source = {"train": 0, "validation": 1, "test": 0}, str(lab / "rows.jsonl")
+    mapping = {"data": {"name": "d", "split": split}, "source": source, "root": str(tmp_path)}
+    dataset = ingest(build(IngestConfig, mapping))
+    mapping["data"] = {"name": "other", "split": split | {"train": 1, "validation": 0}}
+    other = ingest(build(IngestConfig, mapping))
+    (tmp_path / "validation").symlink_to(other)
+    configs = [
+        small_config(lab, "split", data__path=str(dataset), data__validation=name)
+        for name in ("validation", "other")
+    ]
+    said = subprocess.run(
+        [sys.executable, "-c", OPENED, *map(json.dumps, configs)], cwd=tmp_path, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert [Path(line).parent for line in said] == [dataset, Path("other")]
 
 
 def test_samples_are_written_with_what_was_expected(lab: Path, two: Gang) -> None:
