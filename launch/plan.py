@@ -5,6 +5,7 @@ that would make it fit, each of them planned anew. Nothing is written.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -154,7 +155,8 @@ def check(job: JobConfig) -> Plan | None:
 
     None where a bound from file sizes says that it fits: counting takes 6 s of imports, this none.
     """
-    if job.launch.kind == "ray":
+    # A job of Slurm's starts on a node of its own, and those are alike.
+    if job.launch.kind == "ray" and "SLURM_JOB_ID" not in os.environ:
         device = ELSEWHERE
         print(
             "plan: what the ranks' machines hold is not checked here, they are the cluster's, and "

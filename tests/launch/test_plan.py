@@ -445,10 +445,14 @@ def test_fp16_is_refused_where_there_is_no_gpu(lab: Path) -> None:
 
 
 def test_under_ray_the_drivers_own_machine_refuses_nothing(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head may have no GPU, and little memory; what the config alone decides is still checked."""
     large = ("meta-llama/Meta-Llama-3-70B", "launch=ray", "zero=stage2", "zero.offload=cpu")
+    with monkeypatch.context() as inside:
+        inside.setenv("SLURM_JOB_ID", "7")  # there the first node speaks for all
+        with pytest.raises(RefusedError, match="fp16"):
+            check(shaped(*large, "model.dtype=fp16"))
     found = check(shaped(*large, "model.dtype=fp16"))
     assert found is not None and found.fits
     said = capsys.readouterr().out
