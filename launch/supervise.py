@@ -98,14 +98,14 @@ def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> N
             if ending in (GROWS, LEFT_OUT):
                 grown += 1
                 continue
-            if restarts == launch.max_restarts:
-                raise TrainingError(
-                    f"launch.max_restarts: all {restarts} restarts are used up; last: {ending}"
-                )
             if signals:  # which the ranks that stand now have not heard of
                 raise Stopped(
                     f"stopped on a signal; not all ranks saved it, as {ending}; the same command "
                     "goes on from the newest checkpoint"
+                )
+            if restarts == launch.max_restarts:
+                raise TrainingError(
+                    f"launch.max_restarts: all {restarts} restarts are used up; last: {ending}"
                 )
             restarts += 1
             print(f"launch: {ending}; restart {restarts} of {launch.max_restarts}", flush=True)

@@ -19,6 +19,8 @@ def allowed(licence: str, use: str = "commercial", commercial: bool | None = Non
         "(MIT OR Apache-2.0) AND CC-BY-NC-4.0",
         "(MIT OR (Apache-2.0 AND CC0-1.0)) AND (CC-BY-NC-4.0 OR CC-BY-NC-SA-4.0)",
         "CC-BY-NC-4.0 AND MIT or CC-BY-NC-4.0",
+        "PolyForm-Noncommercial-1.0.0",
+        "MIT AND NCGL-UK-2.0",
     ],
 )
 def test_a_licence_that_holds_in_every_alternative_forbids_commercial_use(licence: str) -> None:

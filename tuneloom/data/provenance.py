@@ -17,6 +17,8 @@ from tuneloom.config import Config
 
 Use = Literal["commercial", "research"]
 OWN_TERMS = re.compile(r"(?:DocumentRef-[\w.-]+:)?LicenseRef-[\w.-]+")
+NO_COMMERCE = {"NC", "NONCOMMERCIAL", "NCGL"}
+"""Words in the identifiers of licences that forbid commercial use (license-expression 30.4.4)."""
 
 
 class SourceInfo(Config):
@@ -106,11 +108,11 @@ def _tree_allows(tree: Any, use: Use, own_terms: bool | None) -> bool:
 
 
 def _licence_allows(name: str, use: Use, own_terms: bool | None) -> bool:
-    """By the terms a licence's own name states: -NC- no commercial use, -ND no derived work."""
+    """By the terms a licence's own name states: NC no commercial use, ND no derived work."""
     parts = name.upper().split("-")
     if name.startswith("LicenseRef-"):
         return use == "research" or own_terms is True
-    return not ("ND" in parts or (use == "commercial" and "NC" in parts))
+    return not ("ND" in parts or (use == "commercial" and not NO_COMMERCE.isdisjoint(parts)))
 
 
 def summary(
