@@ -38,7 +38,7 @@ class Head:
 
     def look(self) -> None:
         """Raises TrainingError when the ranks did not save before Ray's client gives up."""
-        if not self.lost and self._answers():
+        if not self.lost and self.answers():
             self._heard = time.monotonic()
         silent = time.monotonic() - self._heard
         if silent > self._limit:
@@ -61,7 +61,7 @@ class Head:
 
         def watch() -> None:
             while not over.wait(1.0):
-                if self._answers():
+                if self.answers():
                     self._heard = time.monotonic()
                 elif time.monotonic() - self._heard > SILENT_SECONDS:
                     said = self.sentence("no rank has started yet")
@@ -80,7 +80,7 @@ class Head:
 
     def gone(self) -> bool:
         """True when it stays silent; for a worker that was lost may have been lost with it."""
-        while not (self.lost or self._answers()):
+        while not (self.lost or self.answers()):
             self.lost = time.monotonic() - self._heard > SILENT_SECONDS
             time.sleep(0.5)
         return self.lost
@@ -92,7 +92,8 @@ class Head:
             "gcs_server.out in Ray's logs, and give the same command again to resume"
         )
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Asked once, for at most two seconds."""
         host, _, port = self.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()

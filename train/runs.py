@@ -162,6 +162,22 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
         )
 
 
+def _slurm() -> dict[str, Any]:
+    """The job this process is of, and how often Slurm has queued it again."""
+    return {
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "requeues": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    }
+
+
+def _queued_again(last: dict[str, Any]) -> bool:
+    """True in a job that was queued again since; a second command of one job is none."""
+    now = _slurm()
+    return now["job"] is not None and (
+        last.get("job") == now["job"] and last.get("requeues", 0) < now["requeues"]
+    )
+
+
 def earlier(config: TrainConfig) -> dict[str, Any] | None:
     """What the last attempt took up by `resume`, where this one goes on with that attempt: a
     restart, a job that Slurm queued again, the same command once more. None where it does not.
@@ -170,8 +186,7 @@ def earlier(config: TrainConfig) -> dict[str, Any] | None:
     last = attempts[-1] if attempts and isinstance(attempts[-1], dict) else {}
     if last.get("resume") != config.resume:
         return None
-    job = os.environ.get("SLURM_JOB_ID")
-    if config.resume == "never" and not _is_restart() and (job is None or last.get("job") != job):
+    if config.resume == "never" and not _is_restart() and not _queued_again(last):
         return None
     return {"named_step": last.get("named_step")}
 
@@ -274,7 +289,7 @@ def record(config: TrainConfig, facts: dict[str, Any]) -> None:
         "workers": facts["world_size"], "accumulation": facts["accumulation"],
         "sequence_parallel": facts["sequence_parallel"], "resumed_from": facts["resumed_from"],
         "clock": facts["clock"], "resume": config.resume, "named_step": facts["named_step"],
-        "job": os.environ.get("SLURM_JOB_ID"),
+        **_slurm(),
     }  # fmt: skip
     content = {
         **{key: before[key] for key in KEPT if key in before},

@@ -301,6 +301,12 @@ class Session:
             if found is None or named is None or found.step <= named:  # nothing was saved since
                 found = checkpoint.opened(Path(config.resume), self.world)
                 named = found.step
+            elif self.world.first:
+                print(
+                    f"resume: {config.resume} was taken up by the attempt before; going on from "
+                    f"{found.folder.name}",
+                    flush=True,
+                )
             self.named_step = named
         if not own:
             return found
@@ -359,7 +365,8 @@ class Session:
         self.step = self._saved_step = found.step
         self.feed.restore(found.trainer["feed"])
         self._best, self._worse = found.trainer["best"], found.trainer["worse"]
-        self.ended_early = 0 < self.config.train.patience <= self._worse
+        own = found.folder.parent.parent.resolve() == self.folder.resolve()
+        self.ended_early = own and 0 < self.config.train.patience <= self._worse
         self.last_loss = found.trainer.get("loss", math.nan)  # not in checkpoints of before
         # Validating this step once more would count twice towards train.patience.
         self._evaluated_step = found.trainer["evaluated"]

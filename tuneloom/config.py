@@ -39,6 +39,8 @@ C = TypeVar("C", bound=Config)
 
 def _writable(path: str) -> str:
     folder = Path(path).parent
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        return path  # a device, or a pipe
     if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError("expected a file in a folder that exists and can be written to")
     return path
@@ -46,6 +48,16 @@ def _writable(path: str) -> str:
 
 OutFile = Annotated[str, AfterValidator(_writable)]
 """A file to write, whose folder is there before any work is done for it."""
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write a file whole or not at all; what is no plain file, a device or a link, as it stands."""
+    if path.exists() and (path.is_symlink() or not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

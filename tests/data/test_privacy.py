@@ -85,6 +85,7 @@ def test_a_credential_beside_its_name_does_not_survive(text: str, secret: str) -
 @pytest.mark.parametrize(
     "text",
     ["the key-note speech", "a sk-inny latte", "token economics: prices", "std::vector<int> v;",
+     '{"token": "Washington", "label": "LOC"}', '{"tokenUrl": "https://idp1.example.org/t"}',
      '{"tokenizer": "meta-llama/Llama-3"}', '{"eos_token": "<|im_end|>"}', "secretary: 'Katherine'",
      "see https://example.com/a:b@c", "git commit 3f786850e387550fdab836ed7e6dc881de23001b"],
 )  # fmt: skip

@@ -205,6 +205,16 @@ def test_one_json_object_is_a_record_or_holds_records(
     assert all(record.startswith("{") for record in found), "a list's item became a reject"
 
 
+def test_rows_in_an_object_are_rows_whatever_stands_between_them(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(
+        json.dumps({"data": [ANIMAL, None, {**ANIMAL, "prompt": "p"}]})
+    )
+    assert len(kept(tmp_path, str(tmp_path / "r.json"))) == 3  # two records, one reject
+    (tmp_path / "n.json").write_text(json.dumps({"text": "of these rows", "rows": [ANIMAL]}))
+    found = kept(tmp_path / "n", str(tmp_path / "n.json"))
+    assert len(found) == 1 and "of these rows" not in found[0]
+
+
 def test_a_mapping_reads_any_other_export(tmp_path: Path) -> None:
     ticket = {
         "id": 7, "meta": {"tags": ["a", "b"], "lang": None},

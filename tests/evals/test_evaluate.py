@@ -1,7 +1,9 @@
 """evaluate and generate through the command, on an adapter that was trained."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,18 @@ def test_a_torn_config_of_a_run_is_named(
     for verb, *more in (["evaluate"], ["generate", "prompt=hi"], ["report"]):
         assert main([verb, f"run={tmp_path}", *more]) == 2
         assert f"/config.yaml lacks {lacking}" in capsys.readouterr().err
+
+
+def test_answers_go_to_a_device_as_it_stands(trained: dict[str, Path], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    code = main(
+        ["generate", f"run={trained['run']}", f"data.path={trained['test']}", "limit=2",
+         f"out={pipe}", "max_new_tokens=2", "device=cpu"]
+    )  # fmt: skip
+    said, _ = reader.communicate(timeout=60)
+    assert code == 0 and said.count("\n") == 2 and pipe.is_fifo()
 
 
 def test_a_run_on_a_raw_file_asks_for_held_out_rows(

@@ -226,6 +226,14 @@ def test_a_restart_goes_on_under_resume_never_and_a_second_command_does_not(
     assert runs.earlier(again) is None
     monkeypatch.setenv("TUNELOOM_ATTEMPT", "1")
     assert runs.earlier(again) == {"named_step": None}
+    monkeypatch.delenv("TUNELOOM_ATTEMPT")
+    record = lab / "runs/fresh/run.json"  # as a job of Slurm's writes it
+    facts = json.loads(record.read_text())
+    facts["attempts"][-1] |= {"job": "7", "requeues": 0}
+    record.write_text(json.dumps(facts))
+    assert runs.earlier(again) is None  # a second command in the job
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert runs.earlier(again) == {"named_step": None}
 
 
 def test_a_checkpoint_named_by_resume_is_taken_up_once(lab: Path, one: Gang) -> None:
@@ -261,10 +269,11 @@ def test_a_run_resumed_after_its_last_step_keeps_its_loss_and_is_drilled(
     one.fit(settings)
     run, drilled = lab / "runs/ended/run.json", lab / "runs/ended/drill/drill.json"
     loss = json.loads(run.read_text())["loss"]
-    drilled.write_text('{"ok": false}')
-    one.fit(settings)
+    for text in ('{"ok": false}', ""):  # it failed, or was cut off
+        drilled.write_text(text)
+        one.fit(settings)
+        assert json.loads(drilled.read_text())["ok"]
     assert json.loads(run.read_text())["loss"] == loss == metrics(lab, "ended")[-1]
-    assert json.loads(drilled.read_text())["ok"]
     before = drilled.stat().st_mtime_ns
     one.fit(settings)  # drilled already
     assert drilled.stat().st_mtime_ns == before

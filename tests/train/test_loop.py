@@ -96,6 +96,9 @@ def test_patience_stops_a_run_whose_validation_gets_no_better(lab: Path, one: Ga
     assert ended < 30 and run_json(lab, "patient")["state"] == "done"
     one.fit(settings)  # it has ended, and stays so
     assert len(metrics(lab, "patient")) == ended == run_json(lab, "patient")["steps"]
+    newest = sorted((lab / "runs/patient/checkpoints").glob("step-*"))[-1]
+    one.fit(settings | {"run": {"root": f"{lab}/runs", "id": "impatient"}, "resume": str(newest)})
+    assert run_json(lab, "impatient")["steps"] > ended  # the end of another run is not this one's
 
 
 def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(

@@ -236,17 +236,19 @@ def _rows_in(value: Row) -> list[Any]:
     """The rows in an object's only list, or the object itself where it is one."""
     lists = [inner for inner in value.values() if isinstance(inner, list)]
     rows = lists[0] if len(lists) == 1 else []
-    of_objects = all(isinstance(row, dict | Reject) for row in rows)
-    return rows if rows and of_objects and not _is_record(value) else [value]
+    objects = [row for row in rows if isinstance(row, dict | Reject)]
+    shape = _shape(value)
+    if shape == {"text"} and any(isinstance(row, dict) and _shape(row) for row in rows):
+        shape = set()  # what is said about the rows
+    return rows if objects and not shape else [value]
 
 
-def _is_record(row: Row) -> bool:
-    """True for a shape that is known without a recipe."""
+def _shape(row: Row) -> set[str]:
+    """Keys of what a row is known as without a recipe; none where it is not known."""
     try:
-        recognise(row)
+        return set(recognise(row))
     except (UnknownShape, RecursionError):
-        return False
-    return True
+        return set()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row | Reject:

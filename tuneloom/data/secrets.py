@@ -44,7 +44,9 @@ PATTERNS: list[tuple[tuple[str, ...], str]] = [
     (("assw", "ASSW", "ecret", "ECRET", "api", "Api", "API", "oken", "OKEN"),
      # Not of a tokenizer or a secretary; and <pad> is no value, nor is what a redactor put there.
      r"(?i)(?:password|passwd|secret|api[_-]?key|token)(?:s|key)?(?-i:(?![a-z]))[\w-]{0,64}"
-     r"(?:\\?[\"'])?\s?[=:]\s?\\?[\"'](?!<[^\s\"']*>\\?[\"'])(?P<value>[^\s\"']{8,})[\"']"),
+     # Behind a quoted key, as in JSON, a value has a digit: {"token": "Washington"} is none.
+     r"(?:\\?[\"']\s?[=:]\s?\\?[\"'](?=[^\s\"']*\d)(?!https?:)|\s?[=:]\s?\\?[\"'])"
+     r"(?!<[^\s\"']*>\\?[\"'])(?P<value>[^\s\"']{8,})[\"']"),
 ]  # fmt: skip
 COMPILED = [(anchors, re.compile(pattern)) for anchors, pattern in PATTERNS]
 # Sorted by a character that all anchors of a pattern share, most patterns cost nothing on prose.

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from tuneloom.config import Config, OutFile
+from tuneloom.config import Config, OutFile, write_out
 from tuneloom.data.records import Format
 from tuneloom.errors import DONE, ConfigError, DataError
 from tuneloom.evals.model import Device, Dtype, Loaded, load
@@ -164,10 +164,7 @@ def answer_records(loaded: Loaded, config: GenerateConfig) -> list[dict[str, Any
     if config.out is None:
         sys.stdout.write(lines)
     else:
-        path = Path(config.out)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(lines, encoding="utf-8")
-        partial.replace(path)
+        write_out(Path(config.out), lines)
         print(f"{len(found)} answers in {config.out}")
     return found
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tuneloom.config import Config, OutFile
+from tuneloom.config import Config, OutFile, write_out
 from tuneloom.errors import DONE, ConfigError, DataError
 from tuneloom.evals import evaluation, formats, page
 from tuneloom.evals.evaluation import Evaluation
@@ -40,9 +40,7 @@ def write(run: Path, *, task: str | None = None, out: Path | None = None) -> Pat
     """Read the run, render the page, write it in one move."""
     path = out or run / "report.html"
     text = render(gather(run, task=task))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_out(path, text)
     return path
 
 
