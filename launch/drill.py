@@ -136,9 +136,13 @@ def table(kept: list[dict[str, Any]]) -> str:
     head = HEADER.format(machine=machine, steps=STEPS, every=EVERY)
     bars = ", ".join(f"{fault} {seconds:.0f}" for fault, seconds in MOST_SECONDS.items())
     foot = FOOTER.format(most=EVERY - 1, every=EVERY, twice=2 * EVERY - 1, bars=bars)
-    struck = {k["fault"] for k in kept}
-    absent = ", ".join(name for name in FAULTS if name.split("x")[0] not in struck)
+    struck = {k["fault"] + counted for k in kept for counted in ("", _times(k["what"]))}
+    absent = ", ".join(name for name in FAULTS if re.sub(r"x\d+", "x", name) not in struck)
     return head + "".join(map(row, kept)) + foot + (f"\nNo row yet: {absent}.\n" if absent else "")
+
+
+def _times(what: str) -> str:
+    return "x" if re.search(r"\d of \d", what) else ""
 
 
 def row(k: dict[str, Any]) -> str:
