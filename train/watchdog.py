@@ -85,7 +85,9 @@ class Watchdog:
         self._over = threading.Event()
         self._beats = threading.Thread(target=self._beat, daemon=True, name="beats")
         self._beats.start()
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        self._ending = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._watcher.start()
 
     def begin_part(self, seconds: float = STARTUP_SECONDS) -> None:
         """Start-up goes on with a part that may take so long, or `self.seconds` where that is
@@ -101,6 +103,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Watch no longer; the beats of a rank that is done tell nothing."""
+        if self._ending.is_set():  # the loop fell out of its collective, as a peer has left already
+            self._watcher.join()  # it ends this process, with the code of a hang
         self._over.set()
         self._beats.join(PATIENCE_SECONDS)
 
@@ -125,6 +129,7 @@ class Watchdog:
 
     def _end(self) -> None:
         """Report and leave; never returns."""
+        self._ending.set()
         faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=2)  # needs no interpreter
         limit, started = self.limit, time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
