@@ -142,6 +142,7 @@ def table(kept: list[dict[str, Any]]) -> str:
 
 
 def _times(what: str) -> str:
+    """`x` for a row that counts its trials, as the name of its drill has one: F12x20."""
     return "x" if re.search(r"\d of \d", what) else ""
 
 

@@ -41,6 +41,16 @@ def test_a_dead_head_ends_the_run_with_75_after_its_ranks_have_saved(lab: Path) 
     assert (facts["state"], saved) == ("stopped", f"step-{steps[-1]:06d}")
 
 
+def on_hosts(hosts: Hosts, lab: Path, log: Path, words: list[str]) -> subprocess.Popen[bytes]:
+    """`tuneloom train` on host `a`, on the cluster of both."""
+    environment = hosts.environment | {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
+    with log.open("wb") as into:
+        return subprocess.Popen(
+            [*hosts.inside("a"), sys.executable, "-m", "tuneloom", "train", *words],
+            env=environment, stdout=into, stderr=into, cwd=lab,
+        )  # fmt: skip
+
+
 def copies(hosts: Hosts, host: str) -> list[str]:
     """What runs keep in that host's memory, seen through its raylet."""
     raylet = next(
@@ -57,13 +67,8 @@ def test_copies_on_another_host_go_with_a_run_that_has_no_restart_left(
     words = arguments(lab, "crossed", "launch.kind=ray", "launch.nodes=2", "launch.workers=2",
                       "launch.max_restarts=0", "checkpoint.memory_every=1", "steps=10000",
                       "epochs=100000")  # fmt: skip
-    environment = hosts.environment | {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
     log, rows = lab / "crossed.log", lab / "runs/crossed/metrics.jsonl"
-    with log.open("wb") as into:
-        driver = subprocess.Popen(
-            [*hosts.inside("a"), sys.executable, "-m", "tuneloom", "train", *words],
-            env=environment, stdout=into, stderr=into, cwd=lab,
-        )  # fmt: skip
+    driver = on_hosts(hosts, lab, log, words)
     try:
         deadline = time.monotonic() + 120
         while not rows.exists() or rows.read_text().count("\n") < 4:
@@ -86,13 +91,8 @@ def test_a_head_that_dies_while_ranks_wait_for_room_ends_the_command_with_75(
     """Two slots for three ranks; Ray's client alone would wait a minute and end with 1."""
     words = arguments(lab, "roomless", "launch.kind=ray", "launch.nodes=1", "launch.workers=3",
                       "launch.wait_seconds=200")  # fmt: skip
-    environment = hosts.environment | {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
     log = lab / "roomless.log"
-    with log.open("wb") as into:
-        driver = subprocess.Popen(
-            [*hosts.inside("a"), sys.executable, "-m", "tuneloom", "train", *words],
-            env=environment, stdout=into, stderr=into, cwd=lab,
-        )  # fmt: skip
+    driver = on_hosts(hosts, lab, log, words)
     try:
         deadline = time.monotonic() + 120
         while b"for room for 3 workers" not in log.read_bytes():
