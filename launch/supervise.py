@@ -244,6 +244,8 @@ def run_gang(
             sequence = config.batch.sequence_parallel
             gang = Gang(*elastic.place(launch, gpus, group, sequence, admission, signals))
             gang.start([environment() | devices(gpus)] * gang.size.workers, cpus=1, gpus=gpus)
+            for actor in gang.actors:
+                actor.import_now.remote()
     size, actors = gang.size, gang.actors
     if size.workers < launch.workers:
         config = elastic.with_group(config, size.workers, group)

@@ -45,6 +45,13 @@ class Worker:
         # Not by `runtime_env`, with which Ray cannot use a process that is already there.
         os.environ.update(environment)
 
+    def import_now(self) -> None:
+        """Import what training will, before anything else is asked of this rank: on a cluster
+        preflight asks new nodes alone, and the others would wait to import until it is over.
+        """
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU starts nothing there
+        _import_all()
+
     def place(self) -> dict[str, Any]:
         """This rank's address, a free port on it, its node, and that node's name."""
         import ray
@@ -119,10 +126,13 @@ class Worker:
 
 
 def _import_all() -> None:
-    from tuneloom.train import distributed, loop
+    from tuneloom.imports import unswept
 
-    distributed.choose_accelerator()
-    loop.import_all()
+    with unswept():
+        from tuneloom.train import distributed, loop
+
+        distributed.choose_accelerator()
+        loop.import_all()
 
 
 def _training(config: dict[str, Any]) -> Any:
