@@ -76,8 +76,11 @@ class Started(Run):
 
     def ranks(self) -> list[int]:
         """What the launcher started and Ray named a rank."""
-        word = RANK[self.launcher]
-        return [p.pid for p in self.below() if word in command_of(p.pid)]
+        return self.ranks_among([p.pid for p in self.below()])
+
+    def ranks_among(self, pids: list[int]) -> list[int]:
+        """Those of these processes."""
+        return [pid for pid in pids if RANK[self.launcher] in command_of(pid)]
 
     def kill_driver(self) -> tuple[float, int]:
         """kill -9 of the command alone; seconds until all it started is gone, and how many had to

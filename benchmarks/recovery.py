@@ -9,7 +9,9 @@ one run.
     worker  one rank; ours in a run's first minute and later, when a second gang waits
             (`launch.standby`)
     host    all processes of one of two hosts (network namespaces, a Ray cluster over both); one in
-            its place joins 3 s later. torchrun has no part in this: its hosts are started by hand
+            its place joins 3 s later. Until that host's Ray has a process for a rank nobody can do
+            anything, so those seconds are told apart. torchrun has no part in this: its hosts are
+            started by hand
     driver  the command alone (torchrun's agent); the same command again once all that the first
             one started is gone, at the latest after 20 s; seconds from the second start
 
@@ -27,6 +29,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.launchers import Started
 from benchmarks.record import RESULTS, made, write
@@ -62,10 +66,12 @@ def host_struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Tri
         run.wait_for_step(between_saves(run, rng))
         inode = run.inode()
         hosts.kill("b")
-        struck, last = time.monotonic(), run.step
+        struck, at, last = time.monotonic(), time.time(), run.step
         time.sleep(REPLACED_SECONDS)
         hosts.start("b")
         trial = until_new_step(run, struck, last, inode)
+        begun = min(psutil.Process(pid).create_time() for pid in run.ranks_among(hosts.pids("b")))
+        trial["seconds_until_a_rank"] = round(begun - at, 2)
         run.sweep()
     return trial
 
@@ -113,13 +119,23 @@ def measured(lab: Lab, victim: str, count: int, seed: int) -> dict[str, Any]:
             trials[launcher].append(strike(lab, launcher, f"{victim}-{launcher}-{number}", rng))
             print(victim, launcher, trials[launcher][-1], flush=True)
     median = {k: statistics.median(t["seconds"] for t in v) for k, v in trials.items()}
-    ratios = {
+    found = {"trials": trials, "median_seconds": median, "ratios": ratios_of(median), "seed": seed}
+    if victim == "host":
+        own = {
+            k: statistics.median(t["seconds"] - t["seconds_until_a_rank"] for t in v)
+            for k, v in trials.items()
+        }
+        found["ratios_from_a_rank_on"] = ratios_of(own)
+    return found | {"made": made()}
+
+
+def ratios_of(median: dict[str, float]) -> dict[str, float]:
+    """Ours over each peer's."""
+    return {
         f"{ours}_over_{peer}": round(median[ours] / median[peer], 3)
         for ours in median if ours.startswith("tuneloom")
         for peer in median if not peer.startswith("tuneloom")
     }  # fmt: skip
-    return {"trials": trials, "median_seconds": median, "ratios": ratios, "seed": seed,
-            "made": made()}  # fmt: skip
 
 
 def main() -> None:

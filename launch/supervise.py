@@ -101,7 +101,7 @@ def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> N
             if signals:  # which the ranks that stand now have not heard of
                 raise Stopped(
                     f"stopped on a signal; not all ranks saved it, as {ending}; the same command "
-                    "goes on from the newest checkpoint"
+                    f"goes on from the newest checkpoint with run.id={config.run.id}"
                 )
             if restarts == launch.max_restarts:
                 raise TrainingError(

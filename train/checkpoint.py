@@ -434,7 +434,7 @@ def verify(folder: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
     try:
         manifest = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "no manifest: the save never finished"
+        return "no manifest: the save never finished" if folder.is_dir() else "there is none"
     except (ValueError, RecursionError):  # json's and Unicode's errors are ValueErrors
         return "the manifest is damaged"
     if folder.name.startswith("step-") and folder.name != name(manifest["step"]):

@@ -6,9 +6,11 @@ runs them: the probe, validation and samples would each need graphs of their own
 not compiled, which costs minutes at first start (axolotl's docs: 5 to 15 for 8B).
 """
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from tuneloom.errors import ConfigError, RefusedError
 from tuneloom.kernels.attention import NAME
+from tuneloom.train import shm
 from tuneloom.train.config import ModelConfig
 from tuneloom.train.model import moe_blocks
 
@@ -51,6 +54,7 @@ def install(network: nn.Module, model: ModelConfig, device: torch.device) -> int
             f"model.compile: {type(network).__name__} has no decoder layers of one kind, or routes "
             "tokens to experts; set model.compile=false"
         )
+    _keep_to_ourselves()
     _refuse_without_compiler(device)
     # An earlier run in this process left graphs and counts of its own.
     torch.compiler.reset()
@@ -85,6 +89,23 @@ def cost() -> Cost:
     # A backward that keeps no sizes is compiled at its first pass, outside the first timer.
     whole = sum(float(of.get(timer, 0.0)) for timer in TIMERS)
     return Cost(utils.counters["stats"]["unique_graphs"], round(whole, 2))
+
+
+def _keep_to_ourselves() -> None:
+    """Inductor runs what its cache holds, by default /tmp/torchinductor_USER, which another user
+    may have made first.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = home / "tuneloom" / "inductor"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not shm.is_ours(cache):
+        raise RefusedError(
+            f"model.compile: {cache} is not this user's alone, and code is run from there; chmod "
+            "700 it, or set TORCHINDUCTOR_CACHE_DIR"
+        )
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
 
 
 def _refuse_without_compiler(device: torch.device) -> None:

@@ -236,7 +236,9 @@ class TrainLoopConfig(Config):
     validation_rows: Positive = 512
     """At most this many rows of the validation split are scored each time."""
     patience: NotNegative = 0
-    """Validations without a better loss before an early stop; 0 never stops early."""
+    """Validations without a better loss before an early stop, which leaves the weights of the best
+    one; 0 never stops early, and leaves those of the last step.
+    """
     sample_every: NotNegative = 0
     """Steps between sample generations; 0 is only at the end."""
     samples: NotNegative = 3

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tuneloom.errors import ConfigError, RefusedError, TrainingError, TuneloomError
@@ -262,7 +263,7 @@ def on_first(work: Callable[[], Any], *, where: Path) -> Any:
             outcome = work()
         except TuneloomError as error:
             outcome = error
-        except OSError as error:  # a full disk: said on every rank, not waited for
+        except (OSError, SafetensorError) as error:  # a full disk: said on all, not waited for
             outcome = TrainingError(f"{where}: {error}")
     outcome = broadcast_object(outcome)
     if isinstance(outcome, TuneloomError):

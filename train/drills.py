@@ -5,6 +5,7 @@ first checkpoint, not after the last.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,20 +35,24 @@ class FirstCheckpoint:
         ids = torch.randint(0, session.vocabulary, (1, PROBE_TOKENS), generator=generator)
         logits = weights.live_logits(session.network, ids, self.world.device)
         weights.save(session.engine, session.tokenizer, self.folder, self.world)
+        facts: dict[str, Any] = {
+            "step": self.step,
+            "base": str(session.base.resolve()),
+            "dtype": session.config.model.dtype,
+            "method": session.config.method.kind,
+            "double_quantisation": session.config.method.double_quantisation,
+            "fp8": session.config.model.fp8,
+            "extra_modules": session.config.method.extra_modules,
+        }
+        distributed.on_first(
+            lambda: weights.store_probe(self.folder, ids, logits, facts), where=self.folder
+        )
         if self.world.first:
-            facts: dict[str, Any] = {
-                "step": self.step,
-                "base": str(session.base.resolve()),
-                "dtype": session.config.model.dtype,
-                "method": session.config.method.kind,
-                "double_quantisation": session.config.method.double_quantisation,
-                "fp8": session.config.model.fp8,
-                "extra_modules": session.config.method.extra_modules,
-            }
-            weights.store_probe(self.folder, ids, logits, facts)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tuneloom.train.drill", str(self.folder)],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                # On processors: the GPU has no room for the base once more beside training.
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
 
     def verdict(self) -> None:
@@ -60,8 +65,7 @@ class FirstCheckpoint:
         if fault:
             raise TrainingError(
                 f"train.drill: the checkpoint of step {self.step}, opened by a fresh process, "
-                f"{fault}; "
-                f"its files are in {self.folder}"
+                f"{fault}; its files are in {self.folder}"
             )
 
 
@@ -75,7 +79,14 @@ def passed_before(run: Path) -> bool:
 
 def _fault(path: Path, errors: str) -> str | None:
     if not path.exists():
-        last = (errors.strip().splitlines() or ["no output"])[-1]
-        return f"could not be read: {last}"
-    verdict = json.loads(path.read_text(encoding="utf-8"))
-    return None if verdict["ok"] else f"gives other logits ({json.dumps(verdict)})"
+        return _unread(errors)
+    try:
+        verdict = json.loads(path.read_text(encoding="utf-8"))
+        return None if verdict["ok"] else f"gives other logits ({json.dumps(verdict)})"
+    except (ValueError, KeyError, TypeError):  # cut off as it was written
+        return _unread(errors)
+
+
+def _unread(errors: str) -> str:
+    last = (errors.strip().splitlines() or ["no output; look at this host's memory"])[-1]
+    return f"could not be read: {last}"

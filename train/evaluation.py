@@ -8,6 +8,7 @@ import torch
 
 from tuneloom.data.packing import pack
 from tuneloom.data.rows import manifest_of, open_rows
+from tuneloom.errors import ConfigError
 from tuneloom.train import distributed, samples
 from tuneloom.train.batches import collate
 from tuneloom.train.config import TrainConfig
@@ -39,6 +40,12 @@ class Validation:
             return open_rows(path, "train", data.format)
         if dataset.is_dir():  # where it has no such split, this says which it has
             return open_rows(dataset, data.validation, data.format, verify=self.world.first)
+        if self.config.train.validate_every or self.config.train.sample_every:
+            raise ConfigError(
+                f"data.validation: {data.path} is a file without splits, so that there is nothing "
+                "to validate on or to answer; set data.validation=FILE.jsonl, or "
+                "train.validate_every=0 and train.sample_every=0"
+            )
         if self.world.first:
             print(
                 f"validation: none, since {data.path} is a file without splits; "
@@ -83,15 +90,15 @@ class Validation:
             engine.module, prompts, stops=stops, max_tokens=self.config.train.sample_tokens,
             device=self.world.device,
         )  # fmt: skip
-        if self.world.first:
-            samples.append(path, step, [
-                {
-                    "prompt": self.tokenizer.decode(prompt),
-                    "answer": self.tokenizer.decode(answer, skip_special_tokens=True),
-                    "expected": self.renderer.answer(record),
-                }
-                for prompt, answer, record in zip(prompts, answers, records, strict=True)
-            ])  # fmt: skip
+        rows = [
+            {
+                "prompt": self.tokenizer.decode(prompt),
+                "answer": self.tokenizer.decode(answer, skip_special_tokens=True),
+                "expected": self.renderer.answer(record),
+            }
+            for prompt, answer, record in zip(prompts, answers, records, strict=True)
+        ]
+        distributed.on_first(lambda: samples.append(path, step, rows), where=path)
 
     def _stops(self) -> set[int]:
         """The end-of-sequence token and the one that the chat template ends a turn with."""

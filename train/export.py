@@ -81,7 +81,7 @@ def export(
     run, TrainingError when a weight is not finite.
     """
     config, weights = read_run(run)
-    _refuse_failed(run)
+    _refuse_unfinished(run)
     if merge and not is_adapter(weights):
         raise ConfigError(f"merge: {run} trained every weight, it has no adapter to merge; drop it")
     base = model_folder(config.model.path, revision=config.model.revision)
@@ -98,6 +98,7 @@ def export(
             f"dtype: an adapter stays as it was trained, got {dtype!r}; drop it, or set merge=true"
         )
     folder = out or run / "export" / kind
+    _refuse_occupied(folder)
     held = contract_of(run, config, base, digest=digest, kind=kind)
     if dtype != "trained":
         held = held.model_copy(update={"dtype": dtype})
@@ -117,12 +118,30 @@ def read_run(run: Path) -> tuple[TrainConfig, Path]:
     return config, weights
 
 
-def _refuse_failed(run: Path) -> None:
-    """Weights that the run itself refused, for instance in its drill, are not handed on."""
+def _refuse_unfinished(run: Path) -> None:
+    """Weights that the run itself refused, for instance in its drill, are not handed on, nor those
+    that it has gone on from.
+    """
     facts = record_of(run)
-    if facts.get("state") == "failed":
+    state = facts.get("state", "done")
+    if state == "failed":
         reason = " ".join(facts.get("error") or ["no reason was recorded"])
         raise RefusedError(f"{run}: the run failed ({reason}); resume or repeat it, then export")
+    if state != "done":
+        raise RefusedError(
+            f"{run}: its weights are of an earlier end, as the run was taken up again and is "
+            f"{state}; train it to the end, then export"
+        )
+
+
+def _refuse_occupied(folder: Path) -> None:
+    """Only an export is replaced by one."""
+    if not folder.exists() or (folder / contracts.FILE).exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise ConfigError(
+            f"out: {folder} holds something else than an export; give a new or an empty folder"
+        )
 
 
 def record_of(run: Path) -> dict[str, Any]:

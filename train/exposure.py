@@ -60,11 +60,13 @@ class Exposure:
         steps = [_read(part)["step"] for part in self.parts.glob("step-*.parquet")]
         last = max((pc.max(column).as_py() for column in steps), default=0)
         table = pq.read_table(path)
-        self._tables = [table.filter(pc.greater(table["step"], last))]
+        lacking = table.filter(pc.greater(table["step"], last))
+        self._tables = [lacking] if lacking.num_rows else []  # or its part were written over
 
     def rewind(self, step: int) -> None:
         """Forget every row of steps after `step`, also of a run that had ended."""
-        if self.target.exists():
+        if self.target.exists():  # it holds them all; parts are left where the run was lost then
+            shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(exist_ok=True)
             self.target.rename(self.parts / f"step-{0:06d}.parquet")
         for part in sorted(self.parts.glob("step-*.parquet")):

@@ -69,7 +69,7 @@ class Feed:
         return micros
 
     def mine(self, bins: list[np.ndarray]) -> list[MicroBatch]:
-        """This rank's micro-batches on its device, whole: `Session.part` cuts them."""
+        """This rank's micro-batches on its device, whole: the loop cuts them."""
         world = self.world
         return [self._collated(rows) for rows in share(bins, world.data_rank, world.data_size)]
 

@@ -124,14 +124,17 @@ def loop(s: Session) -> Outcome:
             s.settle()
             raise TrainingError(
                 f"train.max_bad_steps: {bad_steps} steps in a row were not finite, the last was "
-                "step "
-                f"{s.step}; lower optim.lr, or look at their rows in exposure/"
+                f"step {s.step}; look at their rows in exposure/, or go on under another run.id "
+                "with a lower optim.lr and resume=CHECKPOINT of this run"
             )
 
         # asked to stop: all ranks know since they agreed, all save this step
         if tally.stop:
             s.save()
             s.settle()
-            raise Stopped(f"stopped after step {s.step} on a signal; the same command resumes it")
+            raise Stopped(
+                f"stopped after step {s.step} on a signal; the same command resumes it with "
+                f"run.id={config.run.id}"
+            )
     s.finish()
     return Outcome(str(config.run.id), s.step, s.last_loss)

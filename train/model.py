@@ -14,6 +14,7 @@ from torch import nn
 
 from tuneloom.errors import ConfigError
 from tuneloom.kernels import attention
+from tuneloom.registry.digests import weight_files
 from tuneloom.train.config import MethodConfig, ModelConfig
 from tuneloom.train.offload import checkpoint_on_host
 
@@ -49,10 +50,17 @@ def locate(model: ModelConfig) -> Path:
                 f"model.path: {config} asks for remote code (auto_map), never run here; "
                 "remove the key if transformers knows the architecture"
             )
-    if model.init == "pretrained" and not list(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.path: {folder} has no *.safetensors; pickled weights are not read"
-        )
+        if '"transformers_weights"' in config.read_text(encoding="utf-8"):
+            raise ConfigError(
+                f"model.path: {config} names a weights file of its own (transformers_weights), "
+                "which may be pickled; remove the key"
+            )
+    if model.init == "pretrained":
+        if not list(folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"model.path: {folder} has no *.safetensors; pickled weights are not read"
+            )
+        weight_files(folder)
     return folder
 
 
@@ -92,9 +100,11 @@ def _download(model: ModelConfig) -> Path:
             f"model.path: no folder {model.path!r} here, and that is no hub id either"
         ) from None
     except (NotFound, OSError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise ConfigError(
-            f"model.path: no folder {model.path!r} here, and the hub could not be asked for it "
-            f"({type(error).__name__}); copy the model here and give its folder"
+            f"model.path: no folder {model.path!r} here, and the hub gave no such model "
+            f"({reason}); copy it here and give its folder, or check the id, the network, its "
+            "licence and HF_TOKEN"
         ) from None
 
 

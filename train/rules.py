@@ -26,6 +26,19 @@ class Rule:
     """Why, and what to do instead; follows `keys: ` in the message."""
 
 
+def idle(key: str, read: Callable[["TrainConfig"], bool], reason: str) -> Rule:
+    """Refuses a value that nobody would read: what was meant by it would not happen."""
+    part, name = key.split(".")
+
+    def broken(config: "TrainConfig") -> bool:
+        section = getattr(config, part)
+        return (
+            not read(config) and getattr(section, name) != type(section).model_fields[name].default
+        )
+
+    return Rule((key,), broken, reason)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         ("method.kind", "zero.stage"),
@@ -205,7 +218,7 @@ RULES: tuple[Rule, ...] = (
         "it to null",
     ),
     Rule(
-        ("method.dora", "method.kind"),
+        ("method.dora", "method.rslora", "method.kind"),
         lambda c: c.method.kind == "full" and (c.method.dora or c.method.rslora),
         "DoRA and rsLoRA are kinds of LoRA; set method=lora",
     ),
@@ -263,6 +276,45 @@ RULES: tuple[Rule, ...] = (
         ),
         "state on a drive is gathered tensor by tensor, never copied whole to host memory; set "
         "checkpoint.asynchronous=false and checkpoint.memory_every=0",
+    ),
+    idle(
+        "batch.sequences",
+        lambda c: not c.batch.packing,
+        "a pack takes what fits into batch.tokens, whatever its number; lower that, or set "
+        "batch.documents or batch.packing=false",
+    ),
+    *(
+        idle(
+            f"method.{name}",
+            lambda c: c.method.kind != "full",
+            "method=full trains every weight and has no adapter; set method=lora, or leave it out",
+        )
+        for name in ("rank", "alpha", "targets")
+    ),
+    idle(
+        "method.double_quantisation",
+        lambda c: c.method.kind == "qlora",
+        "only QLoRA holds its base in NF4; set method=qlora, or leave it out",
+    ),
+    idle(
+        "optim.muon_lr",
+        lambda c: c.optim.name == "muon",
+        "only Muon reads it; set optim=muon, or optim.lr",
+    ),
+    idle(
+        "optim.decay_fraction",
+        lambda c: c.optim.schedule == "wsd",
+        "the other schedules fall all the way; set optim.schedule=wsd, or leave it out",
+    ),
+    idle(
+        "model.checkpoint_every_layers",
+        lambda c: c.model.checkpointing == "selective",
+        "every layer is recomputed, or none; set model.checkpointing=selective, or leave it out",
+    ),
+    idle(
+        "zero.nvme_path",
+        lambda c: "nvme" in (c.zero.offload, c.zero.offload_parameters),
+        "nothing is moved to a drive; set zero.offload=nvme with zero.stage=3, or leave it out",
     ),
     Rule(
         ("train.patience", "train.validate_every"),

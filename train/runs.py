@@ -252,30 +252,33 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_inputs(
-    config: TrainConfig, facts: dict[str, Any], digests: dict[str, str] | None
+    config: TrainConfig, facts: dict[str, Any], digests: dict[str, str | None], own: bool
 ) -> None:
     """A resumed run reads the base and the rows it was started with; raises RefusedError.
 
-    `digests` are those in a checkpoint of this very run, for where run.json is lost.
+    `digests` are those in the checkpoint, which is this very run's where it is `own`.
     """
     before = recorded(folder_of(config))
-    if not before:
-        if digests is None:
-            return
-        if digests["config"] != digest(config):
-            raise RefusedError(
-                f"run.id: the checkpoints of {config.run.id} are of another config, and its "
-                "run.json is lost; start as before, or choose another run.id"
-            )
-        before = {"dataset": {"digest": digests["dataset"]}}
+    if own and not before and digests["config"] != digest(config):
+        raise RefusedError(
+            f"run.id: the checkpoints of {config.run.id} are of another config, and its "
+            "run.json is lost; start as before, or choose another run.id"
+        )
     for part, key in INPUTS.items():
-        if part not in before:
-            continue
-        was, now = before[part]["digest"], facts[part]["digest"]
+        now = facts[part]["digest"]
+        lost = digests.get(part, now) if own else now
+        was = before[part]["digest"] if before else lost
         if was != now:
             raise RefusedError(
-                f"{key}: {facts[part]['path']} has digest {now[:12]} now, but {config.run.id} was "
-                f"started with {was[:12]}; put it back, or choose another run.id"
+                f"{key}: {facts[part]['path']} has digest {str(now)[:12]} now, but "
+                f"{config.run.id} was started with {str(was)[:12]}; put it back, or choose another "
+                "run.id"
+            )
+        if digests.get(part, now) != now:
+            raise RefusedError(
+                f"resume: the checkpoint was trained with a {part} of digest "
+                f"{str(digests[part])[:12]}, {key}={facts[part]['path']} has {str(now)[:12]}; give "
+                f"what it was trained with"
             )
 
 

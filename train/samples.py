@@ -3,6 +3,8 @@ ZeRO stage.
 """
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 from torch import nn
 
 from tuneloom.redact import redacted
+
+FILE = "samples.jsonl"
+"""In the run folder."""
 
 
 @torch.no_grad()
@@ -50,7 +55,25 @@ def answer(
 
 
 def append(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """Add one step's samples to samples.jsonl, without the secrets in them."""
+    """Add one step's samples, without the secrets in them."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(redacted({"step": step, **row}), ensure_ascii=False) + "\n")
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keep those of steps up to `step`: later ones come again, and a torn line never ended."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(x for x in lines if _step_of(x) <= step), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _step_of(line: str) -> float:
+    """Infinite for a line that is none."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -36,6 +36,7 @@ from tuneloom.train import (
     model,
     probe,
     runs,
+    samples,
     sequence,
     shm,
     tiles,
@@ -92,9 +93,11 @@ class Session:
         self.named_step: int | None = None
         """Of the checkpoint that `resume` names."""
         self._lock: IO[str] | None = None
+        self.recorded = False
+        """That run.json knows of this attempt; before, how it ends is not how the run ended."""
         self._saved_step = -1
         self._evaluated_step = self._sampled_step = -1
-        self._best, self._worse = math.inf, 0
+        self._best, self._worse, self._best_step = math.inf, 0, 0
         self.metrics: Metrics | None = None
         self.progress_line: Progress | None = None
         self.exposure: Exposure | None = None
@@ -139,11 +142,13 @@ class Session:
         self._prove()
 
         self._begin_part(READING_SECONDS)
-        self._on_first(lambda: self._record_run(found))
+        self.base_digest: str | None = self._on_first(lambda: self._record_run(found))
+        self.recorded = True
         if self.world.first:
             self.exposure = Exposure(self.folder)
         if found:
             self._resume(found, universal)
+        self._on_first(lambda: self._forget_later(found))
         self._begin_part()
         self.graphs = self._capture()  # once weights lie where the engine keeps them
         self._open_metrics()
@@ -180,7 +185,9 @@ class Session:
         world, stage = self.world.size, self.config.zero.stage
         if found is None or found.same_layout(world, stage):
             return None
-        converted: Path = self._on_first(lambda: convert(found, world_size=world, stage=stage))
+        converted: Path = self._on_first(
+            lambda: convert(found, self.folder / "checkpoints", world_size=world, stage=stage)
+        )
         return converted
 
     def _open_data(self, accumulation: int) -> None:
@@ -309,6 +316,8 @@ class Session:
                 )
             self.named_step = named
         if not own:
+            if self.copies_at is not None:  # of steps that the run does not go on from
+                shm.forget(self.copies_at)
             return found
         if self.copies_at is None:
             return found
@@ -334,16 +343,15 @@ class Session:
             )
         return group // shares
 
-    def _record_run(self, found: checkpoint.Found | None) -> None:
+    def _record_run(self, found: checkpoint.Found | None) -> str | None:
+        """Write run.json; returns the base's digest."""
         config = self.config
+        base = None if config.model.init == "random" else weights_digest(self.base)
         facts = {
             "launcher": self.launcher,
             "world_size": self.world.size,
             "device": _device_name(self.world.device),
-            "base": {
-                "path": str(self.base),
-                "digest": None if config.model.init == "random" else weights_digest(self.base),
-            },
+            "base": {"path": str(self.base), "digest": base},
             "dataset": {
                 "path": config.data.path, "digest": self.feed.rows.digest,
                 "rows": len(self.feed.rows),
@@ -356,26 +364,36 @@ class Session:
             "accumulation": self.feed.accumulation, "sequence_parallel": self.world.sequence,
         }  # fmt: skip
         if found:
-            mine = found.folder.parent.parent == self.folder
-            runs.refuse_other_inputs(config, facts, found.manifest["digests"] if mine else None)
+            runs.refuse_other_inputs(config, facts, found.manifest["digests"], self._is_own(found))
             checkpoint.supersede(self.folder / "checkpoints", found.step)
         runs.record(config, facts)
+        return base
+
+    def _is_own(self, found: checkpoint.Found) -> bool:
+        """True for a checkpoint of this run, not of another that `resume` names."""
+        return found.folder.parent.parent.resolve() == self.folder.resolve()
 
     def _restore(self, found: checkpoint.Found) -> None:
         self.step = self._saved_step = found.step
         self.feed.restore(found.trainer["feed"])
-        self._best, self._worse = found.trainer["best"], found.trainer["worse"]
-        own = found.folder.parent.parent.resolve() == self.folder.resolve()
-        self.ended_early = own and 0 < self.config.train.patience <= self._worse
+        if self._is_own(found):  # another run's best may be of other rows
+            self._best, self._worse = found.trainer["best"], found.trainer["worse"]
+            self._best_step = found.trainer.get("best_step", 0)  # not in checkpoints of before
+        self.ended_early = 0 < self.config.train.patience <= self._worse
         self.last_loss = found.trainer.get("loss", math.nan)  # not in checkpoints of before
         # Validating this step once more would count twice towards train.patience.
         self._evaluated_step = found.trainer["evaluated"]
         self._sampled_step = found.trainer["sampled"]
-        if self.exposure is not None:
-            self.exposure.rewind(found.step)
-            if (found.folder / copies.EXPOSURE).exists():
-                self.exposure.adopt(found.folder / copies.EXPOSURE)
+        if self.world.first:
             print(f"resumed {found.folder.name} of {self.config.run.id}", flush=True)
+
+    def _forget_later(self, found: checkpoint.Found | None) -> None:
+        """What earlier attempts left of later steps goes, as these steps come again."""
+        assert self.exposure is not None
+        self.exposure.rewind(self.step)
+        if found and (found.folder / copies.EXPOSURE).exists():
+            self.exposure.adopt(found.folder / copies.EXPOSURE)
+        samples.rewind(self.folder / samples.FILE, self.step)
 
     def _open_metrics(self) -> None:
         if not self.world.first:
@@ -553,17 +571,34 @@ class Session:
         self._best, self._worse = (loss, 0) if better else (self._best, self._worse + 1)
         patience = self.config.train.patience
         self.ended_early = patience > 0 and self._worse >= patience
+        if better and patience > 0:
+            with self.clock.phase("checkpoint"):
+                self._keep_best()
         if self.metrics is not None:
             self.metrics.write({"step": self.step, "eval/loss": loss})
             print(f"step {self.step:>6}  validation loss {loss:.4f}", flush=True)
 
+    def _keep_best(self) -> None:
+        """The weights of this validation: an early stop comes `train.patience` of them later."""
+        self._best_step = self.step
+        weights.save(self.engine, self.tokenizer, self._best_folder(), self.world)
+        self._on_first(self._forget_older_best)
+
+    def _best_folder(self) -> Path:
+        return self.folder / f"best-{checkpoint.name(self._best_step)}"
+
+    def _forget_older_best(self) -> None:
+        for folder in self.folder.glob("best-step-*"):
+            if folder != self._best_folder():
+                shutil.rmtree(folder, ignore_errors=True)
+
     def sample(self) -> None:
-        """Answers to a few validation prompts, into samples.jsonl."""
+        """Answers to a few validation prompts, kept in the run folder."""
         if self._sampled_step == self.step or not self.validation.rows:
             return
         self._sampled_step = self.step
         with self.clock.phase("evaluation"):
-            self.validation.sample(self.engine, self.folder / "samples.jsonl", self.step)
+            self.validation.sample(self.engine, self.folder / samples.FILE, self.step)
 
     def save(self) -> None:
         """A checkpoint of this step, once; the first one is drilled."""
@@ -601,7 +636,10 @@ class Session:
         return {
             "step": self.step, "zero_stage": self.config.zero.stage, "trainer": self._state(),
             "adapters_only": self.config.method.kind != "full",
-            "digests": {"config": runs.digest(self.config), "dataset": self.feed.rows.digest},
+            "digests": {
+                "config": runs.digest(self.config), "dataset": self.feed.rows.digest,
+                "base": self.base_digest,
+            },
         }  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
@@ -612,6 +650,7 @@ class Session:
             "feed": self.feed.state(),
             "best": self._best,
             "worse": self._worse,
+            "best_step": self._best_step,
             "evaluated": self._evaluated_step,
             "sampled": self._sampled_step,
         }
@@ -629,29 +668,48 @@ class Session:
         self.save()
         self.settle()
         with self.clock.phase("checkpoint"):
-            weights.save(self.engine, self.tokenizer, self.folder / "weights", self.world)
+            self._save_weights()
         with self.clock.phase("checkpoint"):
             if self._lacks_drill():  # all was saved by an attempt that ended before its verdict
                 self.drill = FirstCheckpoint(self)
             if self.drill is not None:
                 self.drill.verdict()
-        if self.world.first:
-            assert self.exposure is not None
-            data_order = self.exposure.finish(self.step)
-            self.feed.ledger.check(rows=self.feed.plan.consumed)
-            self.feed.ledger.write(self.folder / "ledger.json")
-            self._book_the_rest()
-            runs.update(self.folder, {
-                "state": "done", "steps": self.step, "data_order": data_order,
-                "loss": None if math.isnan(self.last_loss) else self.last_loss,
-                "seconds": sum(self.clock.total.values()), "time": self.clock.shares(),
-            })  # fmt: skip
-        distributed.barrier()
+        self._on_first(self._close_books)
         if self.copies is not None:
             self.copies.forget()
         swapped = zero.swap_folder(self.config)
         if swapped is not None:  # on each node its own drive
             shutil.rmtree(swapped, ignore_errors=True)
+
+    def _save_weights(self) -> None:
+        """weights/: of the best validation under `train.patience`, else of the last step."""
+        target, best = self.folder / weights.FOLDER, self._best_folder()
+        stops_early = self.config.train.patience > 0
+        if not (stops_early and self._on_first(best.is_dir)):
+            self._best_step = self.step
+            weights.save(self.engine, self.tokenizer, target, self.world)
+            return
+        self._on_first(lambda: weights.copy(best, target))
+        if self.world.first:
+            print(
+                f"weights are of step {self._best_step}, whose validation loss of {self._best:.4f} "
+                "was the lowest",
+                flush=True,
+            )
+
+    def _close_books(self) -> None:
+        """Which rows were trained on, how many, and that the run is done."""
+        assert self.exposure is not None
+        data_order = self.exposure.finish(self.step)
+        self.feed.ledger.check(rows=self.feed.plan.consumed)
+        self.feed.ledger.write(self.folder / "ledger.json")
+        self._book_the_rest()
+        runs.update(self.folder, {
+            "state": "done", "steps": self.step, "weights_step": self._best_step,
+            "data_order": data_order,
+            "loss": None if math.isnan(self.last_loss) else self.last_loss,
+            "seconds": sum(self.clock.total.values()), "time": self.clock.shares(),
+        })  # fmt: skip
 
     def _lacks_drill(self) -> bool:
         if not self.config.train.drill or self.drill is not None:
@@ -673,7 +731,7 @@ class Session:
         """
         if self.copies is not None and isinstance(error, TuneloomError):
             self.copies.forget()
-        if self.world.first and self._lock is not None and (self.folder / "run.json").exists():
+        if self.world.first and self.recorded:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             try:
                 self._book_the_rest()

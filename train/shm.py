@@ -28,10 +28,11 @@ STALE_SECONDS = 3600.0
 
 def name_of(run: Path) -> str:
     """The folder of the run's copies in ROOT; the run gets its token where it has none."""
-    path = run / TOKEN
-    if not path.exists():
-        path.touch(0o600)
-        path.write_text(secrets.token_hex(16), encoding="utf-8")
+    path, aside = run / TOKEN, run / f".{TOKEN}.tmp"
+    if not path.exists() or not path.stat().st_size:  # a disk was full when it was made
+        aside.touch(0o600)
+        aside.write_text(secrets.token_hex(16), encoding="utf-8")
+        os.replace(aside, path)
     return f"tuneloom-{path.read_text(encoding='utf-8')}"
 
 

@@ -8,6 +8,7 @@ both are done here, for AdamW's state.
 """
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,12 +28,13 @@ WHOLE = "mp_rank_00_model_states.pt"
 """What ZeRO-0 saves: module, optimizer and counters in one file."""
 
 
-def convert(found: Found, *, world_size: int, stage: int) -> Path:
-    """A folder beside the checkpoint that loads at `world_size` and `stage`; run on one rank.
+def convert(found: Found, root: Path, *, world_size: int, stage: int) -> Path:
+    """A folder in `root` that loads at `world_size` and `stage`; run on one rank. `root` is the
+    run's own, where nobody else writes: `found` may be another run's.
 
     Raises ConfigError where ZeRO-0 is on one side and the optimizer is not AdamW.
     """
-    target = found.folder.with_name(f".universal-{found.folder.name}")
+    target = root / f".universal-{found.folder.name}"
     shutil.rmtree(target, ignore_errors=True)
     if (found.folder / ENGINE / PARAMETERS).exists():
         shutil.copytree(found.folder / ENGINE, target / ENGINE)
@@ -143,7 +145,10 @@ def _run_converter(source: Path, target: Path) -> None:
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        last = (ran.stderr or ran.stdout).strip().splitlines()[-1]
+        last = ((ran.stderr or ran.stdout).strip().splitlines() or ["no output"])[-1]
+        if ran.returncode < 0:
+            name = signal.Signals(-ran.returncode).name
+            last = f"{name} ended it; after SIGKILL look at this host's memory"
         raise TrainingError(f"resume: {source} could not be converted to another layout: {last}")
 
 

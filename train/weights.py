@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuneloom.train import masters
+from tuneloom.train import distributed, masters
 from tuneloom.train.distributed import World
 
 
@@ -47,6 +47,19 @@ def gather(network: nn.Module, world: World) -> dict[str, Tensor]:
     return state
 
 
+FOLDER = "weights"
+"""In the run folder."""
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Put what `save` wrote elsewhere, too; it appears whole or not at all."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
 def save(engine: Any, tokenizer: Any, folder: Path, world: World) -> None:
     """Write `folder` with the weights, tokenizer and chat template; collective, written by rank 0.
 
@@ -58,24 +71,36 @@ def save(engine: Any, tokenizer: Any, folder: Path, world: World) -> None:
     network: nn.Module = engine.module
     adapted = isinstance(network, PeftModel)
     state = adapters(engine, world) if adapted else gather(network, world)
-    if not world.first:
-        return
     aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    causal: Any = network
-    if not adapted:
-        kept = set(_saved_names(network))
-        state = {name: tensor for name, tensor in state.items() if name in kept}
-        # The attention function's name is ours; the saved model must load anywhere.
-        causal.config._attn_implementation = "sdpa"
-    causal.save_pretrained(aside, state_dict=state, safe_serialization=True)
-    if not adapted:
-        from tuneloom.kernels.attention import NAME
 
-        causal.config._attn_implementation = NAME
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    def write() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            _write(network, state, aside, adapted=adapted)
+            tokenizer.save_pretrained(aside)
+        except BaseException:  # what fills the disk must not stay
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+    distributed.on_first(write, where=folder)
+
+
+def _write(network: Any, state: dict[str, Tensor], folder: Path, *, adapted: bool) -> None:
+    if adapted:
+        network.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        return
+    from tuneloom.kernels.attention import NAME
+
+    kept = set(_saved_names(network))
+    state = {name: tensor for name, tensor in state.items() if name in kept}
+    # The attention function's name is ours; the saved model must load anywhere.
+    network.config._attn_implementation = "sdpa"
+    try:
+        network.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    finally:
+        network.config._attn_implementation = NAME
 
 
 def _saved_names(network: nn.Module) -> list[str]:

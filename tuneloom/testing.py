@@ -1,6 +1,7 @@
 """For tests only: a tiny random Llama with its tokenizer, rows, and a gang of gloo ranks."""
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,9 @@ def small_config(folder: Path, run_id: str, **dotted: object) -> dict[str, objec
         for part in path:
             at = at.setdefault(part, {})  # type: ignore[assignment]
         at[last] = value
+    method: Any = config["method"]
+    if method["kind"] == "full":
+        method.pop("rank", None)
     return config
 
 
@@ -118,6 +122,28 @@ def metrics(folder: Path, run_id: str, key: str = "train/loss") -> list[float]:
     rows = [json.loads(line) for line in lines]
     trained = [row for row in rows if "train/loss" in row] if key == "step" else rows
     return [row[key] for row in trained if key in row]
+
+
+def cut_back(folder: Path, run_id: str, step: int) -> None:
+    """Leave a run at a checkpoint, with a mark in the rows up to there: `went_on` looks for it, as
+    a run that began anew has the same losses.
+    """
+    run = folder / "runs" / run_id
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        if "train/loss" in row and row["step"] <= step:
+            row["marked"] = row["step"]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+
+def went_on(folder: Path, run_id: str, step: int) -> bool:
+    """True for a run that took up the checkpoint of `step` that `cut_back` left."""
+    return metrics(folder, run_id, "marked") == list(range(1, step + 1))
 
 
 class Gang:
@@ -149,18 +175,21 @@ class Gang:
         """Train on all ranks; raises rank 0's error, or AssertionError when a rank hangs or dies,
         with what the others raised: that may be what it waits for.
         """
-        for pipe in self.pipes:
-            pipe.send(config)
         outcomes: list[Exception | None] = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(timeout_seconds):
-                others = outcomes + [p.recv() for p in self.pipes[rank + 1 :] if p.poll()]
-                self.close()  # or a late answer would be taken for that of the next config
-                self._start()
-                raise AssertionError(
-                    f"rank {rank} gave no answer in {timeout_seconds:.0f} s; the others: {others}"
-                )
-            outcomes.append(pipe.recv())
+        try:
+            for pipe in self.pipes:
+                pipe.send(config)
+            for pipe in self.pipes:
+                if not pipe.poll(timeout_seconds):
+                    raise TimeoutError(f"gave no answer in {timeout_seconds:.0f} s")
+                outcomes.append(pipe.recv())
+        except (OSError, EOFError) as error:  # late or dead: the next config needs ranks anew
+            dead = [process.exitcode for process in self.processes]
+            self.close()
+            self._start()
+            raise AssertionError(
+                f"rank {len(outcomes)}: {error!r}; exit codes {dead}; before it {outcomes}"
+            ) from None
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome

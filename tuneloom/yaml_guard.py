@@ -22,6 +22,8 @@ MAX_RESOLVED = 4 * 2**20
 """Characters of a config once its interpolations are resolved, at worst."""
 FORBIDDEN_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 """Keys by which Hydra instantiates what a config names (CVE-2026-68508)."""
+OC_ENV = re.compile(r"\$\{\s*oc\.env\s*:([^,}]*)")
+SECRET_NAME = re.compile(r"(?i)token|key|secret|passw|credential|auth")
 CODE_KEYS = {*FORBIDDEN_KEYS, "()"}
 """And the one by which `logging.config.dictConfig` does."""
 
@@ -52,6 +54,13 @@ def check_file(path: Path) -> None:
             f"{path}: unfolds to more than {MAX_NODES} values by its aliases; write them out"
         )
     _refuse_code(root, path)
+    for scalar in _scalars(root):
+        for name in OC_ENV.findall(str(scalar.value)):
+            if "$" in name or SECRET_NAME.search(name):
+                raise ConfigError(
+                    f"{path}, line {scalar.start_mark.line + 1}: {name.strip()}: a config takes no "
+                    "secret from the environment; programs read those that they need"
+                )
 
 
 def _refuse_code(root: Any, path: Path) -> None:

@@ -101,6 +101,14 @@ def test_an_unknown_key_ends_with_2_and_names_the_nearest(
     assert override.split("=")[0] in message and meant in message
 
 
+def test_every_weight_learns_at_a_lower_rate_than_an_adapter_unless_told() -> None:
+    assert train(*NEEDED).optim.lr == 2e-4
+    assert train(*NEEDED, "method=full").optim.lr == 1e-5
+    assert train(*NEEDED, "method=full", "optim=muon").optim.lr == 1e-5
+    assert train(*NEEDED, "method=full", "optim.lr=3e-6").optim.lr == 3e-6
+    assert train("experiment=llama3_70b_full_64gpu").optim.lr == 5e-6
+
+
 def test_a_required_key_left_unset_is_named() -> None:
     assert "model.path" in refused("data.path=rows.jsonl")
 
@@ -160,6 +168,15 @@ BROKEN: list[list[str]] = [
         "zero.offload_parameters=nvme",
         "zero.nvme_path=/mnt",
     ],
+    ["batch.sequences=1"],
+    ["method=full", "method.rank=8"],
+    ["method=full", "method.alpha=8"],
+    ["method=full", "method.targets=[q_proj]"],
+    ["method.double_quantisation=false"],
+    ["optim.muon_lr=0.1"],
+    ["optim.decay_fraction=0.5"],
+    ["model.checkpoint_every_layers=4"],
+    ["zero.nvme_path=/mnt"],
     ["train.patience=3"],
 ]
 

@@ -51,6 +51,21 @@ def test_a_row_of_one_byte_is_a_bad_row_and_not_a_blank_line(tmp_path: Path) -> 
         rows[1]
 
 
+@pytest.mark.parametrize("place", ["name", "split", "file"])
+def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path, place: str) -> None:
+    folder = write_dataset(tmp_path / "d", TEXTS, shard_rows=10)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if place == "name":
+        manifest["name"] = "../other"
+    elif place == "split":
+        manifest["splits"]["../other@id/train"] = manifest["splits"]["train"]
+    else:
+        manifest["splits"]["train"]["shards"][0]["file"] = "/etc/passwd"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="not a dataset manifest"):
+        open_rows(folder)
+
+
 def test_a_shards_text_may_pass_2_gib(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d", TEXTS, shard_rows=10)
     columns = _columns(folder / "train-00000.parquet")

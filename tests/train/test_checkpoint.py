@@ -15,7 +15,7 @@ import pytest
 from tests.train.test_damage import SHAPES
 from tuneloom.config import build
 from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError
-from tuneloom.testing import Gang, free_port, metrics, small_config
+from tuneloom.testing import Gang, cut_back, free_port, metrics, small_config, tiny_model, went_on
 from tuneloom.train import checkpoint, runs
 from tuneloom.train.config import TrainConfig
 
@@ -35,7 +35,7 @@ def config(lab: Path, run_id: str, **dotted: object) -> dict[str, object]:
 def interrupted(lab: Path, gang: Gang, run_id: str, **dotted: object) -> None:
     """Run `run_id` to step 4 and no further: a copy of a whole run, cut back to its checkpoint."""
     gang.fit(config(lab, run_id, checkpoint__every=4, **dotted))
-    shutil.rmtree(lab / "runs" / run_id / "checkpoints" / checkpoint.name(STEPS))
+    cut_back(lab, run_id, 4)
 
 
 def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
@@ -51,6 +51,7 @@ def test_resuming_gives_the_same_bits_as_never_stopping(lab: Path, two: Gang, st
     two.fit(config(lab, whole, zero__stage=stage))
     interrupted(lab, two, cut, zero__stage=stage)
     two.fit(config(lab, cut, zero__stage=stage, checkpoint__every=4))
+    assert went_on(lab, cut, 4)
     assert metrics(lab, cut) == metrics(lab, whole)
     assert exposures(lab, cut) == exposures(lab, whole)
 
@@ -70,6 +71,7 @@ def test_a_run_resumes_on_one_rank_and_another_stage_with_its_global_batch(
     two.fit(config(lab, whole, zero__stage=before, **settings))
     interrupted(lab, two, cut, zero__stage=before, **settings)
     one.fit(config(lab, cut, zero__stage=after, batch__accumulation=4, **settings))
+    assert went_on(lab, cut, 4)
     assert metrics(lab, cut) == pytest.approx(metrics(lab, whole), rel=1e-5)
     assert exposures(lab, cut) == exposures(lab, whole)
 
@@ -83,6 +85,7 @@ def test_under_bf16_the_fp32_masters_move_to_the_other_stage(
     two.fit(config(lab, whole, zero__stage=before, **settings))
     interrupted(lab, two, cut, zero__stage=before, **settings)
     two.fit(config(lab, cut, zero__stage=after, **settings))
+    assert went_on(lab, cut, 4)
     # The first step after the move computes with the very weights of the run that never moved.
     assert metrics(lab, cut)[:5] == metrics(lab, whole)[:5]
     assert metrics(lab, cut) == pytest.approx(metrics(lab, whole), rel=5e-3)
@@ -204,7 +207,7 @@ def test_rows_that_changed_since_the_run_began_are_refused(
     settings = {"data__path": str(rows), "checkpoint__every": 4}
     one.fit(config(lab, "edited", **settings))
     rows.write_text(rows.read_text().replace("answer", "Answer", 1))
-    shutil.rmtree(lab / "runs/edited/checkpoints" / checkpoint.name(STEPS))
+    cut_back(lab, "edited", 4)
     with pytest.raises(RefusedError, match=r"data\.path: .* has digest"):
         one.fit(config(lab, "edited", **settings))
 
@@ -260,6 +263,60 @@ def test_a_checkpoint_named_by_resume_is_taken_up_once(lab: Path, one: Gang) -> 
     one.fit(named)
     attempts = json.loads((lab / "runs/back/run.json").read_text())["attempts"]
     assert attempts[-1]["resumed_from"] == "step-000006" and metrics(lab, "back") == whole
+
+
+def test_a_run_that_starts_anew_has_each_step_once(lab: Path, one: Gang) -> None:
+    """It was lost before its first checkpoint, but after what a save writes before that."""
+    settings: dict[str, object] = {
+        "train__sample_every": 3, "train__samples": 1, "train__sample_tokens": 2,
+        "data__validation": str(lab / "validation.jsonl"),
+    }  # fmt: skip
+    one.fit(config(lab, "from-zero", **settings))
+    run, samples = lab / "runs/from-zero", lab / "runs/from-zero/samples.jsonl"
+    rows, said = exposures(lab, "from-zero"), samples.read_text()
+    shutil.rmtree(run / "checkpoints")
+    (run / "exposure").mkdir()
+    (run / "exposure.parquet").rename(run / "exposure/step-000003.parquet")
+    samples.write_text(said + '{"step": 4, "prom')
+    one.fit(config(lab, "from-zero", **settings))
+    assert exposures(lab, "from-zero") == rows and samples.read_text() == said
+
+
+@pytest.mark.parametrize("other", ["base", "dataset"])
+def test_another_runs_checkpoint_is_not_taken_up_on_another_base_or_other_rows(
+    lab: Path, one: Gang, other: str
+) -> None:
+    one.fit(config(lab, f"taken-{other}", checkpoint__every=4))
+    changes: dict[str, object] = {"model__path": str(tiny_model(lab / "other-base", seed=5))}
+    if other == "dataset":
+        rows = (lab / "rows.jsonl").read_text()
+        (lab / "other.jsonl").write_text(rows.replace("answer", "reply"))
+        changes = {"data__path": str(lab / "other.jsonl")}
+    path = lab / f"runs/taken-{other}/checkpoints" / checkpoint.name(4)
+    with pytest.raises(RefusedError, match=f"resume: .* trained with a {other} of digest"):
+        one.fit(config(lab, f"takes-{other}", resume=str(path), **changes))
+
+
+def test_another_runs_checkpoint_is_converted_in_the_run_that_takes_it_up(
+    lab: Path, two: Gang, one: Gang
+) -> None:
+    settings: dict[str, object] = {"method__dropout": 0.0}
+    two.fit(config(lab, "source", checkpoint__every=4, zero__stage=2, **settings))
+    folder = lab / "runs/source/checkpoints"
+    before = {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+    named = str(folder / checkpoint.name(4))
+    one.fit(config(lab, "taker", resume=named, zero__stage=1, batch__accumulation=4, **settings))
+    assert {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))} == before
+    assert [f.name for f in (lab / "runs/taker/checkpoints").iterdir()] == [checkpoint.name(STEPS)]
+    assert metrics(lab, "taker") == pytest.approx(metrics(lab, "source")[4:], rel=1e-5)
+
+
+def test_a_refused_command_leaves_what_the_run_says_of_its_end(lab: Path, one: Gang) -> None:
+    one.fit(config(lab, "ended-well"))
+    record = (lab / "runs/ended-well/run.json").read_bytes()
+    with pytest.raises(ConfigError, match="step-000099 cannot be used: there is none"):
+        one.fit(config(lab, "ended-well", resume=str(lab / "runs/ended-well/step-000099")))
+    assert (lab / "runs/ended-well/run.json").read_bytes() == record
 
 
 def test_a_run_resumed_after_its_last_step_keeps_its_loss_and_is_drilled(
@@ -334,7 +391,9 @@ def test_killed_inside_a_save_resumes_from_the_one_before_with_the_same_bits(
     left = sorted(p.name for p in (lab / "runs" / run_id / "checkpoints").iterdir())
     assert len(left) == 2 and left[0].startswith(".torn-step-000008-")
     assert left[1] == "step-000004"
+    cut_back(lab, run_id, 4)
     two.fit(config(lab, run_id, **settings))
+    assert went_on(lab, run_id, 4)
     assert metrics(lab, run_id) == metrics(lab, f"alive{rank}")
     assert exposures(lab, run_id) == exposures(lab, f"alive{rank}")
 
@@ -343,9 +402,18 @@ CRAMPED = """
 import json, os, resource, sys
 from tuneloom.config import build
 from tuneloom.errors import TrainingError
-from tuneloom.train import checkpoint
+from tuneloom.train import checkpoint, weights
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.loop import fit
+if sys.argv[2] == "weights" and os.environ["RANK"] == "0":
+    written = weights._write
+    def cramped_weights(*arguments, **more):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        try:
+            return written(*arguments, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    weights._write = cramped_weights
 if os.environ["RANK"] == sys.argv[2]:
     real = checkpoint.write_share
     def cramped(*arguments):
@@ -363,6 +431,23 @@ except TrainingError as error:
 """
 
 
+def cramped(settings: dict[str, object], where: str) -> list[str]:
+    """What two ranks say whose disk is full at `where`; both end."""
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CRAMPED, json.dumps(settings), where],
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1], said
+    return said
+
+
 @pytest.mark.parametrize(("stage", "rank"), [(2, "1"), (3, "0")])
 def test_a_rank_that_cannot_write_ends_the_save_on_all_ranks_and_leaves_no_torn_folder(
     lab: Path, stage: int, rank: str
@@ -370,20 +455,16 @@ def test_a_rank_that_cannot_write_ends_the_save_on_all_ranks_and_leaves_no_torn_
     """DeepSpeed has barriers inside a save, so raising on one rank left the other there."""
     run_id = f"cramped{stage}"
     settings = config(lab, run_id, zero__stage=stage, checkpoint__every=4, steps=4)
-    environment = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", CRAMPED, json.dumps(settings), rank],
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [1, 1], said
+    said = cramped(settings, rank)
     assert all("step 4 could not be saved" in text for text in said), said
     assert list((lab / "runs" / run_id / "checkpoints").iterdir()) == []
+
+
+def test_weights_that_cannot_be_written_end_the_run_on_all_ranks_and_leave_none(lab: Path) -> None:
+    said = cramped(config(lab, "cramped-weights", steps=2, zero__stage=2), "weights")
+    assert all("cramped-weights/weights: " in text for text in said), said
+    left = sorted(path.name for path in (lab / "runs/cramped-weights").glob("*weights*"))
+    assert left == []
 
 
 def test_resuming_does_not_validate_the_same_step_twice(lab: Path, two: Gang) -> None:
@@ -395,7 +476,9 @@ def test_resuming_does_not_validate_the_same_step_twice(lab: Path, two: Gang) ->
     interrupted(lab, two, "revalidated", **{k: v for k, v in settings.items() if "every" not in k},
                 train__validate_every=4)  # fmt: skip
     two.fit(config(lab, "revalidated", **settings))
-    assert metrics(lab, "revalidated", "eval/loss") == metrics(lab, "validated", "eval/loss")
+    assert went_on(lab, "revalidated", 4)
+    losses = metrics(lab, "revalidated", "eval/loss")
+    assert losses == metrics(lab, "validated", "eval/loss") and len(losses) == 2
 
 
 def test_a_run_that_another_process_has_taken_over_commits_nothing(lab: Path, two: Gang) -> None:

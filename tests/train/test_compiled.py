@@ -9,6 +9,8 @@ import torch
 
 from tuneloom.errors import RefusedError
 from tuneloom.testing import Gang, metrics, small_config
+from tuneloom.train import compiled as compiling
+from tuneloom.train.config import ModelConfig
 
 
 def evidence(lab: Path, run_id: str) -> dict[str, Any]:
@@ -67,3 +69,19 @@ def test_a_machine_without_a_compiler_is_refused_by_name(monkeypatch: pytest.Mon
     monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/g++",))
     with pytest.raises(RefusedError, match=r"model\.compile: no C\+\+ compiler here"):
         _refuse_without_compiler(torch.device("cpu"))
+
+
+def test_another_users_cache_of_compiled_code_is_refused(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "tuneloom/inductor"
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    network = AutoModelForCausalLM.from_pretrained(lab / "base")
+    settings = ModelConfig(path=str(lab / "base"), compile=True)
+    with pytest.raises(RefusedError, match="is not this user's alone"):
+        compiling.install(network, settings, torch.device("cpu"))

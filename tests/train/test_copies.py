@@ -45,6 +45,11 @@ def struck_saving(engine, torn, *more):
     if torn.parent.name == "checkpoints" and "-000006-" in torn.name and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return write_share(engine, torn, *more)
+def struck_loading(self, found):
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+if kill == "loading":
+    Session._restore = struck_loading
 if kill == "between":
     Session.agree = struck_between
 if kill == "inside":
@@ -151,6 +156,16 @@ def test_a_damaged_copy_is_not_used(lab: Path, two: Gang) -> None:
     assert metrics(lab, "damaged-copy") == metrics(lab, uninterrupted(lab, two, 2))
 
 
+def test_a_step_gone_back_to_by_name_is_not_undone_by_older_copies(lab: Path, two: Gang) -> None:
+    settings = config(lab, "gone-back")
+    assert ranks(settings, "between")[1] == -9
+    named = settings | {"resume": f"{lab}/runs/gone-back/checkpoints/{checkpoint.name(3)}"}
+    assert ranks(named, "loading")[1] == -9
+    two.fit(named)
+    assert resumed_from(lab, "gone-back") == checkpoint.name(3)
+    assert metrics(lab, "gone-back") == metrics(lab, uninterrupted(lab, two, 2))
+
+
 HAUNTED = """
 import json, sys
 from tuneloom.config import build
@@ -189,6 +204,8 @@ def test_copies_of_a_run_that_was_made_anew_are_not_found(lab: Path, one: Gang) 
     shutil.rmtree(run)
     run.mkdir()
     assert shm.name_of(run) != before
+    (run / shm.TOKEN).write_text("")  # a disk was full
+    assert len(shm.name_of(run)) == len(before)
 
 
 def part(step: int, gang: str = "a", world_size: int = 2) -> dict[str, object]:

@@ -1,7 +1,6 @@
 """Layers as CUDA graphs train as layers do, on packs of one shape; what a CPU can show of it."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from tests.train import cpu_graphs
 from tests.train.cpu_graphs import PACKS, WAYS, build, pack
 from tuneloom.errors import ConfigError, RefusedError
 from tuneloom.kernels import attention
-from tuneloom.testing import Gang, metrics, small_config
-from tuneloom.train import checkpoint, graphed
+from tuneloom.testing import Gang, cut_back, metrics, small_config, went_on
+from tuneloom.train import graphed
 from tuneloom.train.batches import Frame, MicroBatch
 from tuneloom.train.config import ModelConfig
 from tuneloom.train.loss import loss_sum
@@ -218,8 +217,9 @@ def test_a_resumed_run_captures_again_and_goes_on_exactly(lab: Path, graphed_two
                           checkpoint__every=3, checkpoint__keep=9)  # fmt: skip
     graphed_two.fit(config)
     whole, weights = metrics(lab, "graphs-resumed"), adapter(lab, "graphs-resumed")
-    shutil.rmtree(lab / "runs/graphs-resumed/checkpoints" / checkpoint.name(6))
+    cut_back(lab, "graphs-resumed", 3)
     graphed_two.fit(config)
+    assert went_on(lab, "graphs-resumed", 3)
     assert metrics(lab, "graphs-resumed") == whole and len(whole) == 6
     for name, tensor in adapter(lab, "graphs-resumed").items():
         assert torch.equal(tensor, weights[name])

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tuneloom.cli import main
 from tuneloom.config import build
+from tuneloom.errors import RefusedError
+from tuneloom.evals.runs import weights_of
 from tuneloom.registry import contract as contracts
 from tuneloom.registry.digests import weights_digest
 from tuneloom.testing import tiny_model
@@ -280,3 +282,38 @@ def test_a_failed_runs_weights_are_not_exported(
     (run / "run.json").write_text(json.dumps({"state": "failed", "error": ["train.drill: other"]}))
     assert main(["export", f"run={run}"]) == 4
     assert "the run failed (train.drill: other)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+def test_weights_that_a_run_goes_on_from_are_not_exported(
+    run: Path, state: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"state": state}))
+    assert main(["export", f"run={run}"]) == 4
+    assert f"taken up again and is {state}" in capsys.readouterr().err
+
+
+def test_only_an_export_or_an_empty_folder_is_written_over(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    occupied = tmp_path / "models"
+    occupied.mkdir()
+    (occupied / "another").write_text("model")
+    for out in (occupied, run, occupied / "another"):
+        assert main(["export", f"run={run}", f"out={out}"]) == 2
+        assert "holds something else than an export" in capsys.readouterr().err
+    assert (occupied / "another").read_text() == "model" and (run / "weights").is_dir()
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert main(["export", f"run={run}", f"out={tmp_path}/empty"]) == 0
+
+
+def test_an_adapter_exported_before_its_run_went_on_is_not_evaluated(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    exported = export(run)
+    assert weights_of(run, config).folder == exported
+    weights = run / "weights/adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(RefusedError, match="was exported before"):
+        weights_of(run, config)

@@ -1,5 +1,6 @@
 """Which row was in which step, however often the run went back."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +36,29 @@ def test_a_run_that_resumes_inside_a_part_keeps_each_step_once(tmp_path: Path) -
     table = pq.read_table(tmp_path / "exposure.parquet")
     assert table["step"].to_pylist() == list(range(1, 26))
     assert table["record_id"].to_pylist() == [f"row {step}" for step in range(1, 26)]
+
+
+def test_a_copy_of_the_step_that_a_part_ends_with_leaves_the_part_alone(tmp_path: Path) -> None:
+    """The part of a save is written, its checkpoint is not; the copy of that step is whole."""
+    lost = Exposure(tmp_path)
+    steps(lost, 1, 10)
+    lost.flush(10)
+    lost.write_pending(tmp_path / "copy.parquet")
+    again = Exposure(tmp_path)
+    again.rewind(10)
+    again.adopt(tmp_path / "copy.parquet")
+    again.finish(10)
+    assert pq.read_table(tmp_path / "exposure.parquet")["step"].to_pylist() == list(range(1, 11))
+
+
+def test_a_run_that_is_lost_as_it_removes_its_parts_has_each_step_once(tmp_path: Path) -> None:
+    lost = Exposure(tmp_path)
+    steps(lost, 1, 10)
+    lost.flush(10)
+    shutil.copytree(lost.parts, tmp_path / "aside")
+    lost.finish(10)
+    (tmp_path / "aside").rename(lost.parts)
+    again = Exposure(tmp_path)
+    again.rewind(10)
+    again.finish(10)
+    assert pq.read_table(tmp_path / "exposure.parquet")["step"].to_pylist() == list(range(1, 11))

@@ -94,11 +94,20 @@ def test_patience_stops_a_run_whose_validation_gets_no_better(lab: Path, one: Ga
     one.fit(settings)
     ended = len(metrics(lab, "patient"))
     assert ended < 30 and run_json(lab, "patient")["state"] == "done"
+    best = run_json(lab, "patient")["weights_step"]  # and not those that validated worse since
+    losses = metrics(lab, "patient", "eval/loss")
+    assert best == losses.index(min(losses)) + 1 == ended - 1
+    kept = lab / f"runs/patient/best-step-{best:06d}"
+    adapter = (lab / "runs/patient/weights/adapter_model.safetensors").read_bytes()
+    assert (kept / "adapter_model.safetensors").read_bytes() == adapter
     one.fit(settings)  # it has ended, and stays so
     assert len(metrics(lab, "patient")) == ended == run_json(lab, "patient")["steps"]
+    again = lab / "runs/patient/weights/adapter_model.safetensors"
+    assert run_json(lab, "patient")["weights_step"] == best and again.read_bytes() == adapter
     newest = sorted((lab / "runs/patient/checkpoints").glob("step-*"))[-1]
     one.fit(settings | {"run": {"root": f"{lab}/runs", "id": "impatient"}, "resume": str(newest)})
-    assert run_json(lab, "impatient")["steps"] > ended  # the end of another run is not this one's
+    # Neither the end of another run nor its best loss is this one's.
+    assert run_json(lab, "impatient")["steps"] >= ended + 2
 
 
 def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from tuneloom.errors import TrainingError
-from tuneloom.testing import Gang, metrics, small_config, tiny_model
-from tuneloom.train import checkpoint
+from tuneloom.testing import Gang, cut_back, metrics, small_config, tiny_model, went_on
 
-STEPS = 6
+STEPS, CUT = 6, 3
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,9 @@ def test_a_drive_gives_the_bits_of_memory_also_after_a_resume(
     two.fit(config(drive, run_id, **places), timeout_seconds=400)  # the op is compiled once
     assert metrics(drive, run_id) == metrics(drive, "memory")
     assert not list((drive / "nvme").rglob("*.swp"))
-    shutil.rmtree(drive / "runs" / run_id / "checkpoints" / checkpoint.name(STEPS))
+    cut_back(drive, run_id, CUT)
     two.fit(config(drive, run_id, **places))
+    assert went_on(drive, run_id, CUT)
     assert metrics(drive, run_id) == metrics(drive, "memory")
 
 
@@ -59,8 +59,9 @@ def test_a_run_moves_from_the_drive_to_one_rank_in_memory_without_zero(
 ) -> None:
     settings: dict[str, object] = {"zero__offload": "nvme", "zero__offload_parameters": "nvme"}
     two.fit(config(drive, "moved", **settings))
-    shutil.rmtree(drive / "runs/moved/checkpoints" / checkpoint.name(STEPS))
+    cut_back(drive, "moved", CUT)
     one.fit(config(drive, "moved", zero__stage=0, batch__accumulation=2))
+    assert went_on(drive, "moved", CUT)
     assert metrics(drive, "moved") == pytest.approx(metrics(drive, "memory"), rel=1e-5)
 
 

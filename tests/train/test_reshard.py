@@ -61,7 +61,7 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
     """fp32 masters and moments of a checkpoint, a tensor a parameter."""
     found = checkpoint.opened(folder)
     stage = int(found.manifest["zero_stage"])
-    parameters = universal.convert(found, world_size=1, stage=stage) / "engine/zero"
+    parameters = universal.convert(found, folder.parent, world_size=1, stage=stage) / "engine/zero"
     held = {}
     for path in parameters.rglob("*.pt"):
         if path.stem in universal.MOMENTS:

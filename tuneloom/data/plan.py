@@ -154,14 +154,15 @@ class Plan:
         if state.get("version", 1) != VERSION:
             raise DataError(
                 f"resume: the checkpoint's order of rows is version {state.get('version', 1)}, "
-                f"this is version {VERSION}; finish the run with the code that began it, or set "
-                "resume=never"
+                f"this is version {VERSION}; finish the run with the code that began it, or "
+                "choose another run.id"
             )
         for key, mine in self.state().items():
             if key in FIXED and state.get(key) != mine:  # older states know no `documents`
                 raise DataError(
                     f"resume: the checkpoint was made with {key}={state.get(key)}, this run has "
-                    f"{mine}, and the order of rows would differ; set it back or set resume=never"
+                    f"{mine}, and the order of rows would differ; set it back, or choose another "
+                    "run.id"
                 )
         self._window, self._next = state["index"], state["next"]
         self._start, self._stop = state["start"], state["stop"]

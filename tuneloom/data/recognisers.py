@@ -6,9 +6,10 @@ Names and street addresses have no form, and nothing here finds them.
 How well each does: benchmarks/pii.py.
 """
 
+import bisect
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import phonenumbers
@@ -334,10 +335,22 @@ def find(text: str, recognisers: list[Recogniser]) -> list[Finding]:
         text
     ):  # one character in a million lowers to two; then places would shift
         lowered = text
-    taken: list[Finding] = []
-    for recogniser in recognisers:
-        if recogniser.look in seen:
-            for found in recogniser.find(text, lowered):
-                if all(found.end <= other.start or found.start >= other.end for other in taken):
-                    taken.append(found)
-    return sorted(taken, key=lambda finding: finding.start)
+    return apart(
+        found
+        for recogniser in recognisers
+        if recogniser.look in seen
+        for found in recogniser.find(text, lowered)
+    )
+
+
+def apart(findings: Iterable[Finding]) -> list[Finding]:
+    """Of findings in order of precedence those that overlap none before them, by place."""
+    kept: list[Finding] = []
+    starts: list[int] = []
+    for found in findings:
+        at = bisect.bisect_left(starts, found.start)
+        after_last = at == 0 or kept[at - 1].end <= found.start
+        if after_last and (at == len(kept) or found.end <= kept[at].start):
+            kept.insert(at, found)
+            starts.insert(at, found.start)
+    return kept

@@ -18,7 +18,15 @@ import regex
 from pydantic import field_validator, model_validator
 
 from tuneloom.config import Config
-from tuneloom.data.recognisers import ENTITIES, RECOGNISERS, Bounded, Finding, Recogniser, find
+from tuneloom.data.recognisers import (
+    ENTITIES,
+    RECOGNISERS,
+    Bounded,
+    Finding,
+    Recogniser,
+    apart,
+    find,
+)
 from tuneloom.data.secrets import find_secrets, find_with_detect_secrets
 from tuneloom.errors import ConfigError
 
@@ -121,14 +129,11 @@ class Redactor:
 
     def find(self, text: str) -> list[Finding]:
         """Secrets first, then the data owner's patterns, the built-in ones, and Presidio's."""
-        found = list(self.find_secrets(text)) if self.find_secrets else []
-        rest = find(text, self.recognisers)
-        if self.more:
-            rest += self.more(text)
-        for finding in rest:
-            if all(finding.end <= f.start or finding.start >= f.end for f in found):
-                found.append(finding)
-        return sorted(found, key=lambda finding: finding.start)
+        return apart([
+            *(self.find_secrets(text) if self.find_secrets else ()),
+            *find(text, self.recognisers),
+            *(self.more(text) if self.more else ()),
+        ])  # fmt: skip
 
     def redact(self, text: str, field: str) -> tuple[str, list[dict[str, str | int]]]:
         """The text without what must go, and where the replacements stand; raises DropRow."""

@@ -199,8 +199,11 @@ def manifest_of(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no manifest.json, so not a dataset folder; run tuneloom ingest")
     try:
         manifest = json.loads(file.read_text())
+        names = [str(manifest.get("name", "")), *manifest["splits"]]
         for split in manifest["splits"].values():
-            [(s["file"], s["rows"], s["sha256"]) for s in split["shards"]]
+            names += [s["file"] for s in split["shards"] if (s["rows"], s["sha256"])]
+        if outside := [name for name in names if name != Path(name).name]:  # files are made by them
+            raise ValueError(f"{outside[0]!r} is no name")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not a dataset manifest ({error!r}); ingest again") from None
     return dict(manifest)

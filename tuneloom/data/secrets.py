@@ -19,7 +19,7 @@ PATTERNS: list[tuple[tuple[str, ...], str]] = [
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{36,255}\b"),
     (("github_pat_",), r"\bgithub_pat_\w{22,255}\b"),
     (("glpat-",), r"\bglpat-[\w-]{20,}"),
-    (("eyJ",), r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"),
+    (("eyJ",), r"\beyJ[\w-]{8,2048}\.eyJ[\w-]{8,}\.[\w-]{8,}"),
     (("-----BEGIN",),
      r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----|[\s\S]*)"),
     (("sk-",), r"\bsk-(?:proj-|ant-|svcacct-|or-v1-)?[\w-]{20,}"),

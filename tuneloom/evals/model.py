@@ -25,7 +25,7 @@ from tuneloom.registry.contract import (
     check_weights,
     read,
 )
-from tuneloom.registry.digests import weights_digest
+from tuneloom.registry.digests import weight_files, weights_digest
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,7 @@ def load(
     tokenizer_folder = folder
     if adapter is not None:
         exported = open_adapter(adapter).contract
+        weight_files(adapter)  # or PEFT looks for pickled ones
         contract = _checked(exported or contract, adapter, digest=digest, given=path)
         tokenizer_folder = Path(adapter) if exported else folder
     elif (contract := read(folder)) is not None:

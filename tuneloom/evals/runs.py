@@ -8,7 +8,8 @@ from typing import Any
 from tuneloom.data.golden import goldens
 from tuneloom.data.render import Renderer
 from tuneloom.data.tokenizer import load_tokenizer
-from tuneloom.errors import ConfigError
+from tuneloom.errors import ConfigError, RefusedError
+from tuneloom.registry import contract as contracts
 from tuneloom.registry.adapters import is_adapter, model_folder
 from tuneloom.registry.contract import Base, Contract
 from tuneloom.registry.digests import template_digest, tokenizer_digest, weights_digest
@@ -50,16 +51,29 @@ def open_run(run: str) -> tuple[Path, dict[str, Any]]:
 def weights_of(run: Path, config: dict[str, Any]) -> Tuned:
     """The exported adapter or model, else the adapter as the trainer left it.
 
-    Raises ConfigError for a run that left no weights, or a whole model that is not exported.
+    Raises ConfigError for a run that left no weights, or a whole model that is not exported,
+    RefusedError for an adapter that was exported before the run went on.
     """
+    weights = run / "weights"
     for folder in (run / "export" / "adapter", run / "export" / "model"):
         if folder.is_dir():
+            _refuse_older(folder, weights)
             return Tuned(folder, None)
-    weights = run / "weights"
     if not is_adapter(weights):
         way = f"tuneloom export run={run}" if weights.is_dir() else "train it to its end"
         raise ConfigError(f"run: {run} has no exported weights; {way}")
     return Tuned(weights, contract_of(run, config, weights))
+
+
+def _refuse_older(exported: Path, weights: Path) -> None:
+    """An adapter of before the run was taken up again is not what the run is now."""
+    held = contracts.read(exported)
+    if held is None or held.kind != "adapter" or not is_adapter(weights):
+        return
+    if held.weights != weights_digest(weights):
+        raise RefusedError(
+            f"run: {exported} was exported before {weights} was written anew; export it again"
+        )
 
 
 def contract_of(run: Path, config: dict[str, Any], weights: Path) -> Contract:

@@ -45,7 +45,8 @@ def lines(record: page.Record, run: Path, *, seconds: float | None) -> list[str]
     found += [
         "next:",
         f'  tuneloom generate run={run} prompt="..."',
-        f"  tuneloom inspect data.path={record.config['data']['path']}",
+        f"  tuneloom inspect data.path={record.config['data']['path']} "
+        f"model.path={record.config['model']['path']}",
         "  tuneloom train --help",
     ]
     return found

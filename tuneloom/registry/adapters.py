@@ -68,6 +68,12 @@ def model_folder(path: str, *, revision: str | None = None, key: str = "model.pa
             f"{key}: {path} is an adapter, not a base; give its base here, and it as adapter="
         )
     if is_model(folder):
+        described = Path(folder, MODEL_CONFIG).read_text("utf-8")
+        if '"transformers_weights"' in described:  # it may be pickled, and goes before safetensors
+            raise ConfigError(
+                f"{key}: {folder / MODEL_CONFIG} names a weights file of its own "
+                "(transformers_weights); remove the key"
+            )
         return folder
     if folder.is_dir():
         raise ConfigError(f"{key}: {path} has no {MODEL_CONFIG}; give a Hugging Face model folder")

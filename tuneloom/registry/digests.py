@@ -20,6 +20,7 @@ import numpy as np
 
 from tuneloom.errors import DataError
 
+INDEX = "model.safetensors.index.json"
 NONE = "none"
 """Digest of what is not there, such as the template of a tokenizer without one."""
 
@@ -50,19 +51,38 @@ def digest_of(value: Any) -> str:
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that a loader would read; raises DataError when there are none.
 
-    An index decides where there is one: hub repositories hold second copies (consolidated.*).
+    Of an adapter that is the one PEFT reads. transformers takes `model.safetensors` before an
+    index, and either after other names (5.23), so a folder that holds several sets is refused: a
+    digest must be of what runs. Second copies under names that no loader asks for do not count.
     """
-    index = Path(folder, "model.safetensors.index.json")
+    adapter, whole, index = (
+        Path(folder, name) for name in ("adapter_model.safetensors", "model.safetensors", INDEX)
+    )
+    if Path(folder, "adapter_config.json").exists():
+        if not adapter.exists():  # PEFT would unpickle adapter_model.bin
+            raise DataError(f"{folder}: no {adapter.name}; save the adapter as safetensors")
+        return [adapter]
+    others = [*Path(folder).glob("shard-*.safetensors"), *([whole] if whole.exists() else [])]
     if index.exists():
-        files = sorted({Path(folder, name) for name in _json(index)["weight_map"].values()})
-        for file in files:
-            if not file.is_file():
-                raise DataError(f"{file}: not there, though {index.name} names it; copy it again")
-        return files
-    for name in ("adapter_model.safetensors", "model.safetensors"):
-        if Path(folder, name).exists():
-            return [Path(folder, name)]
+        if others:
+            raise DataError(
+                f"{folder}: holds {others[0].name} beside {INDEX}, and readers differ in which "
+                "they take; remove one"
+            )
+        return [_named(index, name) for name in sorted(set(_json(index)["weight_map"].values()))]
+    if others == [whole]:
+        return others
     raise DataError(f"{folder}: expected *.safetensors weights, found none; save as safetensors")
+
+
+def _named(index: Path, name: str) -> Path:
+    """A file that an index names."""
+    file = index.with_name(Path(name).name)
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise DataError(f"{index}: names {name!r}, which is no safetensors file beside it")
+    if not file.is_file():
+        raise DataError(f"{file}: not there, though {index.name} names it; copy it again")
+    return file
 
 
 def tensors(file: Path) -> Iterator[Tensor]:
