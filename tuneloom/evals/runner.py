@@ -25,7 +25,7 @@ from tuneloom.evals.terminal import progress, summary
 from tuneloom.evals.training import count_seen, drawn, open_training
 from tuneloom.redact import redact, redacted
 from tuneloom.registry.adapters import is_adapter
-from tuneloom.registry.contract import Contract
+from tuneloom.registry.contract import Contract, check_base
 
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -58,7 +58,7 @@ class EvaluateConfig(Config):
     """Score this many rows, drawn by the seed; 0 is all."""
     seed: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
-    """By default two more than the longest right answer has."""
+    """By default two more than the longest right answer has; 512 where the template thinks."""
     batch_tokens: Annotated[int, Field(gt=0)] | None = None
     """Padded tokens of one batch: by default 1,024 on a CPU, 16,384 on a GPU."""
     baseline: Literal["auto", "on", "off"] = "auto"
@@ -144,7 +144,8 @@ def find(config: EvaluateConfig) -> Subject:
     train, holder = config.data.train, path
     if train is None:  # what the run itself was trained on, whatever is scored
         holder = data["path"]
-        train = data["split"] if Path(holder).is_dir() else holder
+        if Path(holder).exists():
+            train = data["split"] if Path(holder).is_dir() else holder
     left = weights_of(run, trained)
     return Subject(
         base=model["path"] if model["init"] == "pretrained" else None,
@@ -189,6 +190,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
         baseline_missing=missing,
         constant=score.constant(sheet),
         labels=score.by_label(sheet, before, after),
+        unseen_answers=score.unseen_answers(sheet),
         seen_in_training=count_seen(ids, run=subject.run, rows=trained_on),
         left_out=sheet.left_out,
         data={"path": subject.data, "split": config.data.split, "digest": rows.digest},
@@ -217,7 +219,10 @@ def load_both(config: EvaluateConfig, subject: Subject) -> tuple[Loaded, Loaded 
     if subject.base is None:
         return tuned, None
     options["dtype"] = tuned.dtype
-    return tuned, load(subject.base, revision=subject.revision, key="base", **options)
+    base = load(subject.base, revision=subject.revision, key="base", **options)
+    if tuned.contract is not None:
+        check_base(tuned.contract, subject.tuned, digest=base.digest, given=subject.base)
+    return tuned, base
 
 
 def mark_both(
