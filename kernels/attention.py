@@ -12,7 +12,7 @@ Shapes: T packed tokens, N documents, L longest document, H heads, K key/value h
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,8 +93,13 @@ def version(distribution: str) -> str | None:
 
 
 def has_varlen() -> bool:
-    """`torch.nn.attention.varlen` is there (torch 2.10 and newer)."""
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    """`torch.nn.attention.varlen` takes scales, windows and grouped heads (torch 2.12)."""
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return False
+    known = inspect.signature(module.varlen_attn).parameters
+    return {"scale", "window_size", "enable_gqa"} <= set(known)
 
 
 def choose(requested: str, *, dtype: torch.dtype, head_dim: int, softcap: float | None) -> Choice:
@@ -132,7 +137,7 @@ def _lacks_varlen(dtype: torch.dtype, head_dim: int, softcap: float | None) -> s
     if lack := _lacks_fused(dtype, head_dim):
         return lack
     if not has_varlen():
-        return "needs torch 2.10"
+        return f"needs torch 2.12 (this is {torch.__version__})"
     return "cannot soft-cap logits" if softcap else None
 
 

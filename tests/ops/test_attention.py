@@ -94,11 +94,21 @@ def test_the_longest_document_need_not_be_told() -> None:
 Monkey = pytest.MonkeyPatch
 
 
+def varlen_of_torch_2_10(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
+    max_k: int, is_causal: bool = False, return_aux: Any = None,
+) -> Tensor:  # fmt: skip
+    raise AssertionError("is not called")
+
+
 def machine(monkeypatch: Monkey, major: int | None, *, varlen: bool = True, **there: str) -> None:
     """A machine with a GPU of compute capability `major`.0, or none, and these distributions."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: major is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
-    monkeypatch.setattr(attention, "has_varlen", lambda: varlen)
+    if varlen:
+        monkeypatch.setattr(attention, "has_varlen", lambda: True)
+    else:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch_2_10)
     monkeypatch.setattr(attention, "version", lambda name: there.get(name.replace("-", "_")))
 
 
@@ -134,10 +144,13 @@ def test_the_fastest_backend_that_is_there_is_taken_and_says_why(
     assert found.backend == backend and reason in found.reason
 
 
-def test_an_older_torch_has_no_varlen(monkeypatch: Monkey) -> None:
+def test_a_varlen_without_windows_and_grouped_heads_is_not_taken(monkeypatch: Monkey) -> None:
     machine(monkeypatch, 9, varlen=False)
     found = choose("auto", dtype=torch.bfloat16, head_dim=128, softcap=None)
-    assert found.backend == "sdpa" and "varlen needs torch 2.10" in found.reason
+    assert found.backend == "sdpa"
+    assert f"varlen needs torch 2.12 (this is {torch.__version__})" in found.reason
+    with pytest.raises(ConfigError, match=r"'varlen' needs torch 2\.12"):
+        choose("varlen", dtype=torch.bfloat16, head_dim=128, softcap=None)
 
 
 @pytest.mark.parametrize("backend", ["flash", "varlen"])
