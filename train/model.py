@@ -160,8 +160,9 @@ def choose_attention(
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     softcap = getattr(text, "attn_logit_softcapping", None)
     choice = attention.choose(
-        model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap
-    )
+        model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap,
+        dropout=any(getattr(text, key, None) for key in attention.DROPOUTS),
+    )  # fmt: skip
     attention.install(network, choice, exchange=exchange)
     return choice
 
