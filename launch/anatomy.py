@@ -228,16 +228,17 @@ def _has_experts(text: Any) -> bool:
 
 
 def _takes_loss(causal: Any, head: Any) -> bool:
-    """As kernels/patch.py finds it: a plain head that no adapter wraps, logits that are not capped.
+    """As kernels/patch.py finds it: a plain head without an adapter, logits that are not capped.
 
     The cached network is looked at, not patched, since it plans runs without kernels, too.
     """
     from torch import nn
 
+    from tuneloom.kernels.loss_head import running
     from tuneloom.kernels.patch import HEADS
 
     capped = getattr(causal.config, "final_logit_softcapping", None)
-    return type(causal).__name__ in HEADS and type(head) is nn.Linear and not capped
+    return type(causal).__name__ in HEADS and type(running(head)) is nn.Linear and not capped
 
 
 def _layers(network: Any) -> list[Any]:

@@ -38,13 +38,15 @@ CASES: dict[str, dict[str, object]] = {
     "rslora": {"method__rslora": True},
     "targets": {"method__targets": ["q_proj", "v_proj"]},
     "extra": {"method__extra_modules": ["lm_head"]},
+    "extra_fused": {"method__extra_modules": ["lm_head"], "model__kernels": True},
     "muon": {"optim__name": "muon", "optim__clip": 0.0, "method__kind": "full"},
     "adamw8bit": {"optim__name": "adamw8bit", "method__rank": 64},
     "bf16": {"model__dtype": "bf16"},
 }
 ACTED = {
     "full": "method=full", "lora": "method=lora", "dora": "method.dora", "rslora": "method.rslora",
-    "targets": "method=lora", "extra": "method.extra_modules=lm_head", "muon": "optim=muon",
+    "targets": "method=lora", "extra": "method.extra_modules=lm_head",
+    "extra_fused": "method.extra_modules=lm_head", "muon": "optim=muon",
     "adamw8bit": "optim=adamw8bit", "bf16": "model.dtype=bf16",
 }  # fmt: skip
 
