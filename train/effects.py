@@ -75,8 +75,9 @@ class Witness:
                 self._gradients[name] = 0.0 if gradient is None else float(gradient.float().norm())
         matrices = list(_matrices(self.network, muon=self.config.optim.name == "muon"))
         moving = [m for m in matrices if self._gradients[m[0]] > 0]  # LoRA's A is still at step 1
-        for matrix in moving[:1]:
-            self._before = (matrix[0], masters.master(self.engine, matrix[1]).float().clone())
+        if moving:  # the smallest: of an embedding neither a copy nor its singular values are cheap
+            name, parameter = min(moving, key=lambda matrix: true_numel(matrix[1]))
+            self._before = (name, masters.master(self.engine, parameter).float().clone())
 
     def after_step(self) -> None:
         """After the optimizer step of the watched step; collective."""

@@ -76,6 +76,13 @@ def test_muon_updates_are_orthogonal_and_adamw_updates_are_not(lab: Path) -> Non
     assert evenness("full-2", "optim=adamw") < effects.EVEN
 
 
+def test_of_a_model_trained_whole_a_small_matrix_is_watched_and_not_the_embedding(
+    lab: Path,
+) -> None:
+    watched = receipts(lab, "full-2")["optim=adamw"]["update"]["parameter"]
+    assert watched == "model.layers.0.self_attn.k_proj.weight"
+
+
 def test_rslora_scales_by_the_root_of_the_rank(lab: Path) -> None:
     assert receipts(lab, "rslora-0")["method.rslora"]["scaling"] == [32 / math.sqrt(8)]
 
