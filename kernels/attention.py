@@ -12,7 +12,7 @@ Shapes: T packed tokens, N documents, L longest document, H heads, K key/value h
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ Exchange = Callable[[Attend, Tensor, Tensor, Tensor], Tensor]
 """Runs an attention on whole sequences from parts of them (train/sequence.py)."""
 CALLS: Counter[str] = Counter()
 """Calls per backend since import, or since `CALLS.clear()`; effects.json is written from it."""
+DROPOUTS = ("attention_dropout", "attn_pdrop")
+"""Keys of transformers' configs for the share of attention that training drops out."""
 REASONS: dict[str, str] = {}
 """Why each backend was installed, the last time; stands in effects.json beside its calls."""
 
@@ -93,17 +95,26 @@ def version(distribution: str) -> str | None:
 
 
 def has_varlen() -> bool:
-    """`torch.nn.attention.varlen` is there (torch 2.10 and newer)."""
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    """`torch.nn.attention.varlen` takes scales, windows and grouped heads (torch 2.12)."""
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return False
+    known = inspect.signature(module.varlen_attn).parameters
+    return {"scale", "window_size", "enable_gqa"} <= set(known)
 
 
-def choose(requested: str, *, dtype: torch.dtype, head_dim: int, softcap: float | None) -> Choice:
+def choose(
+    requested: str, *, dtype: torch.dtype, head_dim: int, softcap: float | None,
+    dropout: bool = False,
+) -> Choice:  # fmt: skip
     """Backend for `model.attention=requested`; raises ConfigError when it was named and cannot
     run.
     """
+    drops = "cannot drop attention out" if dropout else None
     lacks = {
-        "flash": _lacks_flash(dtype, head_dim),
-        "varlen": _lacks_varlen(dtype, head_dim, softcap),
+        "flash": _lacks_flash(dtype, head_dim) or drops,
+        "varlen": _lacks_varlen(dtype, head_dim, softcap) or drops,
         "sdpa": "cannot soft-cap logits" if softcap else None,
         "eager": None,
     }
@@ -132,7 +143,7 @@ def _lacks_varlen(dtype: torch.dtype, head_dim: int, softcap: float | None) -> s
     if lack := _lacks_fused(dtype, head_dim):
         return lack
     if not has_varlen():
-        return "needs torch 2.10"
+        return f"needs torch 2.12 (this is {torch.__version__})"
     return "cannot soft-cap logits" if softcap else None
 
 
@@ -179,7 +190,9 @@ def install(model: torch.nn.Module, choice: Choice, *, exchange: Exchange | None
 
 
 def _arguments(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a transformers attention layer passes, in our names; unknown features are refused."""
+    """What a transformers attention layer passes, in our names. Patterns that stand in its mask
+    alone are refused before (train/patterns.py).
+    """
     if kwargs.get("s_aux") is not None:
         raise ConfigError(
             f"model.path: {type(module).__name__} has attention sinks, "
@@ -191,6 +204,7 @@ def _arguments(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any
         "scale": kwargs.get("scaling"),
         "window": kwargs.get("sliding_window"),
         "softcap": kwargs.get("softcap"),
+        "dropout": kwargs.get("dropout") or 0.0,
     }
 
 
@@ -205,6 +219,7 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention; documents of a pack do not see each other.
 
@@ -212,8 +227,14 @@ def attend(
     cu_seqlens: (N + 1,) int32, offsets of the documents of the one packed row (B = 1); None for
     right-padded rows, where causality alone hides the padding from real tokens.
     window: positions a token sees, itself included; None for all.
+    dropout: share of the softmax that is dropped; sdpa and eager only.
     """
     CALLS[backend] += 1
+    if dropout and backend not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"model.attention: {backend} cannot drop attention out, and this model drops {dropout} "
+            "of it; set model.attention=sdpa"
+        )
     if backend in ("flash", "varlen") and cu_seqlens is None:
         batch, _, length, _ = query.shape
         cu_seqlens = torch.arange(
@@ -225,7 +246,7 @@ def attend(
         return _fused_varlen(
             query, key, value, backend, cu_seqlens, max_length, scale, window, softcap
         )
-    plain = _sdpa if backend == "sdpa" else _eager
+    plain = functools.partial(_sdpa if backend == "sdpa" else _eager, dropout)
     if cu_seqlens is None:
         return plain(query, key, value, scale, window, softcap).transpose(1, 2)
     return _by_document(query, key, value, cu_seqlens, max_length, scale, window, softcap, plain)
@@ -302,6 +323,7 @@ def _by_document(
 
 
 def _sdpa(
+    dropout: float,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -314,15 +336,16 @@ def _sdpa(
     grouped = query.shape[1] != key.shape[1]
     if window is None or window >= query.shape[2]:
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
         )
     mask = _band(query.shape[2], window, query.device)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
 
 
 def _eager(
+    dropout: float,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -339,7 +362,8 @@ def _eager(
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~_band(query.shape[2], window, query.device), float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(shares, dropout) @ value
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor:

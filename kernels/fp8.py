@@ -59,13 +59,14 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight  # frozen; saved tensors would lose its scale
-        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        y = product(x.reshape(-1, x.shape[-1]), weight)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dx = product_backward(dy.reshape(-1, dy.shape[-1]), ctx.weight)
-        return dx.view(*dy.shape[:-1], -1), None
+        return dx.view(*dy.shape[:-1], dx.shape[-1]), None
 
 
 class Fp8TrainedLinear(nn.Linear):
@@ -84,7 +85,8 @@ class _Fp8TrainedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _rounded_product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        y = _rounded_product(x.reshape(-1, x.shape[-1]), weight)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -141,10 +143,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (T, O) in x's dtype, of x (T, D) and a held weight; outside autograd."""
     CALLS["fp8"] += 1
     numbers, scale = quantise(x)
-    return torch._scaled_mm(
-        numbers, weight.detach().view(KIND).t(), scale_a=scale,
-        scale_b=getattr(weight, SCALE).t(), out_dtype=x.dtype, use_fast_accum=True,
-    )  # fmt: skip
+    return _scaled(numbers, weight.detach().view(KIND), scale, getattr(weight, SCALE), x.dtype)
 
 
 def _rounded_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -152,10 +151,7 @@ def _rounded_product(x: Tensor, weight: Tensor) -> Tensor:
     CALLS["fp8"] += 1
     numbers, scale = quantise(x)
     rows, row_scale = quantise(weight)
-    return torch._scaled_mm(
-        numbers, rows.t(), scale_a=scale, scale_b=row_scale.t(), out_dtype=x.dtype,
-        use_fast_accum=True,
-    )  # fmt: skip
+    return _scaled(numbers, rows, scale, row_scale, x.dtype)
 
 
 def product_backward(dy: Tensor, weight: Tensor) -> Tensor:
@@ -163,9 +159,21 @@ def product_backward(dy: Tensor, weight: Tensor) -> Tensor:
     scale_w: Tensor = getattr(weight, SCALE)
     numbers, scale = quantise(dy, columns=scale_w)
     turned = weight.detach().t().contiguous().view(KIND)  # (D, O)
-    ones = torch.ones(1, turned.shape[0], dtype=torch.float32, device=dy.device)
+    ones = torch.ones(turned.shape[0], 1, dtype=torch.float32, device=dy.device)
+    return _scaled(numbers, turned, scale, ones, dy.dtype, fast=False)
+
+
+def _scaled(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, fast: bool = True
+) -> Tensor:
+    """a b^T in `dtype`, rows times their scales: a (T, D), b (O, D) e4m3; scales (T, 1), (O, 1).
+
+    Without a row (a tile of a short batch) nothing is launched.
+    """
+    if not a.shape[0]:
+        return torch.empty(0, b.shape[0], dtype=dtype, device=a.device)
     return torch._scaled_mm(
-        numbers, turned.t(), scale_a=scale, scale_b=ones, out_dtype=dy.dtype, use_fast_accum=False
+        a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=dtype, use_fast_accum=fast
     )
 
 
@@ -175,7 +183,7 @@ def quantise(x: Tensor, *, columns: Tensor | None = None) -> tuple[Tensor, Tenso
     A row with a NaN or an infinity gives products that are NaN.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    if not runs_triton(x):
+    if not runs_triton(x) or not x.shape[0]:
         return _plain_quantise(x, columns)
     numbers = torch.empty(x.shape, dtype=KIND, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)

@@ -7,8 +7,9 @@
 patch.py puts `forward` below on `lm_head`. Inside the context it returns the summed token loss of
 `linear_cross_entropy` in place of logits; outside it is the linear it was. The call still goes
 through the root module and `lm_head(...)`, so that ZeRO-3's hooks gather the head's weight.
-Not fused, and said so by the False: a head that PEFT wraps, one that is no plain linear, and models
-that cap their logits after the head (Gemma 2).
+A head that PEFT copies to train it whole is fused, too. Not fused, and said so by the False: a head
+with an adapter, one that is no plain linear, and models that cap their logits after the head
+(Gemma 2).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def loss_from_head(
     `kept`, the positions that are not, saves a GPU from waiting for their number.
     """
     causal: Any = network
-    head = causal.get_output_embeddings()
-    if not getattr(head, "_tuneloom_loss_head", False):
+    head = running(causal.get_output_embeddings())
+    if "_tuneloom_loss_head" not in getattr(head, "__dict__", ()):
         CALLS["loss from logits: the head is not a patched linear"] += 1
         yield False
         return
@@ -45,6 +46,14 @@ def loss_from_head(
         yield True
     finally:
         del head.__dict__[_LABELS]
+
+
+def running(head: Any) -> Any:
+    """What computes when `head` is called: of a head that PEFT trains whole, its active copy."""
+    if "modules_to_save" not in getattr(head, "_modules", ()):
+        return head
+    active = [] if head.disable_adapters else head.active_adapters
+    return head.modules_to_save[active[0]] if active else head.original_module
 
 
 def forward(self: nn.Linear, hidden: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ from tuneloom.kernels.rms_norm import rms_norm
 from tuneloom.kernels.rope import rope
 from tuneloom.kernels.swiglu import Activation, gated
 
+OPS = ("rms_norm", "rope", "gated", loss_head.OP, "activation_diet")
+"""As `jit.CALLS` counts them."""
+
 LLAMA_LIKE = ("Llama", "Qwen2", "Qwen3", "Mistral")
 GEMMA = ("Gemma", "Gemma2", "Gemma3")
 MOE = ("Mixtral", "Qwen2Moe", "Qwen3Moe")

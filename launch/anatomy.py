@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tuneloom.config import did_you_mean
 from tuneloom.errors import ConfigError
@@ -22,6 +22,8 @@ from tuneloom.train.config import BatchConfig, MethodConfig, ModelConfig, TrainC
 
 SHAPES = Path(__file__).with_name("shapes.json")
 """config.json of the hub models that shipped experiments name: they plan with no network."""
+Patches = Literal["none", "ops", "diet"]
+"""Of kernels/: none, the single ops, or whole layers on the activation diet."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,16 @@ def _whole(config: TrainConfig, *, mlps: bool = True) -> Saved:
     ):  # fused kernels keep the same bytes for one long row, in the packed layout
         rows, length = 1, rows * length
     shape, method = _key(config.model), _frozen(config.method)
-    kernels, dtype = config.model.kernels, config.model.dtype
+    kernels, dtype = _patches(config), config.model.dtype
     return _saved(shape, method, kernels, dtype, backend, rows, length, mlps)
+
+
+def _patches(config: TrainConfig) -> Patches:
+    """ZeRO-3's shards and trained FP8 weights keep layers off the diet (kernels/lora_linear.py)."""
+    if not config.model.kernels:
+        return "none"
+    trained_fp8 = config.model.fp8 and config.method.kind == "full"
+    return "ops" if config.zero.stage == 3 or trained_fp8 else "diet"
 
 
 def micro_batch(batch: BatchConfig) -> tuple[int, int]:
@@ -156,12 +166,16 @@ def _frozen(method: MethodConfig) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _network(shape: str, method: str, kernels: bool = False) -> Any:
-    """The adapted network on the meta device, with the fused ops of kernels/ or without."""
+def _network(shape: str, method: str, kernels: Patches = "none") -> Any:
+    """The adapted network on the meta device, with the fused ops of kernels/ or without.
+
+    It drops no attention out: a GPU's kernels keep a seed, where the CPU's would keep the scores.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tuneloom.kernels.patch import patch
+    from tuneloom.kernels.attention import DROPOUTS
+    from tuneloom.kernels.patch import patch, unpatch_module
     from tuneloom.train import method as methods
 
     # PEFT imports bitsandbytes, which warns of a CPU kernel that nothing here would call.
@@ -170,13 +184,19 @@ def _network(shape: str, method: str, kernels: bool = False) -> Any:
     fields = json.loads(shape)
     try:
         config = AutoConfig.for_model(**fields)
+        text = config.get_text_config()
+        for key in DROPOUTS:
+            if getattr(text, key, None):
+                setattr(text, key, 0.0)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, trust_remote_code=False
             )
             network.config.use_cache = False
-            if kernels:
+            if kernels != "none":
                 patch(network)
+            for layer in _layers(network) if kernels == "ops" else []:
+                unpatch_module(layer)
             return methods.apply(network, MethodConfig.model_validate_json(method))
     except (ValueError, KeyError) as error:
         if isinstance(error, ConfigError):
@@ -228,16 +248,17 @@ def _has_experts(text: Any) -> bool:
 
 
 def _takes_loss(causal: Any, head: Any) -> bool:
-    """As kernels/patch.py finds it: a plain head that no adapter wraps, logits that are not capped.
+    """As kernels/patch.py finds it: a plain head without an adapter, logits that are not capped.
 
     The cached network is looked at, not patched, since it plans runs without kernels, too.
     """
     from torch import nn
 
+    from tuneloom.kernels.loss_head import running
     from tuneloom.kernels.patch import HEADS
 
     capped = getattr(causal.config, "final_logit_softcapping", None)
-    return type(causal).__name__ in HEADS and type(head) is nn.Linear and not capped
+    return type(causal).__name__ in HEADS and type(running(head)) is nn.Linear and not capped
 
 
 def _layers(network: Any) -> list[Any]:
@@ -251,7 +272,7 @@ def _layers(network: Any) -> list[Any]:
 
 @functools.lru_cache(maxsize=32)
 def _saved(
-    shape: str, method: str, kernels: bool, dtype: str, backend: str, rows: int, length: int,
+    shape: str, method: str, kernels: Patches, dtype: str, backend: str, rows: int, length: int,
     mlps: bool,
 ) -> Saved:  # fmt: skip
     import torch

@@ -244,7 +244,8 @@ def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, saved: Saved, *, cuda
     budget = CHUNK_BYTES if cuda else CPU_CHUNK_BYTES
     rows = min(tokens, max(128, budget // (vocabulary * width) // 128 * 128))
     chunk = rows * vocabulary * (width if cuda else width + 2 * 4)
-    head = width * vocabulary * anatomy.hidden if config.method.kind == "full" else 0
+    trained = config.method.kind == "full" or "lm_head" in config.method.extra_modules
+    head = width * vocabulary * anatomy.hidden if trained else 0
     kept = width * tokens * anatomy.hidden + head
     if fused:
         return max(0, chunk + kept - working_bytes(config, anatomy, cuda=cuda))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tuneloom.errors import TrainingError
-from tuneloom.kernels import attention, fp8, jit, loss_head, nf4
+from tuneloom.kernels import attention, fp8, jit, loss_head, nf4, patch
 from tuneloom.train import compiled, graphed, masters, offload, sequence, tiles
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.flops import true_numel
-from tuneloom.train.model import DTYPES
+from tuneloom.train.model import DTYPES, RECOMPUTED
 
 EVEN = 0.5
 """Median over largest singular value of an update: above it Muon acted, AdamW stays below."""
@@ -62,6 +62,7 @@ class Witness:
         compiled.SEEN.clear()
         graphed.SEEN.clear()
         offload.MOVED.clear()
+        RECOMPUTED.clear()
 
     def saw_micro_batches(self, documents: list[int]) -> None:
         """Documents in each micro-batch of a step that is about to run."""
@@ -75,8 +76,9 @@ class Witness:
                 self._gradients[name] = 0.0 if gradient is None else float(gradient.float().norm())
         matrices = list(_matrices(self.network, muon=self.config.optim.name == "muon"))
         moving = [m for m in matrices if self._gradients[m[0]] > 0]  # LoRA's A is still at step 1
-        for matrix in moving[:1]:
-            self._before = (matrix[0], masters.master(self.engine, matrix[1]).float().clone())
+        if moving:  # the smallest: of an embedding neither a copy nor its singular values are cheap
+            name, parameter = min(moving, key=lambda matrix: true_numel(matrix[1]))
+            self._before = (name, masters.master(self.engine, parameter).float().clone())
 
     def after_step(self) -> None:
         """After the optimizer step of the watched step; collective."""
@@ -207,7 +209,7 @@ class Witness:
         )
         if model.kernels:
             ran = dict(jit.CALLS)
-            yield Receipt("model.kernels", bool(ran), {"calls": ran})
+            yield Receipt("model.kernels", any(ran.get(op) for op in patch.OPS), {"calls": ran})
         if model.compile:
             spent = compiled.cost()
             layers_run = compiled.SEEN["forwards"]
@@ -227,15 +229,9 @@ class Witness:
             }
             yield Receipt("model.fp8", all(evidence.values()), evidence)
         if model.checkpointing != "off":
-            network: Any = self.network
-            layers = network.config.get_text_config().num_hidden_layers
-            per_micro = sum(calls.values()) / max(1, len(self._documents))
-            yield Receipt(
-                f"model.checkpointing={model.checkpointing}",
-                per_micro > layers,
-                {"layers": layers, "layer_forwards_per_micro_batch": per_micro},
-            )
-
+            again = RECOMPUTED["layers"]
+            evidence = {"layers_recomputed": again, "micro_batches": len(self._documents)}
+            yield Receipt(f"model.checkpointing={model.checkpointing}", again > 0, evidence)
         if model.checkpoint_offload:
             moved = dict(offload.MOVED)
             yield Receipt("model.checkpoint_offload", moved.get("bytes", 0) > 0, moved)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuneloom.data.packing import pack
+from tuneloom.data.packing import pack, split
 from tuneloom.data.rows import manifest_of, open_rows
 from tuneloom.errors import ConfigError
 from tuneloom.train import distributed, samples
@@ -59,23 +59,27 @@ class Validation:
         """-log p per target token over all validation rows; the same on all ranks; collective."""
         lengths = self.store.lengths(self.order)
         kept = self.order[lengths > 0]
-        budget = (
-            self.config.batch.tokens if self.config.batch.packing else self.config.batch.max_length
-        )
-        bins = [kept[members] for members in pack(lengths[lengths > 0], budget)]
-        world = self.world
+        bins = [kept[members] for members in self._bins(lengths[lengths > 0])]
+        world, packing = self.world, self.config.batch.packing
         bins += [np.empty(0, np.int64)] * (-len(bins) % world.data_size)
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         for rows in bins[world.data_rank :: world.data_size]:
             examples = [self.store.example(int(r)) for r in rows]
-            micro = collate(list(rows), examples, packing=True, multiple=world.sequence)
+            micro = collate(list(rows), examples, packing=packing, multiple=world.sequence)
             part = micro.shard(world.sequence_rank, world.sequence).to(world.device)
             totals[0] += float(loss_sum(engine, part))
             totals[1] += micro.target_tokens
         engine.train()
         distributed.sum_over_ranks(totals)
         return float(totals[0] / (totals[1] / world.sequence))
+
+    def _bins(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Rows of each micro-batch, laid out as in training: packs, or rows of like lengths."""
+        batch = self.config.batch
+        if batch.packing:
+            return pack(lengths, batch.tokens)
+        return split([np.argsort(lengths, kind="stable")], batch.sequences) if len(lengths) else []
 
     def sample(self, engine: Any, path: Path, step: int) -> None:
         """Answer the first prompts on every rank alike; rank 0 writes them."""

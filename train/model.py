@@ -4,8 +4,10 @@ it.
 Only safetensors are read and no remote code is executed; no key of any config turns that on.
 """
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from tuneloom.train.config import MethodConfig, ModelConfig
 from tuneloom.train.offload import checkpoint_on_host
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RECOMPUTED: Counter[str] = Counter()
+"""Layers run again in backward since `RECOMPUTED.clear()`; effects.json is written from it."""
 MOE_BLOCKS = ("MoeBlock", "SparseMoe", "MoE", "MLPExperts", "Experts")
 
 
@@ -170,8 +174,9 @@ def choose_attention(
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     softcap = getattr(text, "attn_logit_softcapping", None)
     choice = attention.choose(
-        model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap
-    )
+        model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap,
+        dropout=any(getattr(text, key, None) for key in attention.DROPOUTS),
+    )  # fmt: skip
     attention.install(network, choice, exchange=exchange)
     return choice
 
@@ -210,9 +215,26 @@ def checkpoint_activations(network: nn.Module, model: ModelConfig) -> int:
     every = model.checkpoint_every_layers if model.checkpointing == "selective" else 1
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0
-        if model.checkpoint_offload:
-            layer._gradient_checkpointing_func = checkpoint_on_host
+        checkpoint = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = _counted(
+            checkpoint_on_host if model.checkpoint_offload else checkpoint
+        )
     return sum(layer.gradient_checkpointing for layer in layers)
+
+
+def _counted(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """`checkpoint(layer, *inputs)`, which counts every run of the layer but the first."""
+
+    def counting(layer: Callable[..., Any], *inputs: Any) -> Any:
+        runs = itertools.count()
+
+        def run(*inputs: Any) -> Any:
+            RECOMPUTED["layers"] += next(runs) > 0
+            return layer(*inputs)
+
+        return checkpoint(run, *inputs)
+
+    return counting
 
 
 def moe_blocks(network: nn.Module) -> list[type[nn.Module]]:

@@ -439,8 +439,8 @@ def _rule_list() -> str:
     lines += [f"{n}. `{'`, `'.join(rule.keys)}`: {rule.reason}." for n, rule in enumerate(RULES, 1)]
     lines.append(
         "\nWhat depends on the machine is no rule but asked there: fp16 and flash or varlen "
-        "attention need a GPU,\nflash its package, NVMe DeepSpeed's async_io op (libaio), and "
-        "`tuneloom plan` says what fits in memory."
+        "attention need a GPU,\nflash its package, varlen torch 2.12, NVMe DeepSpeed's async_io op "
+        "(libaio), and `tuneloom plan` says what fits in memory."
     )
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,7 @@ from tuneloom.train import (
     graphed,
     method,
     model,
+    patterns,
     probe,
     runs,
     samples,
@@ -209,6 +210,9 @@ class Session:
                 self.base, config.model, config.method, world.device, seed=config.seed
             )
             self._begin_part()
+            inexact = patterns.refuse(network, config.batch)
+            if inexact and world.first:
+                print(inexact, flush=True)
             self._share_sequences(network)
             self.patched = _patch(network) if config.model.kernels else {}
             first = self.feed.peek() if config.model.fp8 else []

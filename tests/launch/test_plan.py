@@ -1,6 +1,7 @@
 """Plans: parameter counts and activations against real models, state against real checkpoints."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def test_lora_parameters_of_an_8b_model_are_the_sum_of_its_pairs() -> None:
     assert parts.trainable == 32 * 16 * (q + 2 * kv + o + 3 * mlp)
 
 
-def measured(lab: Path, kind: str, dtype: str, length: int) -> list[int]:
+def measured(
+    lab: Path, kind: str, dtype: str, length: int, prepare: Callable[[Any], object] = lambda _: None
+) -> list[int]:
     """Bytes that each decoder layer of a real model really saves, counted here a second time."""
     from transformers import LlamaForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -84,6 +87,7 @@ def measured(lab: Path, kind: str, dtype: str, length: int) -> list[int]:
 
     network: Any = LlamaForCausalLM.from_pretrained(lab / "base", dtype=DTYPES[dtype])
     attention.install(network, attention.Choice("sdpa", "test"))
+    prepare(network)
     network = methods.apply(network, MethodConfig(kind=kind, rank=8)).to(DTYPES[dtype]).train()
     parameters = {p.data_ptr() for p in network.parameters()}
     alive: dict[int, torch.Tensor] = {}
@@ -113,6 +117,33 @@ def test_forecast_activations_are_what_a_real_model_saves(lab: Path, kind: str, 
     )
     forecast = saved_activations(training_of(planned)).per_layer
     assert forecast == pytest.approx(measured(lab, kind, dtype, 256), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"zero__stage": 3}, {"model__fp8": True, "model__dtype": "bf16"}]
+)
+def test_where_layers_step_off_the_diet_the_plan_keeps_what_their_own_code_keeps(
+    lab: Path, changes: dict[str, object]
+) -> None:
+    from tuneloom.kernels import fp8
+    from tuneloom.kernels.patch import patch, unpatch_module
+
+    base = {"method__kind": "full", "model__kernels": True}
+    base |= {"batch__max_length": 64, "batch__tokens": 256}
+    planned = training_of(local(lab, **(base | changes)))
+
+    def prepare(network: Any) -> None:
+        patch(network)
+        if planned.model.fp8:
+            fp8.hold_linears(network, trained=True)  # which alone keeps the layers off the diet
+            return
+        for layer in network.model.layers:  # no shard here to do so
+            unpatch_module(layer)
+
+    real = measured(lab, "full", planned.model.dtype, 256, prepare)
+    assert saved_activations(planned).per_layer == pytest.approx(real, rel=0.03)
+    dieted = training_of(local(lab, **base, model__dtype=planned.model.dtype))
+    assert saved_activations(dieted).per_layer[1] < 0.8 * real[1]
 
 
 @pytest.mark.parametrize(("kind", "kib"), [("full", 196.1), ("lora", 180.4)])

@@ -91,14 +91,60 @@ def test_the_longest_document_need_not_be_told() -> None:
     torch.testing.assert_close(told, untold, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_share_of_attention_that_is_asked_for_is_dropped(
+    backend: str, window: int | None
+) -> None:
+    q = torch.zeros(64, HEADS, WIDTH, WIDTH)  # attends evenly to what it sees
+    v = torch.eye(WIDTH).expand(64, KEY_HEADS, WIDTH, WIDTH)
+    seen = attend(q, q[:, :KEY_HEADS], v, backend=backend, window=window)
+    out = attend(q, q[:, :KEY_HEADS], v, backend=backend, window=window, dropout=0.25)
+    kept = (out / seen)[seen > 0]
+    torch.testing.assert_close(kept[kept > 0], torch.full_like(kept[kept > 0], 1 / 0.75))
+    assert (kept == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_model_drops_attention_out_in_training_alone(backend: str) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, vocab_size=61, attn_pdrop=0.5, resid_pdrop=0, embd_pdrop=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    attention.install(model, attention.Choice(backend, "test"))
+    ids = torch.arange(1, 12)[None]
+    one, other = (model.train()(ids).logits for _ in range(2))
+    assert not torch.equal(one, other)
+    one, other = (model.eval()(ids).logits for _ in range(2))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_a_backend_that_cannot_drop_attention_out_does_not_pass_over_it(backend: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{backend} cannot drop attention out.*drops 0\.1"):
+        attend(*leaves(1), backend=backend, dropout=0.1)
+
+
 Monkey = pytest.MonkeyPatch
+
+
+def varlen_of_torch_2_10(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
+    max_k: int, is_causal: bool = False, return_aux: Any = None,
+) -> Tensor:  # fmt: skip
+    raise AssertionError("is not called")
 
 
 def machine(monkeypatch: Monkey, major: int | None, *, varlen: bool = True, **there: str) -> None:
     """A machine with a GPU of compute capability `major`.0, or none, and these distributions."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: major is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
-    monkeypatch.setattr(attention, "has_varlen", lambda: varlen)
+    if varlen:
+        monkeypatch.setattr(attention, "has_varlen", lambda: True)
+    else:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch_2_10)
     monkeypatch.setattr(attention, "version", lambda name: there.get(name.replace("-", "_")))
 
 
@@ -120,6 +166,7 @@ TWO, THREE, FOUR = {"flash_attn": "2.8.3"}, {"flash_attn_3": "3.0.0"}, {"flash_a
         (9, TWO | THREE | FOUR, {}, "flash", "flash-attn-3 3.0.0"),
         (8, TWO | THREE | FOUR, {}, "flash", "flash-attn 2.8.3"),
         (10, TWO | THREE | FOUR, {}, "flash", "flash-attn-4 4.0.0"),
+        (9, TWO, {"dropout": True}, "sdpa", "flash cannot drop attention out; varlen cannot drop"),
         (10, TWO | FOUR, {"head_dim": 256}, "flash", "flash-attn 2.8.3"),
         (9, FOUR, {}, "varlen", "flash needs a flash-attn for this GPU"),
         (8, THREE, {}, "varlen", "flash needs a flash-attn for this GPU"),
@@ -134,10 +181,13 @@ def test_the_fastest_backend_that_is_there_is_taken_and_says_why(
     assert found.backend == backend and reason in found.reason
 
 
-def test_an_older_torch_has_no_varlen(monkeypatch: Monkey) -> None:
+def test_a_varlen_without_windows_and_grouped_heads_is_not_taken(monkeypatch: Monkey) -> None:
     machine(monkeypatch, 9, varlen=False)
     found = choose("auto", dtype=torch.bfloat16, head_dim=128, softcap=None)
-    assert found.backend == "sdpa" and "varlen needs torch 2.10" in found.reason
+    assert found.backend == "sdpa"
+    assert f"varlen needs torch 2.12 (this is {torch.__version__})" in found.reason
+    with pytest.raises(ConfigError, match=r"'varlen' needs torch 2\.12"):
+        choose("varlen", dtype=torch.bfloat16, head_dim=128, softcap=None)
 
 
 @pytest.mark.parametrize("backend", ["flash", "varlen"])

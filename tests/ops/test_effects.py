@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+from transformers import AutoConfig
+
+from tuneloom.errors import TrainingError
 from tuneloom.testing import Gang, small_config
 
 
@@ -24,6 +29,48 @@ def test_what_was_patched_stands_in_effects_module_by_module(lab: Path, one: Gan
         "LlamaRMSNorm": {"rms_norm": 5},
     }
     assert effects(lab, one, "unpatched", model__kernels=False)["kernels"] == {}
+
+
+def base_of(lab: Path, family: str, **shape: object) -> dict[str, object]:
+    """Settings of a run that trains a tiny model of `family` from random weights."""
+    folder = lab / family
+    shutil.copytree(lab / "base", folder)
+    config = AutoConfig.for_model(
+        family, vocab_size=384, hidden_size=64, intermediate_size=128, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, **shape,
+    )  # fmt: skip
+    config.architectures = None
+    config.save_pretrained(folder)
+    return {
+        "model__path": str(folder), "model__init": "random", "method__kind": "full",
+        "batch__packing": False, "batch__sequences": 2,
+    }  # fmt: skip
+
+
+def test_kernels_that_found_no_module_end_the_run_whatever_was_counted(
+    lab: Path, one: Gang
+) -> None:
+    settings = base_of(lab, "olmo2", num_hidden_layers=2)
+    with pytest.raises(TrainingError, match=r"did nothing: model\.kernels .*loss from logits"):
+        effects(lab, one, "unknown", model__kernels=True, **settings)
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_recomputed_layers_are_counted_also_where_few_attend_and_validation_runs_between(
+    lab: Path, one: Gang, host: bool
+) -> None:
+    layers = ["conv", "conv", "full_attention"]
+    where = lab if not host else lab / "host"
+    where.mkdir(exist_ok=True)
+    if host:
+        shutil.copytree(lab / "base", where / "base")
+    settings = base_of(where, "lfm2", num_hidden_layers=3, layer_types=layers)
+    settings |= {"model__checkpointing": "on", "model__checkpoint_offload": host}
+    settings |= {"data__validation": str(lab / "validation.jsonl"), "train__validate_every": 1}
+    found = effects(lab, one, "hybrid-host" if host else "hybrid", **settings)["receipts"]
+    (receipt,) = [r for r in found if r["option"] == "model.checkpointing=on"]
+    assert receipt["acted"]
+    assert receipt["evidence"] == {"layers_recomputed": 2 * 3, "micro_batches": 2}
 
 
 def test_the_attention_that_ran_stands_there_with_its_reason(lab: Path, one: Gang) -> None:

@@ -127,6 +127,22 @@ def test_a_trained_weight_is_rounded_in_both_passes_and_its_gradient_is_not(toke
     torch.testing.assert_close(linear.bias.grad, drows.sum(0))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_a_tile_without_a_token_goes_forward_and_back(
+    trained: bool, shape: tuple[int, ...]
+) -> None:
+    plain = nn.Linear(64, 48)
+    linear = (fp8.Fp8TrainedLinear if trained else fp8.Fp8Linear)(plain)
+    x = torch.empty(shape, requires_grad=True)
+    y = linear(x)
+    assert y.shape == (*shape[:-1], 48)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
+    if trained:
+        assert torch.equal(plain.weight.grad, torch.zeros(48, 64))
+
+
 def test_weights_take_half_the_bytes_of_bf16_and_a_scale_a_row() -> None:
     weight = held(torch.randn(96, 128, dtype=torch.bfloat16))
     assert weight.nbytes == 96 * 128 and getattr(weight, fp8.SCALE).nbytes == 4 * 96

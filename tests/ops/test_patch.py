@@ -187,6 +187,30 @@ def test_a_head_that_peft_wraps_still_gives_logits() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_head_that_is_trained_whole_gives_the_loss_itself() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("Llama")
+    expected = head_loss(model)[0]
+    patch(model)  # before PEFT copies the head, as the trainer does
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wrapped = get_peft_model(model, config)
+    loss, fused = head_loss(wrapped)
+    assert fused and loss.shape == ()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    copied = wrapped.get_output_embeddings().modules_to_save.default
+    assert copied.weight.grad.any()
+    with torch.no_grad():
+        copied.weight.zero_()
+    assert not torch.allclose(head_loss(wrapped)[0], expected)
+    with wrapped.disable_adapter():
+        loss, fused = head_loss(wrapped)
+    assert fused
+    torch.testing.assert_close(loss, expected)
+    assert wrapped(input_ids=ids()).logits.shape == (2, 11, 61)
+
+
 def adapted(model: Any, **changes: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 

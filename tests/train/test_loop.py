@@ -6,17 +6,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.errors import TrainingError
 from tuneloom.testing import Gang, chat_rows, metrics, small_config, tiny_model
+from tuneloom.train import distributed
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.evaluation import Validation
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -123,6 +128,49 @@ def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(
     assert metrics(lab, "eval2", "eval/loss") == pytest.approx(
         metrics(lab, "eval1", "eval/loss"), rel=1e-5
     )
+
+
+class Leaking(nn.Module):
+    """A stand-in for an engine whose model lets every position see all before it, packed or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(512, 512, generator=torch.Generator().manual_seed(0)))
+        self.rows: list[int] = []
+
+    def get_output_embeddings(self) -> nn.Module:
+        return nn.Identity()
+
+    def forward(
+        self, input_ids: torch.Tensor, logits_to_keep: Any = slice(None), **_: object
+    ) -> object:
+        self.rows.append(len(input_ids))
+
+        class Output:
+            logits = self.weight[input_ids].cumsum(1)[:, logits_to_keep]
+
+        return Output()
+
+
+def test_a_run_without_packs_validates_without_packs(lab: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(lab / "base")
+    losses, rows = [], []
+    world = distributed.start()
+    try:
+        for sequences in (1, 3):
+            settings = {"batch__packing": False, "batch__sequences": sequences}
+            settings |= {"data__validation": str(lab / "validation.jsonl")}
+            config = build(TrainConfig, small_config(lab, "padded-eval", **settings))
+            validation, engine = Validation(config, tokenizer, world), Leaking()
+            losses.append(validation.loss(engine))
+            rows.append(engine.rows)
+            validation.close()
+    finally:
+        distributed.stop()
+    assert rows == [[1] * 8, [3, 3, 2]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 OPENED = """

@@ -38,13 +38,15 @@ CASES: dict[str, dict[str, object]] = {
     "rslora": {"method__rslora": True},
     "targets": {"method__targets": ["q_proj", "v_proj"]},
     "extra": {"method__extra_modules": ["lm_head"]},
+    "extra_fused": {"method__extra_modules": ["lm_head"], "model__kernels": True},
     "muon": {"optim__name": "muon", "optim__clip": 0.0, "method__kind": "full"},
     "adamw8bit": {"optim__name": "adamw8bit", "method__rank": 64},
     "bf16": {"model__dtype": "bf16"},
 }
 ACTED = {
     "full": "method=full", "lora": "method=lora", "dora": "method.dora", "rslora": "method.rslora",
-    "targets": "method=lora", "extra": "method.extra_modules=lm_head", "muon": "optim=muon",
+    "targets": "method=lora", "extra": "method.extra_modules=lm_head",
+    "extra_fused": "method.extra_modules=lm_head", "muon": "optim=muon",
     "adamw8bit": "optim=adamw8bit", "bf16": "model.dtype=bf16",
 }  # fmt: skip
 
@@ -72,6 +74,13 @@ def test_muon_updates_are_orthogonal_and_adamw_updates_are_not(lab: Path) -> Non
 
     assert min(evenness(f"muon-{stage}", "optim=muon") for stage in (0, 2, 3)) > effects.EVEN
     assert evenness("full-2", "optim=adamw") < effects.EVEN
+
+
+def test_of_a_model_trained_whole_a_small_matrix_is_watched_and_not_the_embedding(
+    lab: Path,
+) -> None:
+    watched = receipts(lab, "full-2")["optim=adamw"]["update"]["parameter"]
+    assert watched == "model.layers.0.self_attn.k_proj.weight"
 
 
 def test_rslora_scales_by_the_root_of_the_rank(lab: Path) -> None:
