@@ -6,7 +6,7 @@ observation of the running engine, never a copy of the config.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -267,7 +267,7 @@ def as_json(receipts: list[Receipt], extra: dict[str, Any]) -> dict[str, Any]:
     return {"receipts": [asdict(r) for r in receipts], **extra}
 
 
-def refuse_idle(receipts: list[Receipt]) -> None:
+def refuse_idle(receipts: Iterable[Receipt]) -> None:
     """Raise TrainingError naming every option that did not act."""
     idle = [f"{r.option} ({r.evidence})" for r in receipts if not r.acted]
     if idle:
