@@ -232,6 +232,21 @@ def erased(root: Path, **selector: str) -> tuple[Any, Path]:
     return plan, (root / "datasets" / "d").resolve()
 
 
+def test_erasing_from_an_old_version_leaves_the_link_at_the_newest(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    old = make(tmp_path / "datasets", raw)
+    for path in raw.iterdir():
+        lines = [line for line in path.read_text().splitlines() if '"user3"' not in line]
+        path.write_text("\n".join(lines))
+    newest = make(tmp_path / "datasets", raw)
+    plan, folder = erased(tmp_path, subject="user3")
+    assert list(plan.datasets) == [old.name] and folder == newest.resolve()
+    _, folder = erased(tmp_path, subject="user4")
+    assert folder != newest.resolve() and not newest.exists()
+    counts = json.loads((folder / "manifest.json").read_text())["counts"]
+    assert counts["in"] == 72 and counts["quarantined"] == {"erased": 8}
+
+
 def quarantined_texts(folder: Path) -> list[str]:
     aside = pq.read_table(folder / "set_aside.parquet").to_pylist()
     return sorted(json.loads(a["record"])["messages"][0]["content"] for a in aside if a["record"])

@@ -33,6 +33,7 @@ def rebuild(
 
     What is said of rows from `sources`, which go as a whole, goes too; `renamed` are versions of
     datasets that were rebuilt before this one. With `hide_texts` no quarantined text is copied.
+    The link to the newest version moves only where the old one was the newest.
     """
     manifest = read_manifest(folder)
     root = folder.resolve().parent
@@ -65,7 +66,7 @@ def rebuild(
         }  # fmt: skip
         made["id"] = manifest_id(made)
         write_paperwork(draft, made)
-        return publish(draft, root, made)
+        return publish(draft, root, made, replaces=folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -131,9 +131,11 @@ def draft_in(root: Path) -> Path:
         raise ConfigError(f"root: {root} cannot be written ({error.strerror})") from None
 
 
-def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
-    """Move a finished draft to NAME@ID in one step and point the link NAME at it. A version that is
-    there to the byte stays: a run may be reading it.
+def publish(
+    draft: Path, root: Path, manifest: dict[str, Any], *, replaces: Path | None = None
+) -> Path:
+    """Move a finished draft to NAME@ID in one step and point the link NAME at it; with `replaces`,
+    only a link to that version. One that is there to the byte stays: a run may be reading it.
     """
     name, identity = manifest["name"], manifest["id"]
     write_json(draft / "manifest.json", manifest)
@@ -150,9 +152,10 @@ def publish(draft: Path, root: Path, manifest: dict[str, Any]) -> Path:
             if folder.exists():  # damaged since, or packed by another version of Parquet
                 folder.rename(old)
             draft.rename(folder)
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(folder.name)
-        fresh.replace(link)
+        if replaces is None or link.resolve() == replaces.resolve():
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(folder.name)
+            fresh.replace(link)
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
