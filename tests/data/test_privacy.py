@@ -207,7 +207,7 @@ def test_a_row_with_an_entity_to_drop_leaves_no_trace_but_its_count(tmp_path: Pa
 
 def test_what_rejected_jsonl_shows_of_a_row_is_masked_even_if_rows_keep_all(tmp_path: Path) -> None:
     broken = {"messages": [{"role": "user", "content": "I am anna@example.com, " + "x" * 400}]}
-    secret = {"title": "ghp_" + "a1B2" * 9}
+    secret = {"title": "mine:\nghp_" + "a1B2" * 9}
     nobody = {"messages": [{"role": "anna@example.org", "content": "a"}]}
     privacy = {"default": "keep", "secrets": "off"}
     folder, _, _ = dataset(
@@ -249,6 +249,55 @@ def test_nothing_personal_survives_under_a_role_in_a_key_or_in_a_map(row: dict[s
     assert done.rejects == []
     assert "alice" not in str(done.table.to_pylist()) and "ghp_" not in str(done.table.to_pylist())
     assert sum(done.found.values()) == str(row).count(MAIL) + str(row).count(TOKEN)
+
+
+def arguments_of(done: Prepared) -> str:
+    record = json.loads(done.table["record"][0].as_py())
+    return str(record["messages"][1]["tool_calls"][0]["function"]["arguments"])
+
+
+@pytest.mark.parametrize(
+    ("note", "clean"),
+    [
+        ("Best,\n" + MAIL, "Best,\n<EMAIL>"), ("Call\n+49 151 23456789", "Call\n<PHONE>"),
+        ("to\nDE89 3704 0044 0532 0130 00", "to\n<IBAN>"), ("key\t" + TOKEN, "key\t<SECRET>"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("as_text", [True, False])
+def test_what_follows_a_line_end_in_a_calls_arguments_is_masked_and_they_stay_json(
+    note: str, clean: str, as_text: bool
+) -> None:
+    said = {"note": note, "n": 2}
+    found = json.loads(
+        prepared(call(json.dumps(said) if as_text else said)).table["record"][0].as_py()
+    )
+    made = found["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert (json.loads(made) if as_text else made) == {"note": clean, "n": 2}
+
+
+def test_what_follows_a_line_end_in_the_json_that_a_tool_gave_back_is_masked() -> None:
+    row = call("{}")
+    row["messages"].insert(2, {"role": "tool", "content": json.dumps({"by": f"it is\n{MAIL}"})})
+    record = json.loads(prepared(row).table["record"][0].as_py())
+    assert json.loads(record["messages"][2]["content"]) == {"by": "it is\n<EMAIL>"}
+
+
+@pytest.mark.parametrize("said", ['{"card": 4111111111111111}', {"card": 4111111111111111}])
+def test_a_card_given_as_a_number_is_masked(said: Any) -> None:
+    done = prepared(call(said))
+    assert "4111" not in str(done.table.to_pylist()) and done.found == {"card": 1}
+
+
+def test_arguments_in_which_nothing_is_found_stay_as_they_were_written() -> None:
+    said = '{ "b": 1.50,\t"a": "x\\ny", "sep": " ", "ü": "\\u00fc" }'
+    done = prepared(call(said))
+    assert done.rejects == [] and arguments_of(done) == said
+
+
+@pytest.mark.parametrize("said", ["not JSON", '{"a": 1, "a": 2}', "[" * 70 + "]" * 70])
+def test_arguments_that_no_template_could_show_are_rejected(said: str) -> None:
+    (reject,) = prepared(call(said)).rejects
+    assert reject["reason"] == "invalid_json"
 
 
 def test_the_roles_and_keys_of_a_chat_are_no_personal_data() -> None:

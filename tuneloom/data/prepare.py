@@ -22,7 +22,7 @@ from tuneloom.data.contamination import Contamination
 from tuneloom.data.dedupe import signature
 from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import UnknownShape, mapper
-from tuneloom.data.payloads import EXTRACTED, Fault, normal, payload_of
+from tuneloom.data.payloads import DEEPEST, EXTRACTED, Fault, deeper, normal, payload_of
 from tuneloom.data.provenance import Provenance
 from tuneloom.data.quality import texts, weakness
 from tuneloom.data.questions import asked_and_answered, contested, hash64
@@ -31,7 +31,7 @@ from tuneloom.data.recipe import Recipe
 from tuneloom.data.redact import DropRow, Redactor, excerpt_redactor
 from tuneloom.data.sanitise import CONTROLS, sanitise
 from tuneloom.data.schema import Reject, check, is_plain
-from tuneloom.data.strict_json import parse_line
+from tuneloom.data.strict_json import DECODER, parse_line
 from tuneloom.data.tenant_schema import refuse_unlike, schema_check
 from tuneloom.errors import DataError
 
@@ -47,6 +47,10 @@ SORTED = orjson.OPT_SORT_KEYS
 NOTHING: frozenset[str] = frozenset()
 LONE_SURROGATE = ("lone_surrogate", "half of a surrogate pair, which is no text")
 TURN = re.compile(r"messages\.\d+")
+ARGUMENTS = re.compile(r"messages\.\d+\.tool_calls\.\d+\.function\.arguments")
+
+ESCAPES = re.compile(r"\\+[bfnrt]")
+"""As JSON writes a line's end: the `n` would hide what begins behind it."""
 
 
 @dataclass
@@ -186,7 +190,7 @@ class Preparer:
             redacted, notes = self.redactor.redact(clean, field)
             if notes:
                 findings.extend(notes)
-            if not redacted or redacted.isspace():
+            if (not redacted or redacted.isspace()) and not value.isspace():
                 raise Reject("empty", f"{field}: nothing left after sanitising")
             return redacted
 
@@ -221,26 +225,66 @@ def refuse_halves(*values: Any) -> None:
 def rewrite(value: Any, text: Callable[[str, str], str], field: str) -> Any:
     """`value` with every text in it replaced, keys too; a row's own keys and roles stay.
 
-    What is found in a key is said of the object that holds it. Raises Reject where keys meet.
+    What is found in a key is said of the object that holds it. Raises Reject where keys meet. A
+    number that `text` replaces becomes text.
     """
     if type(value) is str:
-        return text(value, field) if value else value
+        return _rewrite_text(value, text, field) if value else value
+    if type(value) is int:
+        shown = str(value)
+        made_of_it = text(shown, field)
+        return value if made_of_it == shown else made_of_it
     if type(value) is dict:
         made: dict[Any, Any] = {}
         ours = not field or TURN.fullmatch(field)  # keys that have been checked
         for name, inner in value.items():
-            key = name if ours else rewrite(name, text, field)
+            key = text(name, field) if name and not ours else name
             if key in made:
                 raise Reject("duplicate_key", f"{field}: two keys are the same once masked")
             if not inner or (ours and name == "role"):
                 made[key] = inner
                 continue
             place = f"{field}.{key}" if field else key
-            made[key] = text(inner, place) if type(inner) is str else rewrite(inner, text, place)
+            if key == "arguments" and type(inner) is str and ARGUMENTS.fullmatch(place):
+                made[key] = _rewrite_arguments(inner, text, place)
+            else:
+                made[key] = rewrite(inner, text, place)
         return made
     if type(value) is list or type(value) is tuple:  # Arrow gives a map as pairs
         return [rewrite(inner, text, f"{field}.{i}") for i, inner in enumerate(value)]
     return value
+
+
+def _rewrite_text(value: str, text: Callable[[str, str], str], field: str) -> str:
+    """Text replaced; JSON with escapes by what it says: in `\\nanna@..` the `n` begins a word."""
+    if "\\" in value and value.lstrip()[:1] in ("{", "["):
+        said = _json_of(value)
+        if said is not None:
+            return _rewrite_json(value, said, text, field)
+    return text(value, field)
+
+
+def _rewrite_arguments(value: str, text: Callable[[str, str], str], field: str) -> str:
+    """The arguments of a call replaced by what they say; raises Reject for what is no JSON."""
+    said = _json_of(value)
+    if said is None:
+        raise Reject("invalid_json", f"{field}: no JSON, or a key twice, or nested too deeply")
+    return _rewrite_json(value, said, text, field)
+
+
+def _rewrite_json(value: str, said: Any, text: Callable[[str, str], str], field: str) -> str:
+    """`value`, which says `said`, as it was written unless anything in it is replaced."""
+    made = rewrite(said, text, field)
+    return value if made == said else json.dumps(made, ensure_ascii=False)
+
+
+def _json_of(value: str) -> Any:
+    """What a text says as JSON, None where readers could disagree about it."""
+    try:
+        said = DECODER.decode(value)
+    except (ValueError, RecursionError):  # a Reject is a ValueError
+        return None
+    return None if deeper(said, DEEPEST) else said
 
 
 def _parsed(content: dict[str, Any]) -> dict[str, Any]:
@@ -300,4 +344,5 @@ def excerpt(
 def _shown(text: str) -> str:
     """What may be written of a row that was not cleaned."""
     plain = CONTROLS.sub("", text.encode("utf-8", "replace").decode("utf-8"))
+    plain = ESCAPES.sub(" ", plain)
     return excerpt_redactor().redact(plain, "")[0]
