@@ -99,3 +99,40 @@ def test_leaks_end_the_ingest_when_that_is_asked_for(tmp_path: Path) -> None:
 
 def test_clean_rows_are_said_to_be_clean(tmp_path: Path) -> None:
     assert run(tmp_path, CLEAN)["leaks"] == {}
+
+
+def counts(
+    tmp_path: Path, exam: list[dict[str, Any]], rows: list[dict[str, Any]], **data: Any
+) -> dict[str, Any]:
+    """What becomes of rows that are held against an exam."""
+    sets = [{"name": "exam", "path": jsonl(tmp_path / "exam.jsonl", exam)}]
+    mapping = {
+        "data": {"name": "d", "against": {"sets": sets}} | data,
+        "source": jsonl(tmp_path / "raw.jsonl", rows),
+        "root": str(tmp_path / "ds"),
+    }
+    folder = ingest(build(IngestConfig, mapping))
+    return dict(json.loads((folder / "manifest.json").read_text())["counts"])
+
+
+def test_rows_that_share_a_system_prompt_with_a_test_are_no_leaks_of_it(tmp_path: Path) -> None:
+    system = {"role": "system", "content": words(120)}
+    chats = [{"messages": [system, *chat(words(30), words(30))["messages"]]} for _ in range(42)]
+    found = counts(tmp_path, chats[:2], chats[1:], near={"action": "drop"})
+    assert found["quarantined"] == {"leak_exam:record": 1}
+    assert found["kept"] == 40 and found["deduplicated"] == {}
+
+
+@pytest.mark.parametrize("place", ["reasoning_content", "tool_calls"])
+def test_what_is_thought_or_called_is_compared_too(tmp_path: Path, place: str) -> None:
+    secret, row = words(40), chat(words(9), words(9))
+    call = {"function": {"name": "note", "arguments": {"text": secret}}}
+    row["messages"][1][place] = secret if place == "reasoning_content" else [call]
+    found = counts(tmp_path, [chat(f"sum up: {secret}", words(9))], [row, chat("a", "b")])
+    assert found["quarantined"] == {"leak_exam:words": 1}
+
+
+def test_a_chat_of_an_evaluation_set_that_has_no_answer_is_all_question(tmp_path: Path) -> None:
+    asked = [{"messages": [{"role": "user", "content": "which city is in Japan?"}]}]
+    rows = [chat("which city is in Japan?", "Kyoto"), chat("a", "b")]
+    assert counts(tmp_path, asked, rows)["quarantined"] == {"leak_exam:question": 1}

@@ -23,7 +23,7 @@ from tuneloom.data.dedupe import (
     rows_a_band,
     signature,
 )
-from tuneloom.data.quality import texts
+from tuneloom.data.quality import own_text
 from tuneloom.data.questions import asked_and_answered, hash64
 from tuneloom.data.rows import open_rows
 
@@ -84,7 +84,7 @@ class Contamination:
                 return f"{known.name}:record"
             if question in known.questions:
                 return f"{known.name}:question"
-        text = _whole(content)
+        text = own_text(content)
         runs = set(runs_of_words(text, self.words))
         sketch = signature(text, self.near)
         for known in self.sets:
@@ -108,14 +108,14 @@ class Contamination:
         half = self.words // 2
         counted: Counter[int] = Counter()
         for i in range(len(rows)):
-            counted.update(set(runs_of_words(_whole(rows[i].content), half)))
+            counted.update(set(runs_of_words(own_text(rows[i].content), half)))
         common = {run for run, number in counted.items() if number > max(2, len(rows) // 100)}
         runs: set[int] = set()
         bands: dict[bytes, list[int]] = defaultdict(list)
         sketches, ids, questions = [], set(), set()
         for i in range(len(rows)):
             content = rows[i].content
-            text = _whole(content)
+            text = own_text(content)
             ids.add(rows[i].id)
             if "text" not in content:
                 questions.add(hash64(asked_and_answered(content)[0]))
@@ -129,10 +129,6 @@ class Contamination:
                 bands[band].append(i)
         stacked = np.array(sketches, dtype="<u4").reshape(-1, PERMUTATIONS)
         return _Known(entry.name, ids, questions, runs, dict(bands), stacked)
-
-
-def _whole(content: Mapping[str, Any]) -> str:
-    return "\n".join(texts(content))
 
 
 def runs_of_words(text: str, size: int) -> Iterator[int]:

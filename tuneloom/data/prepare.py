@@ -24,7 +24,7 @@ from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import UnknownShape, mapper
 from tuneloom.data.payloads import DEEPEST, EXTRACTED, Fault, deeper, normal, payload_of
 from tuneloom.data.provenance import Provenance
-from tuneloom.data.quality import texts, weakness
+from tuneloom.data.quality import own_text, texts, weakness
 from tuneloom.data.questions import asked_and_answered, contested, hash64
 from tuneloom.data.readers import Block
 from tuneloom.data.recipe import Recipe
@@ -145,7 +145,7 @@ class Preparer:
             asked if matter is question else hash64(matter), hash64(verdict), label,
             weakness(content, text, self.recipe.quality),
             self.contamination.hit(record_id, asked, content),
-            signature(text, near) if near.action != "off" else None,
+            signature(own_text(content), near) if near.action != "off" else None,
         )  # fmt: skip
 
     def parse(self, raw: bytes | Reject | dict[str, Any]) -> dict[str, Any]:

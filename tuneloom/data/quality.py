@@ -80,12 +80,27 @@ def answer_of(content: Mapping[str, Any]) -> str:
 def texts(content: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a record, turn by turn; not the label set and schema, which many rows share."""
     for turn in content.get("messages", []):
+        if turn.get("reasoning_content"):
+            yield turn["reasoning_content"]
         yield turn.get("content") or ""
+        for call in turn.get("tool_calls") or ():
+            arguments = call["function"].get("arguments", "")
+            yield call["function"]["name"]
+            yield arguments if isinstance(arguments, str) else as_json(arguments)
     for name in ("prompt", "completion", "text", "input", "label", "chosen", "rejected"):
         if name in content:
             yield content[name]
     if "answer" in content:
         yield as_json(content["answer"])
+
+
+def own_text(content: Mapping[str, Any]) -> str:
+    """What tells a record from others: its texts without the instructions to the model, which many
+    rows share.
+    """
+    turns = content.get("messages", [])
+    own = [turn for turn in turns if turn["role"] not in ("system", "developer")]
+    return "\n".join(texts({**content, "messages": own} if own else content))
 
 
 def repeats(text: str) -> bool:

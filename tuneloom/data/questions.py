@@ -16,9 +16,11 @@ def asked_and_answered(content: Mapping[str, Any]) -> tuple[str, str]:
     """The input side of a record and its answer: rows that share one and not the other conflict."""
     if "messages" in content:
         turns = content["messages"]
-        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        last = answers[-1] if answers else len(turns)  # without an answer all of it is asked
         before = "\x1e".join(f"{turn['role']}\x1f{turn.get('content')}" for turn in turns[:last])
-        return before, f"{turns[last].get('content')}{turns[last].get('tool_calls') or ''}"
+        answered = (f"{t.get('content')}{t.get('tool_calls') or ''}" for t in turns[last:][:1])
+        return before, "".join(answered)
     if "completion" in content:
         return content["prompt"], content["completion"]
     kind = payload_of(content)
