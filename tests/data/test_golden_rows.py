@@ -124,6 +124,27 @@ def test_a_file_of_decisions_is_entered_whole_or_not_at_all(tmp_path: Path, sour
     assert log.read_text() == before
 
 
+def test_decisions_on_rows_that_are_closed_are_skipped_and_counted(
+    tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    ids = sorted(golden(tmp_path).rows)
+    act(tmp_path, "decide", id=ids[0], decision="refuse", by="bob")
+    act(tmp_path, "decide", decisions=decisions(tmp_path / "d.jsonl", ids, "carla"))
+    assert "skipped 1 decisions on rows that were golden, refused or retired" in (
+        capsys.readouterr().out
+    )
+    approved = [row.approved_by for row in golden(tmp_path).rows.values()]
+    assert sorted(approved) == [[], ["carla"], ["carla"]]
+
+
+def test_a_set_without_a_golden_row_is_not_sealed(tmp_path: Path, source: str) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    with pytest.raises(RefusedError, match="seal: no row of g is golden; a row needs 2 approvals"):
+        act(tmp_path, "seal")
+    assert not (tmp_path / "golden" / "g" / "golden.jsonl").exists()
+
+
 def test_a_set_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
     (tmp_path / "golden" / "g" / ".lock").mkdir(parents=True)
     with pytest.raises(RefusedError, match="g: cannot be written"):

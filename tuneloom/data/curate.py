@@ -20,6 +20,7 @@ from tuneloom.data.records import Record, canonical, parse
 from tuneloom.errors import DataError, RefusedError
 
 Status = Literal["draft", "reviewed", "golden", "refused", "retired"]
+CLOSED: tuple[Status, ...] = ("golden", "refused", "retired")
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Golden:
         """One reviewer's word on a draft; raises RefusedError where the rules forbid it."""
         row = self._row(row_id)
         status = row.status(self.reviewers)
-        if status in ("golden", "refused", "retired"):
+        if status in CLOSED:
             raise RefusedError(
                 f"golden: {row_id[:12]} is {status} and cannot change; propose another"
             )
@@ -126,6 +127,10 @@ class Golden:
         if by in row.approved_by:
             raise RefusedError(f"golden: {by} has reviewed {row_id[:12]} before; another must")
         self._append(decision, row_id, by, note=note)
+
+    def closed(self, row_id: str) -> bool:
+        """True for a row on which nothing more can be decided."""
+        return self._row(row_id).status(self.reviewers) in CLOSED
 
     def retire(self, row_id: str, by: str, note: str) -> None:
         """Take a row out of use; it stays in the log."""

@@ -20,7 +20,7 @@ from tuneloom.data.curate import Golden, Row, Status
 from tuneloom.data.recipe import Name
 from tuneloom.data.review_page import page, text_of
 from tuneloom.data.rows import open_rows
-from tuneloom.errors import ConfigError, DataError
+from tuneloom.errors import ConfigError, DataError, RefusedError
 
 STATUSES: tuple[Status, ...] = ("draft", "reviewed", "golden", "refused", "retired")
 
@@ -86,15 +86,21 @@ def queue(golden: Golden, folder: Path, config: GoldenConfig) -> None:
 
 
 def decide(golden: Golden, folder: Path, config: GoldenConfig) -> None:
-    """Enter decisions, one from the command line or all of a file."""
+    """Enter decisions, one from the command line or all of a file on rows that are still open."""
     if config.decisions is None:
         word = _word(_needed(config.decision, "decision"))
         golden.decide(_needed(config.id, "id"), word, config.by, config.note)
         return
+    late = 0
     for row_id, decision, by, note in read_decisions(
         Path(config.decisions), config.by, people=config.people or {}
     ):
-        golden.decide(row_id, decision, by, note)
+        if golden.closed(row_id):
+            late += 1
+        else:
+            golden.decide(row_id, decision, by, note)
+    if late:
+        print(f"skipped {late:,} decisions on rows that were golden, refused or retired before")
 
 
 def retire(golden: Golden, folder: Path, config: GoldenConfig) -> None:
@@ -105,6 +111,11 @@ def seal(golden: Golden, folder: Path, config: GoldenConfig) -> None:
     """Write the golden rows, by id, with who approved each."""
     path = folder / "golden.jsonl"
     rows = golden.of("golden")
+    if not rows:
+        raise RefusedError(
+            f"seal: no row of {config.name} is golden; a row needs {config.reviewers} approvals, "
+            "see action=queue and action=decide"
+        )
     lines = (
         json.dumps({**row.record.content, "source": row.record.source,
                     "meta": {"proposed_by": row.proposed_by, "approved_by": row.approved_by}},
