@@ -85,8 +85,8 @@ def test_each_row_names_its_teacher_prompt_and_seed_through_ingest(
 ) -> None:
     path, counts = synthesise(config(tmp_path, url))
     # 8 of 28 rows are 0.3; seed 1 is judged too low, seed 2 answers nothing.
-    assert counts == {"over max_share": 12, "asked": 8, "empty": 1, "judged too low": 1,
-                      "a copy": 0, "written": 6}  # fmt: skip
+    assert counts == {"over max_share": 12, "asked": 8, "empty": 1, "no record": 0,
+                      "judged too low": 1, "a copy": 0, "written": 6}  # fmt: skip
     split = {"train": 1, "validation": 0, "test": 0}
     mapping = {
         "data": {"name": "d", "split": split},
@@ -183,6 +183,32 @@ def test_an_endpoint_that_answers_something_else_or_half_is_named(
     monkeypatch.setattr(Endpoint, "do_POST", answer)
     with pytest.raises(DataError, match=r"teacher\.url: no answer from http://127"):
         synthesise(config(tmp_path, url))
+
+
+LABELLED = {"input": "{prompt}", "label": "{answer}", "labels": ["good", "bad"]}
+CHOSEN = {"prompt": "{prompt}",
+          "completion": {"choose": "{answer}", "among": {"good": "yes", "bad": "no"}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("record", [LABELLED, CHOSEN])
+def test_an_answer_that_makes_no_record_is_counted_and_the_others_are_written(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, record: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(
+        Endpoint, "say", lambda _, prompt: "Positive." if "question 3" in prompt else "good"
+    )
+    path, counts = synthesise(config(tmp_path, url, record=record, judge=None))
+    assert (counts["no record"], counts["written"], counts["asked"]) == (1, 7, 8)
+    assert len(path.read_text().splitlines()) == 7
+
+
+def test_a_record_that_no_answer_makes_is_named(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Endpoint, "say", lambda *_: "Positive.")
+    with pytest.raises(DataError, match=r"record: no answer of the teacher .*label: is none of"):
+        synthesise(config(tmp_path, url, record=LABELLED, judge=None))
+    assert not list((tmp_path / "raw").glob("*.jsonl*"))
 
 
 def test_a_dead_endpoint_is_named(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from tuneloom.config import Config
 from tuneloom.data import designer
 from tuneloom.data.fields import MissingField, compile_template
-from tuneloom.data.mapping import mapper
+from tuneloom.data.mapping import UnknownShape, mapper
 from tuneloom.data.recipe import Name
 from tuneloom.data.records import canonical, content_id, parse
 from tuneloom.data.rows import Rows, open_rows
@@ -93,7 +93,8 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
     `empty` on they add up to `asked`.
 
     Raises ConfigError for a template or design that is wrong, DataError for an endpoint that does
-    not answer; what was answered is kept, so that the same command goes on from there.
+    not answer or says nothing that makes a record; what was answered is kept, so that the same
+    command goes on from there.
     """
     seeds = open_rows(config.seeds, config.split)
     wanted = [i for _ in range(config.per_seed) for i in range(len(seeds))][: _most(config, seeds)]
@@ -110,7 +111,8 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
             parallel=config.parallel, cache=teacher.cache,
         )  # fmt: skip
     counts = {"over max_share": config.per_seed * len(seeds) - len(wanted), "asked": len(wanted),
-              "empty": len(wanted), "judged too low": 0, "a copy": 0, "written": 0}  # fmt: skip
+              "empty": len(wanted), "no record": 0, "judged too low": 0, "a copy": 0,
+              "written": 0}  # fmt: skip
     known = {seeds[i].id for i in range(len(seeds))}
     source = config.prompt or Path(str(config.design)).read_text(encoding="utf-8")
     origin = {
@@ -125,13 +127,19 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
             return position, columns, None
         return position, columns, score_in(teacher.answer(judge(fields[position] | columns), 0))
 
+    fault = ""
     whole, part = out / f"{config.name}.jsonl", out / f".{config.name}.jsonl.part"
     try:
         with ThreadPoolExecutor(config.parallel) as pool, part.open("w", encoding="utf-8") as file:
             for position, columns, points in pool.map(score, filter(_answered, made)):
                 counts["empty"] -= 1
-                content = build(fields[position] | columns)
-                row_id = content_id(parse(content, where="record").content)
+                try:
+                    content = build(fields[position] | columns)
+                    row_id = content_id(parse(content, where="record").content)
+                except (UnknownShape, DataError) as error:
+                    counts["no record"] += 1
+                    fault = str(error)
+                    continue
                 if judge is not None and (points is None or points < config.min_score):
                     counts["judged too low"] += 1
                 elif row_id in known:
@@ -141,6 +149,8 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
                     meta = origin | {"seed": seeds[wanted[position]].id, "score": points}
                     file.write(canonical(content | {"meta": {"synthetic": meta}}) + "\n")
                     counts["written"] += 1
+        if counts["no record"] == counts["asked"] - counts["empty"] > 0:
+            raise DataError(f"record: no answer of the teacher makes one, the last since {fault}")
         part.replace(whole)
     finally:
         part.unlink(missing_ok=True)
