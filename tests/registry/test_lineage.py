@@ -3,6 +3,7 @@
 import datetime
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +341,34 @@ def test_consent_is_looked_up_in_the_parts_of_a_mixture_and_a_near_end_is_said(
     assert refuse_ended(rows, datetime.date(2024, 12, 31)) == []
     with pytest.raises(DataError, match=f"consent for {of_crm} of {len(rows)} rows .* has ended"):
         refuse_ended(rows, datetime.date(2025, 2, 1))
+
+
+def test_consent_for_a_mixture_is_known_wherever_it_lies(tmp_path: Path) -> None:
+    ends = [{"match": "crm*", "consent_until": "2025-01-31"}]
+    made = make(tmp_path / "datasets", write_raw(tmp_path / "raw"), provenance=ends)
+    parts = [{"dataset": str(made)}]
+    inner = mix(build(MixConfig, {"name": "m", "parts": parts, "root": str(tmp_path / "mixed")}))
+    parts = [{"dataset": str(inner)}]
+    outer = mix(build(MixConfig, {"name": "o", "parts": parts, "root": str(tmp_path / "again")}))
+    shutil.rmtree(tmp_path / "datasets")
+    for folder in (inner, outer):
+        with pytest.raises(DataError, match=r"consent for \d\d of \d\d rows .* has ended"):
+            refuse_ended(open_rows(folder), datetime.date(2025, 2, 1))
+    found = Graph.load(tmp_path / "again", tmp_path / "runs").find_rows("consent", "2025-02-01")
+    assert set(found[outer.name]["source"].to_pylist()) == {"m/d/crm.jsonl"}
+
+
+def test_a_mixture_that_does_not_say_its_terms_is_refused_without_its_parts(tmp_path: Path) -> None:
+    made = make(tmp_path / "datasets", write_raw(tmp_path / "raw"))
+    parts = [{"dataset": str(made)}]
+    folder = mix(build(MixConfig, {"name": "m", "parts": parts, "root": str(tmp_path / "mixed")}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["created_from"][0]["terms"]  # as mixtures before had it
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"does not say until when .* {made.name} is not beside it"):
+        refuse_ended(open_rows(folder), datetime.date(2025, 2, 1))
+    made.rename(tmp_path / "mixed" / made.name)
+    assert refuse_ended(open_rows(folder), datetime.date(2025, 2, 1)) == []
 
 
 def test_a_running_run_is_not_pulled_away(house: Path) -> None:

@@ -1,7 +1,7 @@
 """Consent that ends: rows that a run may no longer read, and those for which the day is near.
 
-A source's `consent_until` stands in the dataset's manifest; a mixture has that of its parts, as far
-as they still stand beside it.
+A source's `consent_until` stands in the dataset's manifest; a mixture's holds the terms of the
+sources of its parts.
 """
 
 import datetime
@@ -41,22 +41,37 @@ def ends_soon(rows: Rows, today: datetime.date) -> list[str]:
 def rows_by_day(rows: Rows) -> Counter[str]:
     """Rows by the last day of their consent, for those that have one."""
     by_day: Counter[str] = Counter()
-    if isinstance(rows, DatasetRows) and (ends := _ends(rows.path, rows.manifest)):
-        for source, count in rows.sources().items():
-            if source in ends:
-                by_day[ends[source]] += count
+    if isinstance(rows, DatasetRows):
+        terms = terms_of(rows.path, rows.manifest)
+        ends = {source: said.get("consent_until") for source, said in terms.items()}
+        for source, count in rows.sources().items() if any(ends.values()) else ():
+            if until := ends.get(source):
+                by_day[until] += count
     return by_day
 
 
-def _ends(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """The last day of consent by source, as the rows name sources."""
+def terms_of(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was said of each source (licence, consent_until and more), as the rows name sources.
+
+    Raises DataError for a mixture that does not say it where a part of it is gone.
+    """
     found = {}
     for part in manifest.get("created_from", []):
-        if until := (part.get("provenance") or {}).get("consent_until"):
-            found[part["name"]] = until
-        parent = folder.resolve().parent / part.get("dataset", "-")
-        if "dataset" in part and parent.is_dir():
+        if said := part.get("provenance"):
+            found[part["name"]] = said
+        if "dataset" in part and manifest.get("mixture"):
             name = part["dataset"].split("@")[0]
-            inner = _ends(parent, manifest_of(parent))
-            found |= {f"{name}/{source}": until for source, until in inner.items()}
+            inner = part["terms"] if "terms" in part else _terms_beside(folder, part["dataset"])
+            found |= {f"{name}/{source}": said for source, said in inner.items()}
     return found
+
+
+def _terms_beside(folder: Path, part: str) -> dict[str, dict[str, Any]]:
+    """The terms of a part of a mixture made before mixtures held them."""
+    parent = folder.resolve().parent / part
+    if not parent.is_dir():
+        raise DataError(
+            f"data.path: {folder} does not say until when consent holds for its rows, and "
+            f"{part} is not beside it; put that back, or mix again"
+        )
+    return terms_of(parent, manifest_of(parent))

@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 
 from tuneloom.config import Config
 from tuneloom.data.aside import ASIDE, LENGTHS
+from tuneloom.data.consent import terms_of
 from tuneloom.data.manifest import length_table
 from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import effective
@@ -306,7 +307,10 @@ def _write(
         "config_digest": _digest(canonical(identity)), "recipe": identity,
         "transforms": [{"step": "mix", "version": 1, "rows": kept, "out_digest": digest_of(splits),
                         "in_digest": _digest(" ".join(part.name for part in everyone))}],
-        "created_from": [{"dataset": part.name, "split": "train"} for part in everyone],
+        "created_from": [
+            {"dataset": part.name, "split": "train", "terms": terms_of(part.folder, part.manifest)}
+            for part in everyone
+        ],
     }  # fmt: skip
     manifest["id"] = manifest_id(manifest)
     write_paperwork(draft, manifest)

@@ -69,12 +69,16 @@ class Dataset:
         return bool(self.quarantined()["meta"].null_count)
 
     def terms(self) -> dict[str, dict[str, Any]]:
-        """What the recipe says of each source: licence, consent_until and more."""
-        return {
-            part["name"]: part["provenance"]
-            for part in self.manifest["created_from"]
-            if "provenance" in part
-        }
+        """What the recipe says of each source: licence, consent_until and more; a mixture says it
+        of the sources of its parts.
+        """
+        found = {}
+        for part in self.manifest["created_from"]:
+            if "provenance" in part:
+                found[part["name"]] = part["provenance"]
+            for source, said in part.get("terms", {}).items():
+                found[f"{part['dataset'].split('@')[0]}/{source}"] = said
+        return found
 
     def parents(self) -> list[str]:
         """Versions of datasets this one was made from."""
