@@ -1,11 +1,14 @@
 """Reading and answering in batches give what the model gives row by row."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tuneloom.data.records import parse
 from tuneloom.data.rows import open_rows
 from tuneloom.evals import decode
 from tuneloom.evals.model import Loaded, load
@@ -89,6 +92,34 @@ def test_reading_knows_which_rows_greedy_decoding_gets_right(
     right = [text == rows[i].content["messages"][-1]["content"] for i, text in enumerate(texts)]
     assert reading.followed.tolist() == right
     assert any(right) and not all(right)
+
+
+def test_an_answer_that_is_not_trained_on_is_not_followed_unread(loaded: Loaded) -> None:
+    turns = [("user", "cat 1: which kind?"), ("assistant", "animal"), ("user", "and?"),
+             ("assistant", "nothing that it would say")]  # fmt: skip
+    messages: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in turns]
+    messages[-1]["train"] = False
+    record = parse({"messages": messages})
+    example, prompt = loaded.renderer.render(record), loaded.renderer.prompt_ids(record)
+    reading = decode.read(loaded, [(example.ids, example.target)], prompt_lengths=[len(prompt)])
+    assert reading.followed.tolist() == [False]
+
+
+def test_penalties_that_a_base_ships_with_do_not_change_its_greedy_answers(
+    loaded: Loaded, examples: list[Any], trained: dict[str, Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(trained["base"], tmp_path / "base"))
+    path = base / "generation_config.json"
+    shipped = json.loads(path.read_text()) if path.exists() else {}
+    penalties = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_new_tokens": 6}
+    path.write_text(json.dumps(shipped | penalties))
+    adapter = trained["run"] / "export" / "adapter"
+    penalised = load(str(base), adapter=str(adapter), device="cpu")
+    prompts = [prompt for _, prompt in examples]
+    assert decode.answers(penalised, prompts, max_new_tokens=8) == decode.answers(
+        loaded, prompts, max_new_tokens=8
+    )
+    assert decode.stop_ids(penalised) == decode.stop_ids(loaded)
 
 
 def test_streamed_text_is_the_answer(loaded: Loaded, examples: list[Any]) -> None:

@@ -109,7 +109,7 @@ def stream(
 
 
 def _options(loaded: Loaded, *, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """Keyword arguments of generate(); sampling defaults that a base ships with are not used."""
+    """Keyword arguments of generate(); nothing else that a base ships with is used."""
     stops = stop_ids(loaded)
     pad = loaded.tokenizer.pad_token_id
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None}
@@ -183,7 +183,8 @@ def read(
             likeliest = (logits.argmax(-1) == truth).cpu().numpy()
         wanted = target[:, first:]
         loss[batch] = np.where(wanted, each.double().numpy(), 0.0).sum(1)
-        followed[batch] = (likeliest | ~(wanted & last[:, first:])).all(1)
+        answer = wanted & last[:, first:]  # none where the last answer is `train: false`
+        followed[batch] = (likeliest | ~answer).all(1) & answer.any(1)
         advance(len(batch))
     return Reading(loss, followed)
 

@@ -162,7 +162,7 @@ def _dtype(dtype: Dtype, contract: Contract | None, folder: Path) -> str:
 def _network(folder: Path, contract: Contract | None, *, device: "torch.device", dtype: str) -> Any:
     """The causal LM of a folder on a device; in NF4 where the adapter was trained on NF4."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -181,6 +181,13 @@ def _network(folder: Path, contract: Contract | None, *, device: "torch.device",
             bnb_4bit_compute_dtype=torch_dtype,
         )
     network: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    # generate() takes from here what it is not told: a base's penalty on repeats, for one.
+    shipped = network.generation_config
+    network.generation_config = GenerationConfig(
+        bos_token_id=shipped.bos_token_id,
+        eos_token_id=shipped.eos_token_id,
+        pad_token_id=shipped.pad_token_id,
+    )
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else bitsandbytes on a CPU answers with another kernel than the one that trained.
