@@ -12,6 +12,7 @@ import pytest
 from tuneloom.cli import main
 from tuneloom.evals import evaluation, gate
 from tuneloom.evals.evaluation import Evaluation
+from tuneloom.train.export import export
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,36 @@ def test_a_loss_passes_when_it_falls(evaluated: Evaluation) -> None:
     assert gate.judge(changed(evaluated, metric="loss")).passed
     rise = evaluated.difference["loss"].model_copy(update={"value": 0.2, "low": 0.1, "high": 0.3})
     assert not gate.judge(changed(evaluated, metric="loss", difference={"loss": rise})).passed
+
+
+def test_a_whole_model_is_not_compared_with_a_base_it_was_not_trained_from(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuneloom.registry.digests import weights_digest
+    from tuneloom.testing import tiny_model
+
+    run = Path(shutil.copytree(trained["run"], tmp_path / "labels-1"))
+    export(run, merge=True)
+    model = run / "export" / "model"
+    other = tiny_model(tmp_path / "other", seed=1)
+    ask = ["evaluate", f"adapter={model}", f"data.path={trained['test']}", "limit=2", "device=cpu"]
+    assert main([*ask, f"base={other}"]) == 4
+    message = capsys.readouterr().err
+    assert "this model was trained on" in message
+    assert weights_digest(other)[:16] in message
+    assert weights_digest(trained["base"])[:16] in message
+    assert main([*ask, f"base={trained['base']}"]) == 0
+
+
+def test_training_rows_that_are_nowhere_are_an_error_and_no_pass(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        ["evaluate", f"run={trained['run']}", f"data.path={trained['test']}", "limit=2",
+         "data.train=trian.jsonl", "gate=true", "device=cpu"]
+    )  # fmt: skip
+    assert code == 3
+    assert "data.train: 'trian.jsonl' is no file and no split of" in capsys.readouterr().err
 
 
 def test_rows_that_were_trained_on_are_told_and_fail_the_gate_with_exit_6(

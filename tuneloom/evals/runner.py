@@ -25,7 +25,7 @@ from tuneloom.evals.terminal import progress, summary
 from tuneloom.evals.training import count_seen, drawn, open_training
 from tuneloom.redact import redact, redacted
 from tuneloom.registry.adapters import is_adapter
-from tuneloom.registry.contract import Contract
+from tuneloom.registry.contract import Contract, check_base
 
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -144,7 +144,8 @@ def find(config: EvaluateConfig) -> Subject:
     train, holder = config.data.train, path
     if train is None:  # what the run itself was trained on, whatever is scored
         holder = data["path"]
-        train = data["split"] if Path(holder).is_dir() else holder
+        if Path(holder).exists():
+            train = data["split"] if Path(holder).is_dir() else holder
     left = weights_of(run, trained)
     return Subject(
         base=model["path"] if model["init"] == "pretrained" else None,
@@ -217,7 +218,10 @@ def load_both(config: EvaluateConfig, subject: Subject) -> tuple[Loaded, Loaded 
     if subject.base is None:
         return tuned, None
     options["dtype"] = tuned.dtype
-    return tuned, load(subject.base, revision=subject.revision, key="base", **options)
+    base = load(subject.base, revision=subject.revision, key="base", **options)
+    if tuned.contract is not None:
+        check_base(tuned.contract, subject.tuned, digest=base.digest, given=subject.base)
+    return tuned, base
 
 
 def mark_both(

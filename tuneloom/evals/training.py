@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tuneloom.data.records import Format
 from tuneloom.data.rows import Rows, open_rows
+from tuneloom.errors import DataError
 from tuneloom.evals.tasks import Row, as_row, choose
 
 MOST_ROWS = 50_000
@@ -19,8 +20,13 @@ def open_training(data: str, train: str | None, *, format: Format) -> Rows | Non
     if train is not None and Path(train).is_file():
         return open_rows(train, format=format)
     split = train or "train"
-    if not Path(data).is_dir() or (train is None and not _has_split(data, split)):
-        return None
+    if not _has_split(data, split):
+        if train is None:
+            return None
+        raise DataError(
+            f"data.train: {train!r} is no file and no split of {data}; "
+            "name the rows that were trained on, or leave it out"
+        )
     return open_rows(data, split=split, format=format)
 
 

@@ -87,10 +87,10 @@ def read(folder: str | Path) -> Contract | None:
 
 
 def check_base(contract: Contract, folder: str | Path, *, digest: str, given: str) -> None:
-    """Refuse an adapter on a base other than the one that it was trained on, naming both."""
-    if contract.kind == "adapter" and contract.base.digest != digest:
+    """Refuse a base other than the one that adapter or model were trained on, naming both."""
+    if contract.base.digest not in (RANDOM, digest):
         raise RefusedError(
-            f"{folder}: this adapter was trained on {contract.base.path} with digest "
+            f"{folder}: this {contract.kind} was trained on {contract.base.path} with digest "
             f"{contract.base.digest[:16]}, but {given} has digest {digest[:16]}; "
             "give the base that it was trained on, or train on this one"
         )
