@@ -94,6 +94,29 @@ def test_a_loss_passes_when_it_falls(evaluated: Evaluation) -> None:
     assert not gate.judge(changed(evaluated, metric="loss", difference={"loss": rise})).passed
 
 
+@pytest.mark.parametrize(("rows", "passed"), [(1, False), (5, False), (6, True)])
+def test_a_loss_that_falls_on_every_row_needs_six_of_them(
+    evaluated: Evaluation, trained: dict[str, Path], rows: int, passed: bool
+) -> None:
+    import numpy as np
+
+    from tuneloom.data.rows import open_rows
+    from tuneloom.evals import score
+    from tuneloom.evals.tasks import as_row
+
+    record = open_rows(trained["test"])[0]
+    one = score.Scored(as_row(record), np.zeros(4, np.int32), np.ones(4, np.bool_), [0])
+    sheet = score.Sheet([one] * rows, (), 0, 8)
+    nothing = np.zeros(rows, np.bool_)
+    base, tuned = (
+        score.Marks([], nothing, nothing, np.full(rows, loss), 0.0) for loss in (8.0, 4.0)
+    )
+    difference = score.difference(sheet, base, tuned, seed=0)
+    assert difference["loss"].p_value == 2 / 2**rows
+    found = changed(evaluated, metric="loss", difference=difference, n=rows)
+    assert gate.judge(found).passed is passed
+
+
 def test_a_whole_model_is_not_compared_with_a_base_it_was_not_trained_from(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,9 +45,9 @@ class Difference(Config):
     low: float
     high: float
     p_value: float | None
-    """McNemar's exact test; null for a loss."""
+    """McNemar's exact test; of a loss the sign test, which is the same over rows that differ."""
     only_base: int | None
-    """Rows that base alone has right."""
+    """Rows that base alone has right, or on which its loss is the smaller one."""
     only_tuned: int | None
 
 

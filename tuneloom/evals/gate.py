@@ -16,8 +16,9 @@ class Verdict:
 def judge(evaluation: Evaluation) -> Verdict:
     """Pass when the interval of tuned - base lies wholly on the good side of 0, and p is small.
 
-    Both are asked for, because with very few rows an interval alone is easily on one side. Where
-    there are labels, tuned must also be better than one answer to everything.
+    Both are asked for, because with very few rows an interval alone is easily on one side: five
+    that all agree have p = 0.0625. Where there are labels, tuned must also be better than one
+    answer to everything.
     """
     if evaluation.seen_in_training:
         return Verdict(
@@ -31,7 +32,7 @@ def judge(evaluation: Evaluation) -> Verdict:
     difference = evaluation.difference[metric]
     lower_is_better = metric == "loss"
     sure = difference.high < 0 if lower_is_better else difference.low > 0
-    likely = difference.p_value is None or difference.p_value < SIGNIFICANT
+    likely = difference.p_value is not None and difference.p_value < SIGNIFICANT
     span = f"[{difference.low:+.3f}, {difference.high:+.3f}]"
     text = f"{_name(metric)} changed by {difference.value:+.3f}, 95 % interval {span}"
     if sure and likely and not constant_suffices(evaluation):

@@ -194,13 +194,14 @@ def difference(sheet: Sheet, base: Marks, tuned: Marks, *, seed: int) -> dict[Me
     if sheet.answered:
         found["exact_match"] = _of_proportions(base.exact, tuned.exact)
     gain = paired_loss_difference(base.loss, tuned.loss, target_tokens(sheet), seed=seed)
+    rises, falls = int((tuned.loss > base.loss).sum()), int((tuned.loss < base.loss).sum())
     found["loss"] = Difference(
         value=gain.value,
         low=gain.low,
         high=gain.high,
-        p_value=None,
-        only_base=None,
-        only_tuned=None,
+        p_value=mcnemar(rises, falls),  # over rows that differ it is the sign test
+        only_base=rises,
+        only_tuned=falls,
     )
     return found
 

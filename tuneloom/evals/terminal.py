@@ -46,7 +46,8 @@ def summary(found: Evaluation) -> str:
         text = shown(found.constant.label_accuracy)
         lines.append(f"  {'constant':10}{text:>24}  always answering {found.constant.answer!r}")
     for metric, change in found.difference.items():
-        p = "" if change.p_value is None else f", McNemar p = {change.p_value:.2g}"
+        test = "sign test" if metric == "loss" else "McNemar"
+        p = "" if change.p_value is None else f", {test} p = {change.p_value:.2g}"
         lines.append(
             f"  tuned - base, {metric.replace('_', ' ')}: {change.value:+.3f} "
             f"[{change.low:+.3f}, {change.high:+.3f}]{p}"
