@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.evals.conftest import train_adapter, write_config
 from tuneloom.cli import main
 from tuneloom.evals import evaluation, gate
 from tuneloom.evals.evaluation import Evaluation
@@ -145,6 +146,88 @@ def test_training_rows_that_are_nowhere_are_an_error_and_no_pass(
     )  # fmt: skip
     assert code == 3
     assert "data.train: 'trian.jsonl' is no file and no split of" in capsys.readouterr().err
+
+
+def test_right_answers_that_training_never_saw_count_when_given_and_are_told(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = trained["test"].read_text().splitlines()
+    row = json.loads(lines[0])
+    row["messages"][1]["content"] = "plant"
+    (tmp_path / "odd.jsonl").write_text("\n".join([json.dumps(row), *lines[6:10]]))
+    code = main(
+        ["evaluate", f"run={trained['run']}", f"data.path={tmp_path / 'odd.jsonl'}", "task=odd",
+         "device=cpu"]
+    )  # fmt: skip
+    assert code == 0
+    assert "1 of the right answers are no label of training" in capsys.readouterr().out
+    (trained["run"] / "evals" / "odd.json").unlink()
+
+
+def thinking(folder: Path, base: Path, *, opens: bool) -> Path:
+    """A copy of a base whose template writes a thought, as Qwen3's, or opens one, as R1's."""
+    copy = Path(shutil.copytree(base, folder))
+    template = copy / "chat_template.jinja"
+    text = template.read_text()
+    if opens:
+        text = text.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
+    else:
+        empty = "{% if m['role'] == 'assistant' and '<think>' not in m['content'] %}"
+        empty += "<think>\n\n</think>\n\n{% endif %}"
+        text = text.replace("{{ m['content'] }}", empty + "{{ m['content'] }}")
+    assert text != template.read_text()
+    template.write_text(text)
+    return copy
+
+
+def answered_with(source: Path, path: Path, before: str) -> Path:
+    """Rows whose answers begin with `before`."""
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    for line in lines:
+        line["messages"][1]["content"] = before + line["messages"][1]["content"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_answers_after_a_thought_are_scored_as_what_they_say(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    base = thinking(tmp_path / "base", trained["base"], opens=False)
+    train = answered_with(trained["train"], tmp_path / "t.jsonl", "<think>\nwell\n</think>\n\n")
+    run = tmp_path / "thinker"
+    write_config(run, base, train)
+    train_adapter(base, train, run / "weights", steps=60)
+    export(run)
+    arguments = [f"run={run}", f"data.path={trained['test']}", "limit=20", "max_new_tokens=40"]
+    assert main(["evaluate", *arguments, "task=kinds", "device=cpu"]) == 0
+    found = evaluation.read(run / "evals" / "kinds.json")
+    answers = [json.loads(s) for s in (run / "evals" / "kinds.rows.jsonl").read_text().splitlines()]
+    assert all(row["tuned"].startswith("<think>\nwell\n</think>") for row in answers)
+    right = sum(row["tuned"].endswith(f"\n{row['answer']}") for row in answers)
+    assert found.tuned.exact_match is not None and found.tuned.label_accuracy is not None
+    assert found.tuned.exact_match.correct == found.tuned.label_accuracy.correct == right > 10
+
+
+def test_answers_cut_inside_a_thought_are_counted_and_have_room_to_think(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    from tuneloom.data.rows import open_rows
+    from tuneloom.evals import score
+    from tuneloom.evals.model import load
+
+    loaded = load(str(thinking(tmp_path / "base", trained["base"], opens=True)), device="cpu")
+    rows = answered_with(trained["test"], tmp_path / "t.jsonl", "<think>\nwell\n</think>\n\n")
+
+    def sheet(max_new_tokens: int | None) -> score.Sheet:
+        return score.prepare(open_rows(rows), [], loaded.renderer, limit=3, seed=0,
+                             max_new_tokens=max_new_tokens)  # fmt: skip
+
+    room = loaded.context_length() - max(len(row.prompt) for row in sheet(None).rows)
+    assert sheet(None).max_new_tokens == min(score.MOST_NEW_TOKENS, room)
+    short = sheet(4)
+    marks = score.mark(loaded, short, batch_tokens=None, advance=lambda count: None)
+    assert all(text.startswith("<think>") for text in marks.answers)
+    assert score.side("base", short, marks).still_thinking == 3
 
 
 def test_rows_that_were_trained_on_are_told_and_fail_the_gate_with_exit_6(

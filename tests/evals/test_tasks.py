@@ -7,7 +7,16 @@ import pytest
 from tuneloom.data.records import parse
 from tuneloom.errors import DataError
 from tuneloom.evals import baseline
-from tuneloom.evals.tasks import Row, as_row, choose, exact, labels_of, named_label
+from tuneloom.evals.tasks import (
+    Row,
+    as_row,
+    choose,
+    exact,
+    labels_of,
+    named_label,
+    said,
+    still_thinking,
+)
 
 CHAT: dict[str, Any] = {
     "messages": [
@@ -40,6 +49,21 @@ def test_few_distinct_answers_are_labels_and_many_are_not() -> None:
     assert labels_of(rows_of([f"answer {i}" for i in range(30)])) == ()
     assert labels_of(rows_of(["always"] * 30)) == ()
     assert labels_of([]) == ()
+
+
+def test_answers_of_several_lines_are_no_labels() -> None:
+    assert labels_of(rows_of(["yes\nsir", "no"] * 5)) == ()
+
+
+def test_a_thought_before_an_answer_is_no_part_of_it() -> None:
+    thought = "<think>\nperl or web?\n</think>\n\nweb"
+    assert said(thought).strip() == "web" and not still_thinking(thought)
+    assert said("a </think> is a tag") == "a </think> is a tag"
+    assert (
+        still_thinking("<think>\nperl or w") and said("<think>\nperl or w") == "<think>\nperl or w"
+    )
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": thought}]
+    assert (as_row(parse({"messages": turns})).answer or "").strip() == "web"
 
 
 def test_a_label_counts_in_any_case_and_punctuation_but_not_inside_a_sentence() -> None:

@@ -36,6 +36,8 @@ class Side(Config):
     """Summed cross-entropy over target tokens, divided by their number."""
     target_tokens: int
     seconds: float
+    still_thinking: int = 0
+    """Answers that max_new_tokens cut inside a thought; they count as wrong."""
 
 
 class Difference(Config):
@@ -97,6 +99,8 @@ class Evaluation(Config):
     """Why there is no baseline, where there is none."""
     constant: Constant | None
     labels: list[Label]
+    unseen_answers: int = 0
+    """Scored rows whose answer is none of the training rows' labels."""
     seen_in_training: int | None
     """Scored rows whose id is among those trained on; more than 0 voids the figures, null is
     unknown."""

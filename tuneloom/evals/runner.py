@@ -58,7 +58,7 @@ class EvaluateConfig(Config):
     """Score this many rows, drawn by the seed; 0 is all."""
     seed: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Annotated[int, Field(gt=0)] | None = None
-    """By default two more than the longest right answer has."""
+    """By default two more than the longest right answer has; 512 where the template thinks."""
     batch_tokens: Annotated[int, Field(gt=0)] | None = None
     """Padded tokens of one batch: by default 1,024 on a CPU, 16,384 on a GPU."""
     baseline: Literal["auto", "on", "off"] = "auto"
@@ -190,6 +190,7 @@ def evaluate(config: EvaluateConfig, subject: Subject) -> tuple[Evaluation, list
         baseline_missing=missing,
         constant=score.constant(sheet),
         labels=score.by_label(sheet, before, after),
+        unseen_answers=score.unseen_answers(sheet),
         seen_in_training=count_seen(ids, run=subject.run, rows=trained_on),
         left_out=sheet.left_out,
         data={"path": subject.data, "split": config.data.split, "digest": rows.digest},

@@ -28,12 +28,23 @@ from tuneloom.evals.evaluation import (
 )
 from tuneloom.evals.intervals import mcnemar, paired_difference, paired_loss_difference
 from tuneloom.evals.model import Loaded
-from tuneloom.evals.tasks import Row, as_row, choose, exact, labels_of, named_label
+from tuneloom.evals.tasks import (
+    OPEN,
+    Row,
+    as_row,
+    choose,
+    exact,
+    labels_of,
+    named_label,
+    said,
+    still_thinking,
+)
 
 EXAMPLES = 12
 SLACK_TOKENS = 2
 """Room after the longest right answer: enough to see that a wrong one goes on."""
 MOST_NEW_TOKENS = 512
+"""Also what a base may take whose template thinks, since the right answers hold no thoughts."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +115,34 @@ def prepare(
         raise DataError(
             f"data.path: none of {len(chosen)} rows can be scored; see tuneloom inspect"
         )
-    longest = max(int(scored.target.sum()) for scored in kept)
     return Sheet(
         rows=kept,
         labels=labels_of(train),
         left_out=len(rows) - len(kept),
-        max_new_tokens=max_new_tokens or min(longest + SLACK_TOKENS, MOST_NEW_TOKENS),
+        max_new_tokens=max_new_tokens or _room(kept, renderer),
     )
+
+
+def _room(rows: Sequence[Scored], renderer: Renderer) -> int:
+    """Tokens for an answer: SLACK_TOKENS more than the longest right one; where the template
+    thinks, MOST_NEW_TOKENS as far as the model's context holds them.
+    """
+    longest = max(_answer_tokens(scored) for scored in rows)
+    room = min(longest + SLACK_TOKENS, MOST_NEW_TOKENS)
+    if any(scored.row.record.kind == "messages" for scored in rows) and OPEN in (
+        renderer.template.source
+    ):
+        prompt = max(len(scored.prompt) for scored in rows)
+        room = max(room, min(MOST_NEW_TOKENS, (renderer.max_length or 1 << 20) - prompt))
+    return room
+
+
+def _answer_tokens(scored: Scored) -> int:
+    """Tokens of the last answer with its end of turn; of all after the prompt where none is
+    trained.
+    """
+    start = len(scored.prompt)
+    return int(scored.target[start:].sum()) or len(scored.ids) - start
 
 
 def mark(loaded: Loaded, sheet: Sheet, *, batch_tokens: int | None, advance: Advance) -> Marks:
@@ -131,8 +163,8 @@ def mark(loaded: Loaded, sheet: Sheet, *, batch_tokens: int | None, advance: Adv
     ]
     return Marks(
         answers=texts,
-        exact=np.array([exact(text, answer) for text, answer in pairs], np.bool_),
-        label=np.array([_names(text, answer, sheet.labels) for text, answer in pairs], np.bool_),
+        exact=np.array([exact(said(text), answer) for text, answer in pairs], np.bool_),
+        label=np.array([_names(said(t), answer, sheet.labels) for t, answer in pairs], np.bool_),
         loss=reading.loss,
         seconds=time.perf_counter() - start,
     )
@@ -157,14 +189,15 @@ def _answers(
         advance=advance,
     )
     for index, text in zip(astray, found, strict=True):
-        texts[index] = text
+        prompt = loaded.tokenizer.decode(sheet.rows[index].prompt[-16:])
+        texts[index] = OPEN + text if prompt.rstrip().endswith(OPEN) else text
     advance(len(sheet.rows) - len(astray))
     return texts
 
 
 def _names(text: str, answer: str, labels: Sequence[str]) -> bool:
-    """True when the text names the label that is the answer."""
-    return named_label(text, labels) == answer.strip()
+    """True when the text is the answer, which may be no label, or names the label that it is."""
+    return exact(text, answer) or named_label(text, labels) == answer.strip()
 
 
 def side(name: str, sheet: Sheet, marks: Marks) -> Side:
@@ -178,6 +211,7 @@ def side(name: str, sheet: Sheet, marks: Marks) -> Side:
         loss=float(marks.loss.sum() / tokens),
         target_tokens=tokens,
         seconds=round(marks.seconds, 3),
+        still_thinking=sum(map(still_thinking, marks.answers)),
     )
 
 
@@ -237,6 +271,14 @@ def classical(sheet: Sheet, train: Sequence[Row]) -> Baseline:
         label_accuracy=proportion(right, len(sheet.rows)),
         seconds=round(time.perf_counter() - start, 3),
     )
+
+
+def unseen_answers(sheet: Sheet) -> int:
+    """Rows whose answer is none of the labels: right only letter for letter."""
+    if not (sheet.labels and sheet.answered):
+        return 0
+    known = set(sheet.labels)
+    return sum((scored.row.answer or "").strip() not in known for scored in sheet.rows)
 
 
 def constant(sheet: Sheet) -> Constant | None:

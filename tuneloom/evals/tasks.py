@@ -13,6 +13,8 @@ MAX_LABELS = 100
 ROWS_A_LABEL = 5
 """With fewer training rows than this a label, on average, answers are free text, no labels."""
 EDGES = string.punctuation + string.whitespace
+OPEN, CLOSE = "<think>", "</think>"
+"""Around what a model thinks before it answers, as Qwen3 and DeepSeek-R1 write it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ def as_row(record: Record) -> Row:
         *before, last = content["messages"]
         if last["role"] != "assistant" or not last.get("content"):
             return Row(record, _joined(content["messages"]), None)
-        return Row(record, _joined(before), last["content"])
+        spoken = said(last["content"])
+        return Row(record, _joined(before), spoken if spoken.strip() else last["content"])
     if "completion" in content:
         return Row(record, str(content["prompt"]), str(content["completion"]))
     if record.kind in (CLASSIFIED, EXTRACTED):
@@ -52,10 +55,25 @@ def choose(count: int, *, limit: int, seed: int) -> list[int]:
 
 
 def labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The distinct answers of training rows, most frequent first; none where answers are many."""
+    """The distinct answers of training rows, most frequent first; none where answers are many, or
+    one has several lines.
+    """
     counts = Counter(row.answer.strip() for row in rows if row.answer is not None)
     few = 2 <= len(counts) <= min(MAX_LABELS, len(rows) // ROWS_A_LABEL)
+    few = few and not any("\n" in label for label in counts)
     return tuple(label for label, _ in counts.most_common()) if few else ()
+
+
+def said(text: str) -> str:
+    """What a text says after the thought that it begins with, if it begins with one."""
+    if not text.lstrip().startswith(OPEN) or CLOSE not in text:
+        return text
+    return text.split(CLOSE, 1)[1]
+
+
+def still_thinking(text: str) -> bool:
+    """True for a text that begins with a thought and ends within it."""
+    return text.lstrip().startswith(OPEN) and CLOSE not in text
 
 
 def exact(text: str, answer: str) -> bool:

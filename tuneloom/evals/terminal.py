@@ -52,6 +52,14 @@ def summary(found: Evaluation) -> str:
             f"  tuned - base, {metric.replace('_', ' ')}: {change.value:+.3f} "
             f"[{change.low:+.3f}, {change.high:+.3f}]{p}"
         )
+    for name, one in (("base", found.base), ("tuned", found.tuned)):
+        if one is not None and one.still_thinking:
+            lines.append(
+                f"  {name}: {one.still_thinking} answers end inside a thought; "
+                "raise max_new_tokens="
+            )
+    if found.unseen_answers:
+        lines.append(f"  {found.unseen_answers} of the right answers are no label of training")
     if found.seen_in_training:
         lines.append(f"  {found.seen_in_training} of these rows were trained on: not held out")
     if found.seen_in_training is None:
