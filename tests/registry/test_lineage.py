@@ -14,6 +14,7 @@ import pytest
 
 from tuneloom.config import build
 from tuneloom.data.consent import refuse_ended
+from tuneloom.data.curate import Golden
 from tuneloom.data.erase import EraseConfig, execute, make_plan
 from tuneloom.data.erase import main as erase
 from tuneloom.data.ingest import ingest
@@ -184,6 +185,67 @@ def test_runs_started_from_a_run_are_its_descendants(tmp_path: Path) -> None:
     run("d", None, "base")
     loaded = graph(tmp_path)
     assert [r.id for r in loaded.descendants([loaded.runs["a"]])] == ["b", "c"]
+
+
+def test_runs_started_from_a_copy_of_weights_or_from_a_checkpoint_are_descendants(
+    tmp_path: Path,
+) -> None:
+    def run(name: str, base: dict[str, Any], resume: str) -> None:
+        record = {"base": base, "dataset": {"digest": name}, "attempts": [{"resume": resume}]}
+        write(tmp_path / "runs" / name / "run.json", record)
+
+    def write(path: Path, content: dict[str, Any]) -> str:
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
+        return str(path.parent)
+
+    run("a", {"path": "base", "digest": "b0"}, "auto")
+    write(tmp_path / "runs" / "a" / "export" / "model" / "contract.json", {"weights": "w0"})
+    out = write(tmp_path / "out" / "contract.json", {"run": "a", "weights": "w1"})
+    run("exported_with_out", {"path": out, "digest": "w1"}, "auto")
+    run("copied", {"path": str(tmp_path / "copy"), "digest": "w0"}, "never")
+    checkpoint = tmp_path / "runs" / "a" / "checkpoints" / "step-00000002"
+    run("resumed", {"path": "base", "digest": "b0"}, str(checkpoint))
+    run("random", {"path": out, "digest": None}, "auto")
+    run("other", {"path": "base", "digest": "b0"}, "auto")
+    loaded = graph(tmp_path)
+    found = [r.id for r in loaded.descendants([loaded.runs["a"]])]
+    assert found == ["copied", "exported_with_out", "resumed"]
+
+
+def test_an_erased_subject_stands_in_no_evaluation_sample_reject_or_tombstone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_raw(tmp_path / "raw")
+    with (raw / "crm.jsonl").open("a") as file:
+        file.write(json.dumps({"q": "user3 lives in Rome", "who": "user3"}) + "\n")
+    made = make(tmp_path / "datasets", raw, max_rejected=0.1)
+    dataset = graph(tmp_path).datasets[made.name]
+    theirs = graph(tmp_path).find_rows("subject", "user3")[made.name]["id"].to_pylist()
+    rows = open_rows(made)
+    mine = next(rows[i] for i in range(len(rows)) if rows[i].id in theirs)
+    with Golden.alone(tmp_path / "golden" / "g", reviewers=2) as golden:
+        golden.propose(mine, "anna")
+    run = tmp_path / "runs" / "r"
+    (run / "evals").mkdir(parents=True)
+    for task, row in (("with", mine.id), ("without", "f" * 64)):
+        (run / "evals" / f"{task}.rows.jsonl").write_text(json.dumps({"id": row}) + "\n")
+        (run / "evals" / f"{task}.json").write_text("{}")
+    (run / "run.json").write_text(json.dumps({"dataset": {"digest": dataset.digests()["train"]}}))
+    for name in ("samples.jsonl", "report.html"):
+        (run / name).write_text("user3")
+    order = {"subject": "user3", "execute": True, "reason": "asked", "retrain": False}
+    assert (
+        erase(build(EraseConfig, order | places(tmp_path) | {"golden": str(tmp_path / "golden")}))
+        == 0
+    )
+    assert f"{tmp_path / 'golden' / 'g'}: 1 of the rows" in capsys.readouterr().out
+    left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert left == {"run.json", "evals/without.json", "evals/without.rows.jsonl"}
+    tombstone = json.loads((tmp_path / "datasets" / "tombstones.jsonl").read_text())
+    assert tombstone["value"] == subject_hash("user3")
+    for path in (tmp_path / "datasets").rglob("*"):
+        assert path.is_dir() or b"Rome" not in path.read_bytes()
 
 
 def test_an_erased_row_takes_the_rows_of_its_key_in_derived_datasets(tmp_path: Path) -> None:

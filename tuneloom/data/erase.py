@@ -7,6 +7,7 @@ them, checks that no exposure is left, and removes old versions, old runs and th
 """
 
 import datetime
+import itertools
 import json
 import shutil
 import subprocess
@@ -20,9 +21,10 @@ import pyarrow as pa
 from pydantic import model_validator
 
 from tuneloom.config import Config
+from tuneloom.data.leftovers import golden_rows, texts_of
 from tuneloom.data.rebuild import rebuild
 from tuneloom.errors import DataError, RefusedError
-from tuneloom.registry.graph import SET_ASIDE, Graph, Kind, Run
+from tuneloom.registry.graph import SET_ASIDE, Graph, Kind, Run, subject_hash
 from tuneloom.registry.lineage import ROW_KINDS, as_text, exposure_of
 
 TOMBSTONES = "tombstones.jsonl"
@@ -47,6 +49,8 @@ class EraseConfig(Config):
     """Train the runs again that saw the rows; false leaves that to you, and keeps the old runs."""
     datasets: str = "datasets"
     runs: str = "runs"
+    golden: str = "golden"
+    """Where golden sets lie: what the plan says of them."""
 
     @model_validator(mode="after")
     def one_selector(self) -> "EraseConfig":
@@ -88,6 +92,10 @@ class Plan:
     descendants: list[str]
     """Runs started from those: they carry what their parents learnt."""
     exports: list[str]
+    texts: list[str]
+    """Evaluations of the rows; samples and reports of runs that could show them."""
+    golden: dict[str, int]
+    """Rows in golden sets, whose logs are never edited."""
     train_seconds: float
     """What the runs to make again took, by their own metrics."""
 
@@ -106,6 +114,11 @@ def main(config: EraseConfig) -> int:
         print(
             f"{name}: quarantined rows cannot be told apart by subject, so the new version drops "
             "all their texts; ingest again first to keep those of others"
+        )
+    for folder, count in plan.golden.items():
+        print(
+            f"{folder}: {count} of the rows are in this golden set, which stays as it is: its log "
+            "is never edited; remove the folder, and review the others anew"
         )
     if not config.execute:
         print("\nnothing was changed; add execute=true reason='...' to do it")
@@ -144,6 +157,8 @@ def make_plan(graph: Graph, config: EraseConfig) -> Plan:
         set_aside={name: rows for name, rows in aside.items() if rows}, hidden=hidden,
         runs=seen, descendants=[run.id for run in later],
         exports=[str(path) for run in again for path in run.exports()],
+        texts=[str(path) for path in texts_of(graph, set(ids), {*found, *hidden})],
+        golden=golden_rows(Path(config.golden), set(ids)),
         train_seconds=round(sum(map(seconds_of, again)), 1),
     )  # fmt: skip
 
@@ -184,8 +199,16 @@ def execute(graph: Graph, plan: Plan, config: EraseConfig) -> Any:
     for run in again:
         if run.record.get("state") == "running":
             raise RefusedError(f"erase: run {run.id} is still running; stop it first")
+    for run, other in itertools.permutations(again if config.retrain else (), 2):
+        if run.starts_from_copy_of(other):
+            raise RefusedError(
+                f"erase: run {run.id} was started from {run.record['base']['path']}, a copy of "
+                f"what {other.id} learnt, which nothing here replaces; set retrain=false, remove "
+                "the copy, and train the two again"
+            )
     tombstone = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "kind": plan.kind,
-                 "value": plan.value, "reason": config.reason, "ids": plan.ids,
+                 "value": subject_hash(plan.value) if plan.kind == "subject" else plan.value,
+                 "reason": config.reason, "ids": plan.ids,
                  "datasets": list(plan.datasets), "runs": [run.id for run in again]}  # fmt: skip
     with (Path(config.datasets) / TOMBSTONES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(tombstone, ensure_ascii=False) + "\n")
@@ -196,7 +219,7 @@ def execute(graph: Graph, plan: Plan, config: EraseConfig) -> Any:
         replaced[name] = rebuild(
             graph.datasets[name].folder, set(plan.ids), sources=plan.sources,
             renamed={old: new.name for old, new in replaced.items()},
-            hide_texts=name in plan.hidden,
+            hide_texts=name in plan.hidden, hide_rejects=plan.kind == "subject",
         )  # fmt: skip
         yield f"rebuilt {name} as {replaced[name].name}"
     moved: dict[str, str] = {}
@@ -215,6 +238,9 @@ def execute(graph: Graph, plan: Plan, config: EraseConfig) -> Any:
     for run_id in moved:
         shutil.rmtree(graph.runs[run_id].folder)
         yield f"removed run {run_id}"
+    for path in filter(Path.exists, map(Path, plan.texts)):
+        path.unlink()
+        yield f"removed {path}"
     shutil.rmtree(Path(config.runs) / ".tokens", ignore_errors=True)
     yield f"removed the token caches of {config.runs}; they are made again when needed"
 
@@ -231,6 +257,7 @@ def train_again(
         settings["data"]["path"] = str(replaced[known[0].name])
     for old, new in moved.items():
         settings["model"]["path"] = _moved(settings["model"]["path"], graph.runs[old].folder, new)
+        settings["resume"] = _moved(settings["resume"], graph.runs[old].folder, new)
         if settings["run"]["parent"] == old:
             settings["run"]["parent"] = new
     new_id = f"{run.id[:55]}-erased"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import Provenance, SourceInfo, summary
+from tuneloom.data.records import canonical
 from tuneloom.data.store import (
     ROWS_PER_SHARD,
     ShardWriter,
@@ -27,12 +28,19 @@ from tuneloom.data.store import (
 
 
 def rebuild(
-    folder: Path, ids: set[str], *, sources: Set[str], renamed: dict[str, str], hide_texts: bool
+    folder: Path,
+    ids: set[str],
+    *,
+    sources: Set[str],
+    renamed: dict[str, str],
+    hide_texts: bool,
+    hide_rejects: bool,
 ) -> Path:
     """Write the version without the rows `ids` beside the old one; returns its folder.
 
     What is said of rows from `sources`, which go as a whole, goes too; `renamed` are versions of
-    datasets that were rebuilt before this one. With `hide_texts` no quarantined text is copied.
+    datasets that were rebuilt before this one. With `hide_texts` no quarantined text is copied,
+    with `hide_rejects` none of a rejected row.
     The link to the newest version moves only where the old one was the newest.
     """
     manifest = read_manifest(folder)
@@ -62,7 +70,7 @@ def rebuild(
         aside = _copy_set_aside(folder, draft, unwanted, sources, hide_texts)
         made = _manifest(manifest, splits, gone, aside, renamed) | {
             "mixture": [_less(part, unlearnt) for part in manifest["mixture"]],
-            "labels": labels, "rejects_digest": _copy_rejects(folder, draft, sources),
+            "labels": labels, "rejects_digest": _copy_rejects(folder, draft, sources, hide_rejects),
         }  # fmt: skip
         made["id"] = manifest_id(made)
         write_paperwork(draft, made)
@@ -71,15 +79,18 @@ def rebuild(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _copy_rejects(folder: Path, draft: Path, sources: Set[str]) -> str:
-    """Rejects without those of `sources`; returns their digest."""
+def _copy_rejects(folder: Path, draft: Path, sources: Set[str], hide: bool) -> str:
+    """Rejects without those of `sources`, without texts with `hide`; returns their digest."""
     sha = hashlib.sha256()
     with (
         (folder / "rejected.jsonl").open("rb") as old,
         (draft / "rejected.jsonl").open("wb") as new,
     ):
         for line in old:
-            if json.loads(line)["source"] not in sources:
+            reject = json.loads(line)
+            if reject["source"] not in sources:
+                if hide:
+                    line = (canonical(reject | {"start": "", "why": ""}) + "\n").encode()
                 sha.update(line)
                 new.write(line)
     return sha.hexdigest()

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tuneloom.errors import DataError
+from tuneloom.registry.contract import FILE as CONTRACT
 
 Kind = Literal["row", "subject", "source", "licence", "consent"]
 SET_ASIDE = "set_aside"
@@ -113,14 +114,28 @@ class Run:
         return [path for path in folders if path.is_dir()]
 
     def comes_from(self, other: "Run") -> bool:
-        """True when this run was started from `other`: named as parent, or from its files."""
-        if self.record.get("parent") == other.id:
-            return True
-        base = self.record.get("base") or {}
+        """True when this run was started from `other`: named as parent, from its files, one of its
+        checkpoints among them, or from a copy of its weights.
+        """
+        resumed = [attempt.get("resume") for attempt in self.record.get("attempts", [])]
+        places = [self._base.get("path"), *(r for r in resumed if r not in ("auto", "never"))]
         return (
-            base.get("path") is not None
-            and other.folder.resolve() in Path(base["path"]).resolve().parents
+            self.record.get("parent") == other.id
+            or any(p and other.folder.resolve() in Path(p).resolve().parents for p in places)
+            or self.starts_from_copy_of(other)
         )
+
+    def starts_from_copy_of(self, other: "Run") -> bool:
+        """True when its base is weights that `other` exported, in a folder that is none of its."""
+        path, digest = self._base.get("path"), self._base.get("digest", "")
+        if path is None or digest is None or other.folder.resolve() in Path(path).resolve().parents:
+            return False  # without a digest the weights were random
+        exported = {_contract(folder).get("weights") for folder in other.exports()}
+        return digest in exported or _contract(Path(path)).get("run") == other.id
+
+    @property
+    def _base(self) -> dict[str, Any]:
+        return self.record.get("base") or {}
 
 
 @dataclass(frozen=True)
@@ -241,6 +256,12 @@ def _meant(
 def subject_hash(subject: str) -> str:
     """How a row's meta names its subject: 64 bits of sha256, as data.prepare writes them."""
     return hashlib.sha256(subject.encode("utf-8")).hexdigest()[:16]
+
+
+def _contract(folder: Path) -> dict[str, Any]:
+    """What an export says of itself; {} where a folder says nothing."""
+    path = folder / CONTRACT
+    return _json(path) if path.is_file() else {}
 
 
 def _manifest(path: Path) -> dict[str, Any]:
