@@ -249,8 +249,8 @@ def test_a_design_of_data_designer_fills_rows_and_speaks_to_the_teacher_only(
     sys.addaudithook(hear)
     path, counts = synthesise(designed(tmp_path, url))
     assert reached == {url}
-    assert counts == {"over max_share": 12, "asked": 8, "empty": 2, "judged too low": 1,
-                      "a copy": 0, "written": 5}  # fmt: skip
+    assert counts == {"over max_share": 12, "asked": 8, "empty": 2, "no record": 0,
+                      "judged too low": 1, "a copy": 0, "written": 5}  # fmt: skip
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows[0]["prompt"] == "what of 0?" and rows[0]["completion"] == "formal answer 0 true"
     for row in rows:

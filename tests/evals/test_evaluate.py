@@ -148,6 +148,30 @@ def test_training_rows_that_are_nowhere_are_an_error_and_no_pass(
     assert "data.train: 'trian.jsonl' is no file and no split of" in capsys.readouterr().err
 
 
+def test_an_answer_that_is_no_label_of_training_is_right_when_it_is_given(
+    trained: dict[str, Path],
+) -> None:
+    from tuneloom.data.rows import open_rows
+    from tuneloom.evals import score
+    from tuneloom.evals.model import load
+    from tuneloom.evals.tasks import as_row
+
+    adapter = trained["run"] / "export" / "adapter"
+    loaded = load(str(trained["base"]), adapter=str(adapter), device="cpu")
+    rows = open_rows(trained["train"])
+    train = [
+        row for row in map(as_row, (rows[i] for i in range(len(rows)))) if row.answer != "animal"
+    ]
+    sheet = score.prepare(open_rows(trained["test"]), train, loaded.renderer, limit=0, seed=0,
+                          max_new_tokens=None)  # fmt: skip
+    marks = score.mark(loaded, sheet, batch_tokens=None, advance=lambda count: None)
+    animals = [i for i, row in enumerate(sheet.rows) if row.row.answer == "animal"]
+    assert sorted(sheet.labels) == ["fruit", "metal"]
+    assert score.unseen_answers(sheet) == len(animals) > 5
+    right = [marks.answers[i].strip() == "animal" for i in animals]
+    assert marks.label[animals].tolist() == right and any(right)
+
+
 def test_right_answers_that_training_never_saw_count_when_given_and_are_told(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +229,7 @@ def test_answers_after_a_thought_are_scored_as_what_they_say(
     assert all(row["tuned"].startswith("<think>\nwell\n</think>") for row in answers)
     right = sum(row["tuned"].endswith(f"\n{row['answer']}") for row in answers)
     assert found.tuned.exact_match is not None and found.tuned.label_accuracy is not None
-    assert found.tuned.exact_match.correct == found.tuned.label_accuracy.correct == right > 10
+    assert found.tuned.exact_match.correct == found.tuned.label_accuracy.correct == right > 0
 
 
 def test_answers_cut_inside_a_thought_are_counted_and_have_room_to_think(
