@@ -51,9 +51,7 @@ def side(name: str, right: int, loss: float) -> Side:
 
 def an_evaluation(**changes: Any) -> Evaluation:
     gain = Difference(value=0.85, low=0.79, high=0.89, p_value=1e-50, only_base=0, only_tuned=170)
-    loss = Difference(
-        value=-7.8, low=-7.9, high=-7.7, p_value=None, only_base=None, only_tuned=None
-    )
+    loss = Difference(value=-7.8, low=-7.9, high=-7.7, p_value=1e-60, only_base=0, only_tuned=200)
     found = Evaluation(
         task="debian-test",
         n=200,

@@ -45,7 +45,8 @@ def judge(evaluation: Evaluation) -> Verdict:
             f"{text}, but always answering {evaluation.constant.answer!r} gets {floor:.3f} right: "
             "not better than that by more than the noise",
         )
-    p = "" if difference.p_value is None else f", p = {difference.p_value:.2g}"
+    known = difference.p_value is not None  # evaluations of before have none of a loss
+    p = f", p = {difference.p_value:.2g}" if known else ", p unknown (evaluate again)"
     return Verdict(False, f"{text}{p}, n = {evaluation.n}: not better by more than the noise")
 
 
