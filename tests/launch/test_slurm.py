@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -286,17 +287,28 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_refused_with_4(bed: SlurmBe
 
 @pytest.mark.slurm
 def test_array_tasks_share_a_node_and_take_their_index_as_an_argument(bed: SlurmBed) -> None:
-    """Two Ray heads at a time on one host, each with ports, token and scratch of its own."""
+    """Two Ray heads at a time on one host, each with ports, token and scratch of its own. Task 2,
+    whose number is the array's, ends long before the other, and leaves it alone.
+    """
+    chat_rows(bed.base / "lab/rows-1.jsonl", 5_000)
+    chat_rows(bed.base / "lab/rows-2.jsonl", 24)
     job = bed.run(
         "sbatch", "--parsable", "--array=1-2", "--nodelist=n1", "--mem=3000", "--cpus-per-task=2",
-        str(SCRIPT), *RUN, "steps=2", "seed=%a", cwd=bed.base,
+        str(SCRIPT), *RUN, "steps=null", "epochs=1", "data.path=lab/rows-%a.jsonl", "seed=%a",
+        cwd=bed.base,
     )  # fmt: skip
-    for task in (1, 2):
+    ends = []
+    for task in (2, 1):
         ended = bed.wait_job(f"{job}_{task}", ENDED)
         assert ended["JobState"] == "COMPLETED", output(bed, ended["JobId"])
+        ends.append(ended["EndTime"])
         folder = bed.base / f"runs/slurm-{job}-{task}"
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        assert facts["config"]["seed"] == task
+        assert (facts["config"]["seed"], facts["state"]) == (task, "done")
+        assert facts["attempts"][0]["job"] == ended["JobId"]
+        assert (ended["JobId"] == job) is (task == 2)
+    quick, slow = map(datetime.fromisoformat, ends)
+    assert (slow - quick).total_seconds() >= 3
 
 
 @pytest.mark.slurm

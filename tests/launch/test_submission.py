@@ -66,6 +66,41 @@ def test_only_its_owner_reads_the_config_of_a_job(lab: Path, tmp_path: Path) -> 
     assert path.read_text(encoding="utf-8").startswith("# @package _global_\n")
 
 
+def program(folder: Path, name: str, script: str) -> None:
+    """A shell script in a folder for PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run the script of the repository with programs in place of Slurm's, each of which writes down
+    what it was asked.
+    """
+    for name in ("scancel", "scontrol"):
+        program(tmp_path / "bin", name, f"echo {name} $* >> {tmp_path}/asked; echo localhost")
+    return subprocess.run(
+        ["bash", str(ROOT / "slurm/finetune.sbatch"), *arguments], cwd=tmp_path, text=True,
+        capture_output=True, timeout=60, check=False,
+        env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NODELIST": "localhost"} | variables,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2")],
+)
+def test_a_task_of_an_array_ends_and_requeues_itself_alone(
+    tmp_path: Path, variables: dict[str, str], name: str
+) -> None:
+    """The number of one task is that of the array, and stands for all of it."""
+    (tmp_path / "warned.sh").write_text("kill -USR1 $$", encoding="utf-8")
+    assert batch(tmp_path, TUNELOOM_ENV="warned.sh", **variables).returncode == 75
+    asked = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
+    assert asked[1:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
+
+
 def test_the_digest_of_the_code_changes_with_any_module_or_config(tmp_path: Path) -> None:
     for part in ("tuneloom", "train", "launch", "kernels", "conf"):
         shutil.copytree(ROOT / part, tmp_path / part, symlinks=True)
