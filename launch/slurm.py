@@ -64,7 +64,8 @@ def render_default() -> str:
     """slurm/finetune.sbatch: the arguments are the caller's, resources are sbatch's own flags."""
     launch = LaunchConfig(kind="slurm", gpus_per_worker=0)
     return _template().render(
-        usage="[--nodes=2 --gpus-per-node=8 ...] slurm/finetune.sbatch experiment=... key=value",
+        usage="[--nodes=2 --gpus-per-node=8 --cpus-per-task=64 ...] slurm/finetune.sbatch "
+        "experiment=... key=value",
         header=header(launch, name="finetune", output="finetune-%j.out"),
         setup=[],
         arguments='"$@"',

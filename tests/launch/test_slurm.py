@@ -312,6 +312,18 @@ def test_array_tasks_share_a_node_and_take_their_index_as_an_argument(bed: Slurm
 
 
 @pytest.mark.slurm
+def test_ranks_find_slots_however_few_processors_the_job_has(bed: SlurmBed) -> None:
+    """`sbatch --gpus-per-node=8` alone gives a node a single processor."""
+    job = sbatch(
+        bed, "crowded", "launch.workers=2", "launch.wait_seconds=15", options=("--nodes=1",)
+    )  # fmt: skip
+    ended = bed.wait_job(job, ENDED)
+    assert (ended["NumCPUs"], ended["JobState"]) == ("1", "COMPLETED"), output(bed, job)
+    facts = json.loads((bed.base / "runs/crowded/run.json").read_text(encoding="utf-8"))
+    assert facts["world_size"] == 2
+
+
+@pytest.mark.slurm
 def test_launch_slurm_submits_follows_and_ends_with_the_exit_code_of_the_run(bed: SlurmBed) -> None:
     """An empty dataset is exit 3, said inside the job and carried out to the login node."""
     (bed.base / "lab/empty.jsonl").write_text("", encoding="utf-8")
