@@ -101,6 +101,22 @@ def test_a_task_of_an_array_ends_and_requeues_itself_alone(
     assert asked[1:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "interpreter"),
+    [({"TUNELOOM_CONTAINER": "enter image"}, "image python"),
+     ({"TUNELOOM_CONTAINER": "enter image", "TUNELOOM_PYTHON": "/opt/python"}, "image /opt/python"),
+     ({"TUNELOOM_PYTHON": "enter"}, "")],
+)  # fmt: skip
+def test_in_a_container_the_interpreter_is_the_images(
+    tmp_path: Path, variables: dict[str, str], interpreter: str
+) -> None:
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    program(tmp_path / "bin", "enter", f"echo $* > {tmp_path}/entered; exit 1")
+    assert batch(tmp_path, **variables).returncode == 4
+    entered = (tmp_path / "entered").read_text(encoding="utf-8")
+    assert entered.split("-c import socket")[0].strip() == interpreter
+
+
 def test_the_digest_of_the_code_changes_with_any_module_or_config(tmp_path: Path) -> None:
     for part in ("tuneloom", "train", "launch", "kernels", "conf"):
         shutil.copytree(ROOT / part, tmp_path / part, symlinks=True)
