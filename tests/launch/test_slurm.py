@@ -354,7 +354,9 @@ def test_a_sweep_submits_a_job_a_point_with_what_was_asked_of_slurm(bed: SlurmBe
     jobs = re.findall(r"slurm: job (\d+), run (swept\S+);", done.stdout)
     asked = {job: bed.job(job) for job, _ in jobs}
     bed.run("scancel", *asked)
-    files = [bed.base / f"runs/{run}/slurm/experiment/job.yaml" for _, run in jobs]
+    files = [
+        file for _, run in jobs for file in bed.base.glob(f"runs/{run}/slurm/*/local/job.yaml")
+    ]
     found = [yaml.safe_load(file.read_text(encoding="utf-8"))["optim"]["lr"] for file in files]
     assert [str(rate) for rate in found] == list(rates)
     wanted = {"Partition": "high", "Account": "lab", "TimeLimit": "1-00:30:00", "NumTasks": "4",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tuneloom import cli
-from tuneloom.config import build
+from tuneloom.config import Config, build
 from tuneloom.launch.config import JobConfig, LaunchConfig
 from tuneloom.launch.slurm import header, write_config
 from tuneloom.testing import small_config
@@ -57,7 +59,7 @@ def test_the_header_asks_for_what_the_config_says_and_for_nothing_else(
 
 def test_only_its_owner_reads_the_config_of_a_job(lab: Path, tmp_path: Path) -> None:
     content = small_config(lab, "private") | {"launch": {"kind": "slurm", "gpus_per_worker": 0}}
-    path = tmp_path / "experiment/job.yaml"
+    path = tmp_path / "local/job.yaml"
     path.parent.mkdir()
     path.write_text("of a submission before", encoding="utf-8")
     path.chmod(0o644)
@@ -71,6 +73,51 @@ def program(folder: Path, name: str, script: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that only keeps what it is given, as Slurm's does, in the folder returned."""
+    program(tmp_path / "bin", "sbatch", f"cp $2 {tmp_path}/queue/$$.sh; echo $$")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    (tmp_path / "queue").mkdir()
+    return tmp_path / "queue"
+
+
+def read_by(script: Path) -> tuple[Path, Config]:
+    """The folder of configs that a batch script names, and what its arguments compose to."""
+    text = re.findall(r"^set -- (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    arguments = shlex.split(text)
+    folder = Path(arguments[arguments.index("--config-dir") + 1])
+    return folder, cli.config_of("train", arguments)[1]
+
+
+def test_jobs_of_one_run_that_wait_in_the_queue_keep_the_config_they_were_submitted_with(
+    tmp_path: Path, queue: Path
+) -> None:
+    command = ["train", "--multirun", "experiment=demo", f"run.root={tmp_path}/runs",
+               "run.id=first", "launch=slurm", "launch.gpus_per_worker=0", "launch.follow=false",
+               "optim.lr=0.001,0.002"]  # fmt: skip
+    assert cli.main(command) == 0
+    rates = [read_by(script)[1].optim.lr for script in queue.iterdir()]  # type: ignore[attr-defined]
+    assert sorted(rates) == [0.001, 0.002]
+
+
+def test_a_job_runs_with_what_was_validated_whatever_conf_local_says(
+    tmp_path: Path, queue: Path
+) -> None:
+    command = ["experiment=demo", f"run.root={tmp_path}/runs", "run.id=first", "seed=3",
+               "launch=slurm", "launch.gpus_per_worker=0", "launch.follow=false"]  # fmt: skip
+    assert cli.main(["train", *command]) == 0
+    (script,) = queue.iterdir()
+    folder, before = read_by(script)
+    (folder / "local").mkdir(exist_ok=True)
+    (folder / "local/default.yaml").write_text(
+        '# @package _global_\nseed: 4\ntracker:\n  mode: "off"\n', encoding="utf-8"
+    )
+    asked = cli.config_of("train", command)[1].model_dump(exclude={"launch"})
+    assert before.model_dump(exclude={"launch"}) == asked
+    assert read_by(script)[1].model_dump(exclude={"launch"}) == asked
 
 
 def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
