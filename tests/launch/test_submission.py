@@ -13,6 +13,7 @@ import pytest
 
 from tuneloom import cli
 from tuneloom.config import Config, build
+from tuneloom.errors import ConfigError
 from tuneloom.launch.config import JobConfig, LaunchConfig
 from tuneloom.launch.slurm import header, write_config
 from tuneloom.testing import small_config
@@ -118,6 +119,29 @@ def test_a_job_runs_with_what_was_validated_whatever_conf_local_says(
     asked = cli.config_of("train", command)[1].model_dump(exclude={"launch"})
     assert before.model_dump(exclude={"launch"}) == asked
     assert read_by(script)[1].model_dump(exclude={"launch"}) == asked
+
+
+def test_a_limit_that_leaves_no_time_to_train_is_refused() -> None:
+    """The job would be asked to save as soon as it runs, go back into the queue, and so on."""
+
+    def limited(**keys: object) -> LaunchConfig:
+        return build(LaunchConfig, {"kind": "slurm", "signal_seconds": 180} | keys)
+
+    for time in (4, "4", "00:04:00", "0-00:04"):
+        with pytest.raises(ConfigError, match=rf"^launch\.time: {time} leaves no time to train"):
+            limited(time=time)
+    for time in (5, "00:04:01", "0-00:05", "1-00:00:00"):
+        assert limited(time=time).time == time
+    with pytest.raises(ConfigError, match=r"launch\.signal_seconds"):
+        limited(time="1-00:00", signal_seconds=86_340)
+
+
+def test_a_limit_that_slurm_or_yaml_would_read_as_another_is_refused() -> None:
+    """sbatch takes 12:00 as minutes and seconds, YAML an unquoted 4:00:00 as minutes."""
+    for time in ("12:00", 14400, 3600, "1-12"):
+        with pytest.raises(ConfigError, match=r"^time: expected "):
+            build(LaunchConfig, {"kind": "slurm", "time": time, "signal_seconds": 1})
+    assert build(LaunchConfig, {"kind": "slurm", "time": 3599}).time == 3599
 
 
 def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
