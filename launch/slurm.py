@@ -157,7 +157,7 @@ def submit(path: Path) -> str:
 
 def follow(number: str, folder: Path) -> int:
     """Copy the output of a job of the run in `folder` here until it is over, through requeues;
-    returns its exit code.
+    returns its exit code. Ctrl-C ends the command, not the job.
     """
     output, shown = output_of(folder, number), 0
     try:
@@ -181,7 +181,7 @@ def follow(number: str, folder: Path) -> int:
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         print(f"\nslurm: job {number} goes on; its output is in {output}", flush=True)
-        return 0
+        raise
 
 
 def code_of_run(job: str, folder: Path) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -321,6 +322,28 @@ def test_ranks_find_slots_however_few_processors_the_job_has(bed: SlurmBed) -> N
     assert (ended["NumCPUs"], ended["JobState"]) == ("1", "COMPLETED"), output(bed, job)
     facts = json.loads((bed.base / "runs/crowded/run.json").read_text(encoding="utf-8"))
     assert facts["world_size"] == 2
+
+
+@pytest.mark.slurm
+def test_an_interrupt_ends_the_command_and_its_sweep_but_not_the_job(bed: SlurmBed) -> None:
+    following = subprocess.Popen(
+        [sys.executable, "-m", "tuneloom", "train", "--multirun", *RUN, "run.name=followed",
+         "steps=100000", "launch=slurm", "launch.gpus_per_worker=0", "launch.memory=3000M",
+         "optim.lr=0.001,0.002"],
+        env=bed.environment() | {"PYTHONPATH": str(ROOT)}, cwd=bed.base, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert following.stdout is not None
+    (job,) = re.findall(r"slurm: job (\d+), run followed", following.stdout.readline())
+    time.sleep(1)
+    following.send_signal(signal.SIGINT)
+    said, complained = following.communicate(timeout=60)
+    left = bed.job(job)["JobState"]
+    bed.run("scancel", job)
+    assert following.returncode == 130, said + complained
+    assert f"job {job} goes on" in said and "scancel" not in said  # which the next job would name
+    assert left in ("PENDING", "RUNNING")
+    bed.wait_idle()
 
 
 @pytest.mark.slurm
