@@ -11,6 +11,7 @@ import torch
 from tuneloom import cli
 from tuneloom.config import build, compose
 from tuneloom.errors import DataError, RefusedError
+from tuneloom.launch import machine
 from tuneloom.launch.anatomy import anatomy, saved_activations
 from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, weight_bytes
@@ -499,6 +500,26 @@ def test_time_is_unknown_until_a_speed_is_given_or_measured(lab: Path, tmp_path:
     (folder / "metrics.jsonl").write_text(steps, encoding="utf-8")
     found = speed(training_of(config), given=None)
     assert found is not None and (found.tokens_per_second, found.source) == (100, "run earlier")
+
+
+def test_checkpoints_of_the_run_itself_count_as_room_for_those_to_come(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is queued again finds two checkpoints of its own, and room for one."""
+    config = local(lab, run__root=str(tmp_path), checkpoint__keep=2)
+    size = plan(config).checkpoint
+    monkeypatch.setattr(machine, "free_disk", lambda _: size)
+    with pytest.raises(RefusedError, match=r"^run\.root: 2 checkpoints and the one being written"):
+        check(config)
+    for step in ("step-000010", "step-000020"):
+        shard = tmp_path / "planned/checkpoints" / step / "engine/shard.pt"
+        shard.parent.mkdir(parents=True)
+        shard.write_bytes(bytes(size))
+    found = check(config)
+    assert found is not None and found.fits
+    monkeypatch.setattr(machine, "free_disk", lambda _: size - 1)
+    with pytest.raises(RefusedError, match=r"free beside the .* of this run's own; lower"):
+        check(config)
 
 
 def test_a_plan_is_json_and_writes_nothing(
