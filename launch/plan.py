@@ -54,7 +54,9 @@ class PlanConfig(Config):
     host_memory_gib: Positive | None = None
     """Of each node, for offload; None: this machine's under auto and cpu, else not checked."""
     tokens_per_second: Positive | None = None
-    """Real tokens a second of all ranks; None: of the newest run with this config, if any."""
+    """Real tokens a second of all ranks; None: of the newest run with this config on as many ranks
+    of this kind, if any.
+    """
 
 
 class PlanJobConfig(JobConfig):
@@ -143,7 +145,7 @@ def plan(
         memory=memory,
         traffic=traffic(config, parts, ranks=ranks),
         workload=workload(config, ranks=ranks),
-        speed=speed(config, given=target.tokens_per_second),
+        speed=speed(config, given=target.tokens_per_second, ranks=ranks, device=device.name),
         checkpoint=checkpoint,
         checkpoints=checkpoint * (config.checkpoint.keep + 1),
         free_disk=machine.free_disk(config.run.root),

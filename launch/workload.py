@@ -1,11 +1,11 @@
 """How much a run has to do: rows, tokens and steps, from a sample of its data; and its speed.
 
-A speed is given (`plan.tokens_per_second`) or was measured by an earlier run with the same config;
-none is ever made up.
+A speed is given (`plan.tokens_per_second`) or was measured by an earlier run with the same config
+on as many devices of the same kind; none is ever made up.
 """
 
-import json
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,14 +106,19 @@ def _measure(config: TrainConfig) -> tuple[int | None, float | None, str]:
     return kept, statistics.fmean(lengths), f"a sample of {len(picked)} rows"
 
 
-def speed(config: TrainConfig, *, given: float | None) -> Speed | None:
-    """Real tokens a second of all ranks: the figure given, or the newest run with this config."""
+def speed(config: TrainConfig, *, given: float | None, ranks: int, device: str) -> Speed | None:
+    """Real tokens a second of all ranks: the figure given, or the newest run with this config on as
+    many devices of this kind.
+    """
     if given is not None:
         return Speed(given, "plan.tokens_per_second")
     digest = runs.digest(config)
     found = sorted(Path(config.run.root).glob("*/run.json"), key=lambda p: -p.stat().st_mtime)
     for record in found:
-        if json.loads(record.read_text(encoding="utf-8")).get("config_digest") != digest:
+        facts = runs.recorded(record.parent)
+        if facts.get("config_digest") != digest or facts.get("world_size") != ranks:
+            continue
+        if not same_kind(str(facts.get("device")), device):
             continue
         rate = _measured(record.parent / "metrics.jsonl")
         if rate is not None:
@@ -121,11 +126,25 @@ def speed(config: TrainConfig, *, given: float | None) -> Speed | None:
     return None
 
 
+def same_kind(measured: str, planned: str) -> bool:
+    """Whether a run's device, as torch names it, is a plan's: nvidia-smi's name, CPU, or such as
+    `a100-40`.
+    """
+    if measured.lower() == planned.lower():
+        return True
+    words = re.findall(r"[a-z0-9]+", measured.lower())
+    kind, _, size = planned.partition("-")
+    sizes = [word for word in words if re.fullmatch(r"\d+gb", word)]
+    return kind.removeprefix("rtx") in words and sizes in ([], [f"{size}gb"])
+
+
 def _measured(metrics: Path) -> float | None:
     """Median of the last 50 steps' speed."""
+    from tuneloom.train.metrics import row_of
+
     if not metrics.exists():
         return None
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    rates = [json.loads(line).get("speed/tokens_per_second") for line in lines if line.strip()]
-    known = [rate for rate in rates if rate]
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    rates = [row.get("speed/tokens_per_second") for row in map(row_of, lines) if row]
+    known = [rate for rate in rates if isinstance(rate, int | float) and rate > 0]
     return statistics.median(known[-50:]) if known else None

@@ -492,14 +492,60 @@ def test_time_is_unknown_until_a_speed_is_given_or_measured(lab: Path, tmp_path:
     assert given.workload.tokens is not None
     assert given.seconds == given.workload.tokens / 1000
 
-    folder = tmp_path / "earlier"
-    folder.mkdir()
-    record = {"config_digest": runs.digest(training_of(config))}
-    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    steps = "".join(json.dumps({"speed/tokens_per_second": rate}) + "\n" for rate in (90, 100, 110))
-    (folder / "metrics.jsonl").write_text(steps, encoding="utf-8")
-    found = speed(training_of(config), given=None)
+    earlier_run(tmp_path, config, world_size=2, device="cpu")
+    found = plan(config).speed
     assert found is not None and (found.tokens_per_second, found.source) == (100, "run earlier")
+
+
+def earlier_run(root: Path, config: JobConfig, *, world_size: int, device: str) -> Path:
+    """A run with this config that took three steps at 100 tokens a second in the middle."""
+    folder = root / "earlier"
+    folder.mkdir()
+    part = {"digest": "", "path": ""}
+    record = {
+        "config_digest": runs.digest(training_of(config)), "config": {}, "attempts": [],
+        "base": part, "dataset": part, "world_size": world_size, "device": device,
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    rows = [{"step": n, "speed/tokens_per_second": rate} for n, rate in enumerate((90, 100, 110))]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "measured", "planned", "counts"),
+    [
+        (2, "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", True),
+        (2, "NVIDIA H100 80GB HBM3", "h100-80", True),
+        (2, "NVIDIA H200", "h200-141", True),
+        (2, "NVIDIA GeForce RTX 4090", "rtx4090-24", True),
+        (1, "NVIDIA H100 80GB HBM3", "h100-80", False),
+        (2, "NVIDIA A100-SXM4-40GB", "a100-80", False),
+        (2, "NVIDIA L40S", "l4-24", False),
+        (2, "cpu", "h100-80", False),
+        (2, "NVIDIA H100 80GB HBM3", "CPU", False),
+    ],
+)
+def test_only_a_run_on_as_many_devices_of_the_kind_gives_a_plan_its_speed(
+    lab: Path, tmp_path: Path, ranks: int, measured: str, planned: str, counts: bool
+) -> None:
+    config = local(lab, run__root=str(tmp_path))
+    earlier_run(tmp_path, config, world_size=ranks, device=measured)
+    found = speed(training_of(config), given=None, ranks=2, device=planned)
+    assert (found is not None) is counts
+
+
+def test_damaged_runs_beside_this_one_stop_no_plan(lab: Path, tmp_path: Path) -> None:
+    config = local(lab, run__root=str(tmp_path))
+    folder = earlier_run(tmp_path, config, world_size=2, device="cpu")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 4, "speed/tok\xff\nnull\n[1]\n{"step": 5, "speed')
+    for name, content in {"half": b'{"config_dig', "bytes": b"\xff\xfe", "list": b"[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_bytes(content)
+    found = plan(config).speed
+    assert found is not None and found.tokens_per_second == 100
 
 
 def test_checkpoints_of_the_run_itself_count_as_room_for_those_to_come(
