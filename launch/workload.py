@@ -14,7 +14,7 @@ import numpy as np
 
 from tuneloom.errors import DataError
 from tuneloom.train import runs
-from tuneloom.train.config import BatchConfig, TrainConfig
+from tuneloom.train.config import TrainConfig
 
 SAMPLE = 256
 """Rows that are rendered, spread evenly over the split."""
@@ -46,10 +46,12 @@ def workload(config: TrainConfig, *, ranks: int) -> Workload:
     rows, mean, why = _measure(config)
     batch = config.batch
     shares = ranks // batch.sequence_parallel  # of a step's micro-batches
-    full = _tokens_per_step(batch, shares, mean)
+    typical = mean or batch.max_length
+    full = round(_examples(config, typical) * typical * shares * batch.accumulation)
     by_epochs = None
     if config.epochs is not None and rows is not None and mean is not None:
-        by_epochs = _steps(batch, shares, rows * config.epochs, mean)
+        group = _examples(config, mean) * shares * batch.accumulation
+        by_epochs = math.ceil(rows * config.epochs / group)
     known = [n for n in (config.steps, by_epochs) if n is not None]
     # Steps alone bound the run only where epochs do not, or are known too.
     steps = min(known) if known and (by_epochs is not None or config.epochs is None) else None
@@ -61,16 +63,17 @@ def workload(config: TrainConfig, *, ranks: int) -> Workload:
     return Workload(rows, mean, tokens, steps, full, why)
 
 
-def _tokens_per_step(batch: BatchConfig, shares: int, mean: float | None) -> int:
-    micro = batch.tokens * FULL if batch.packing else batch.sequences * (mean or batch.max_length)
-    return round(micro * shares * batch.accumulation)
+def _examples(config: TrainConfig, mean: float) -> float:
+    """Of a micro-batch: a pack is full, or has as many as it may."""
+    from tuneloom.train.feed import frame_of
 
-
-def _steps(batch: BatchConfig, shares: int, examples: float, mean: float) -> int:
-    group = shares * batch.accumulation
-    if batch.packing:
-        return math.ceil(examples * mean / (batch.tokens * FULL * group))
-    return math.ceil(examples / (batch.sequences * group))
+    batch = config.batch
+    if not batch.packing:
+        return batch.sequences
+    frame = frame_of(config)
+    most = frame.documents if frame else batch.documents
+    full = batch.tokens * FULL / mean
+    return full if most is None else min(full, most)
 
 
 def _measure(config: TrainConfig) -> tuple[int | None, float | None, str]:

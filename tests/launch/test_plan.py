@@ -27,7 +27,7 @@ from tuneloom.launch.plan import (
     surely_fits,
 )
 from tuneloom.launch.traffic import traffic
-from tuneloom.launch.workload import speed, workload
+from tuneloom.launch.workload import Workload, speed, workload
 from tuneloom.testing import Gang, small_config
 from tuneloom.train import method as methods
 from tuneloom.train import runs
@@ -478,6 +478,24 @@ def test_planned_steps_are_the_steps_a_run_takes(lab: Path, two: Gang) -> None:
 def test_unpacked_steps_count_sequences(lab: Path) -> None:
     padded = local(lab, steps=None, epochs=3.0, batch__packing=False, batch__sequences=4)
     assert workload(training_of(padded), ranks=2).steps == 48 * 3 // (4 * 2)
+
+
+def test_packed_steps_count_documents_where_those_fill_a_pack_first(lab: Path) -> None:
+    def work(**dotted: object) -> Workload:
+        config = local(lab, steps=None, epochs=3.0, batch__tokens=4096, **dotted)
+        return workload(training_of(config), ranks=2)
+
+    few = work(batch__documents=4)
+    assert few.steps == 48 * 3 // (4 * 2) and few.tokens_per_row is not None
+    assert few.tokens_per_step == round(few.tokens_per_row * 4 * 2)
+    many = work(batch__documents=1000)
+    assert (many.steps, many.tokens_per_step) == (work().steps, round(4096 * 0.99 * 2))
+    graphs = work(
+        model__cuda_graphs=True, model__dtype="bf16", batch__max_length=16,
+        batch__over_length="truncate",
+    )  # fmt: skip
+    assert graphs.tokens_per_row is not None  # and of a pack, a place for every 32 tokens
+    assert graphs.tokens_per_step == round(4096 // 32 * graphs.tokens_per_row * 2)
 
 
 def test_rows_that_are_all_too_long_are_a_data_error(lab: Path) -> None:
