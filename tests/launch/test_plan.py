@@ -363,6 +363,32 @@ def test_an_8b_step_moves_a_fifth_of_a_gigabyte_replicated_and_26_under_zero_3()
     assert moved("zero=stage1", *often) == pytest.approx(moved("zero=stage2", *often) / 3)
 
 
+def test_recomputed_experts_are_gathered_again(tmp_path: Path) -> None:
+    """They are no linears, but one parameter a layer and projection."""
+    shape = {
+        "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+
+    def moved(checkpointing: str) -> int:
+        keys = ("zero=stage3", f"model.checkpointing={checkpointing}")
+        config = shaped(str(tmp_path), *keys)
+        return traffic(config, anatomy(config), ranks=8).this
+
+    attention, experts = 4 * 32 * 32, 4 * 3 * 32 * 48
+    assert moved("on") - moved("off") == 2 * 2 * (attention + experts) * 7 // 8
+
+
+def test_a_head_that_is_trained_whole_is_no_linear_of_a_qlora_base() -> None:
+    def linears(*overrides: str) -> tuple[int, ...]:
+        path = "meta-llama/Llama-3.2-1B"
+        return anatomy(shaped(path, "method=qlora", *overrides)).linears
+
+    assert linears("method.extra_modules=[lm_head]") == linears()
+
+
 def test_zero_3_under_lora_is_advised_against_where_the_frozen_base_fits() -> None:
     wide = ["zero=stage3", "launch.workers=8"]
     (line,) = plan_of("meta-llama/Meta-Llama-3-8B", *wide, "batch.tokens=4096").advice
