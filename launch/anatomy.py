@@ -34,6 +34,8 @@ class Anatomy:
     """Parameters of the base, tied ones once."""
     linears: tuple[int, ...]
     """Elements of each base linear that QLoRA holds in NF4: all but the head."""
+    experts: int
+    """Elements of stacked experts, which are no linears and no method converts."""
     trainable: int
     matrices: int
     """Trainable elements that Muon would take: two dimensions, neither embedding nor head."""
@@ -210,9 +212,12 @@ def _network(shape: str, method: str, kernels: Patches = "none") -> Any:
 def _anatomy(shape: str, method: str) -> Anatomy:
     from torch import nn
 
+    from tuneloom.train.flops import experts_of, is_stack
+
     network = _network(shape, method)
     causal = network.get_base_model() if hasattr(network, "get_base_model") else network
     head = causal.get_output_embeddings()
+    base_head = getattr(head, "original_module", head)  # beside the copy of it that is trained
     named = dict(network.named_parameters())
     adapters = {n for n in named if ".lora_" in n or ".modules_to_save." in n}
     trainable = {n: p for n, p in named.items() if p.requires_grad}
@@ -222,7 +227,12 @@ def _anatomy(shape: str, method: str) -> Anatomy:
         linears=tuple(
             module.weight.numel()
             for name, module in network.named_modules()
-            if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+            if isinstance(module, nn.Linear) and module is not base_head
+            and ".lora_" not in name and ".modules_to_save." not in name
+        ),
+        experts=sum(
+            p.numel() for n, p in named.items()
+            if n not in adapters and is_stack(p, experts_of(text))
         ),
         trainable=sum(p.numel() for p in trainable.values()),
         matrices=sum(
@@ -238,13 +248,9 @@ def _anatomy(shape: str, method: str) -> Anatomy:
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocabulary=text.vocab_size,
-        gated=0 if _has_experts(text) else getattr(text, "intermediate_size", 0),
+        gated=0 if experts_of(text) else getattr(text, "intermediate_size", 0),
         fused_head=_takes_loss(causal, head),
     )  # fmt: skip
-
-
-def _has_experts(text: Any) -> bool:
-    return any(getattr(text, f"num_{name}", None) for name in ("experts", "local_experts"))
 
 
 def _takes_loss(causal: Any, head: Any) -> bool:

@@ -9,7 +9,11 @@ from tuneloom.config import Config
 from tuneloom.train.config import TrainConfig
 
 HEADER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-TIME = re.compile(r"\d{1,6}|(\d{1,3}-)?\d{1,2}(:\d{2}){1,2}")
+TIME = re.compile(r"\d{1,6}|\d{1,2}:\d{2}:\d{2}|\d{1,3}-\d{1,2}:\d{2}(:\d{2})?")
+MOST_MINUTES = 3599
+"""Of launch.time: YAML reads an unquoted 1:00:00 as 3600, and any longer time as more."""
+SIGNAL_SLACK = 60
+"""Seconds by which Slurm may send a signal sooner than asked (sbatch --signal)."""
 
 # Words of a shell variable that is split at blanks, so nothing that a shell would read otherwise.
 ContainerWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_./:=,@+%-]{1,256}$")]
@@ -39,7 +43,9 @@ class LaunchConfig(Config):
     partition: str | None = None
     """Slurm: where it queues; None is the cluster's default."""
     time: Annotated[int, Field(gt=0)] | str | None = None
-    """Slurm: the limit, as minutes, HH:MM:SS or D-HH:MM; None is the partition's."""
+    """Slurm: the limit, as D-HH:MM, HH:MM:SS (in quotes in a file), or up to 3599 minutes; None is
+    the partition's.
+    """
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     """Slurm: GPUs of each node; None asks for one a rank, or none under gpus_per_worker=0."""
     cpus_per_worker: Annotated[int, Field(gt=0)] | None = None
@@ -78,8 +84,24 @@ class LaunchConfig(Config):
     @classmethod
     def duration(cls, value: int | str | None) -> int | str | None:
         if isinstance(value, str) and not TIME.fullmatch(value):
-            raise ValueError("expected minutes, HH:MM:SS or D-HH:MM:SS")
+            raise ValueError("expected minutes, HH:MM:SS or D-HH:MM")
+        if isinstance(value, int) and value > MOST_MINUTES:
+            raise ValueError(
+                f"expected up to {MOST_MINUTES} minutes; write more as D-HH:MM, and HH:MM:SS in "
+                "quotes, since YAML reads 4:00:00 as 14400"
+            )
         return value
+
+    @model_validator(mode="after")
+    def time_is_left_to_train(self) -> "LaunchConfig":
+        if self.time is not None and seconds_of(self.time) <= self.signal_seconds + SIGNAL_SLACK:
+            raise ValueError(
+                f"launch.time: {self.time} leaves no time to train, since the job is asked to save "
+                f"{self.signal_seconds} s before its end (launch.signal_seconds), or up to "
+                f"{SIGNAL_SLACK} s sooner, and would go back into the queue for ever; raise it, or "
+                "lower launch.signal_seconds"
+            )
+        return self
 
     @model_validator(mode="after")
     def read_by_its_kind(self) -> "LaunchConfig":
@@ -110,6 +132,15 @@ class LaunchConfig(Config):
     @property
     def asks_for_standby(self) -> bool:
         return "standby" in self.model_fields_set and self.standby is not None
+
+
+def seconds_of(time: int | str) -> int:
+    """A limit as `launch.time` writes it."""
+    if isinstance(time, int) or time.isdecimal():
+        return 60 * int(time)
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = [*map(int, clock.split(":")), 0][:3]
+    return 60 * (60 * (24 * int(days or 0) + hours) + minutes) + seconds
 
 
 SLURM_ONLY = frozenset({

@@ -35,6 +35,8 @@ from tuneloom.launch.memory import (
 )
 from tuneloom.launch.traffic import Traffic, traffic
 from tuneloom.launch.workload import Speed, Workload, speed, workload
+from tuneloom.train.config import TrainConfig
+from tuneloom.train.runs import folder_of
 
 Positive = Annotated[float, Field(gt=0)]
 TILE = 4096
@@ -52,7 +54,9 @@ class PlanConfig(Config):
     host_memory_gib: Positive | None = None
     """Of each node, for offload; None: this machine's under auto and cpu, else not checked."""
     tokens_per_second: Positive | None = None
-    """Real tokens a second of all ranks; None: of the newest run with this config, if any."""
+    """Real tokens a second of all ranks; None: of the newest run with this config on as many ranks
+    of this kind, if any.
+    """
 
 
 class PlanJobConfig(JobConfig):
@@ -100,6 +104,8 @@ class Plan:
     checkpoints: int
     """Bytes on disk when most are there: those kept, and the one being written."""
     free_disk: int
+    held_disk: int
+    """Bytes of those of this run that are there already."""
     problems: list[str]
     advice: list[str]
 
@@ -139,15 +145,26 @@ def plan(
         memory=memory,
         traffic=traffic(config, parts, ranks=ranks),
         workload=workload(config, ranks=ranks),
-        speed=speed(config, given=target.tokens_per_second),
+        speed=speed(config, given=target.tokens_per_second, ranks=ranks, device=device.name),
         checkpoint=checkpoint,
         checkpoints=checkpoint * (config.checkpoint.keep + 1),
         free_disk=machine.free_disk(config.run.root),
+        held_disk=held_disk(config),
         problems=[],
         advice=advice(job, device),
     )
     result.problems.extend(problems(job, result))
     return result
+
+
+def held_disk(config: TrainConfig) -> int:
+    """Bytes of the checkpoints that earlier starts of this run left, which new ones take the place
+    of.
+    """
+    if config.run.id is None:
+        return 0
+    files = (folder_of(config) / "checkpoints").glob("step-*/**/*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def check(job: JobConfig) -> Plan | None:
@@ -266,10 +283,12 @@ def problems(job: JobConfig, result: Plan) -> list[str]:
         )
     if job.model.dtype == "fp16" and not result.device.cuda:
         found.append("model.dtype: fp16 needs a GPU; set model.dtype=bf16 or fp32")
-    if result.device.here and result.checkpoints > result.free_disk:
+    held = min(result.held_disk, result.checkpoint * job.checkpoint.keep)
+    if result.device.here and result.checkpoints - held > result.free_disk:
+        there = f" beside the {gib(held)} of this run's own" if held else ""
         found.append(
             f"run.root: {job.checkpoint.keep} checkpoints and the one being written take "
-            f"{gib(result.checkpoints)}, the disk has {gib(result.free_disk)} free; lower "
+            f"{gib(result.checkpoints)}, the disk has {gib(result.free_disk)} free{there}; lower "
             "checkpoint.keep, free some, or point run.root elsewhere"
         )
     return found

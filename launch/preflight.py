@@ -432,6 +432,8 @@ def skew(actor: Any, *, deadline: float) -> float:
 
 
 def needed_bytes(config: TrainConfig, facts: Facts) -> int:
-    """Room for one checkpoint: fp32 masters and moments of all weights, or little for adapters."""
+    """Room for one checkpoint: fp32 masters and moments of all weights, or little for adapters, of
+    which the plan counted what they take.
+    """
     base = sum(size for _, size in facts.base)
-    return GIB // 2 + (7 if config.method.kind == "full" else 1) * base
+    return GIB // 2 + (7 * base if config.method.kind == "full" else 0)

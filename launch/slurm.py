@@ -1,14 +1,16 @@
 """`tuneloom train launch=slurm ...`: one batch script, rendered, submitted, followed.
 
 slurm/finetune.sbatch is the same template with its defaults: python -m tuneloom.launch.slurm
-prints it. A submitted job reads its whole config from runs/<id>/slurm/experiment/job.yaml, so what
-was validated on the login node is what runs.
+prints it. A submitted job reads its whole config from runs/<id>/slurm/<digest>/local/job.yaml, so
+what was validated on the login node is what runs, whatever is submitted after it.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,9 @@ def launch_slurm(job: JobConfig) -> int:
     if job.launch.dry_run:
         print(script)
         return 0
-    folder = folder_of(training_of(job))
-    write_config(job, folder / "slurm")
-    path = folder / "slurm" / "finetune.sbatch"
+    folder, submission = folder_of(training_of(job)), submission_of(job)
+    write_config(job, submission)
+    path = submission / "finetune.sbatch"
     path.write_text(script, encoding="utf-8")
     number = submit(path)
     print(f"slurm: job {number}, run {job.run.id}; scancel {number} ends it", flush=True)
@@ -48,12 +50,13 @@ def render(job: JobConfig) -> str:
     setup = [f"cd {shlex.quote(os.getcwd())} || exit 4", f"TUNELOOM_PYTHON={shlex.quote(python)}"]
     if job.launch.container:
         setup.append(f"TUNELOOM_CONTAINER={shlex.quote(' '.join(job.launch.container))}")
+    # In place of the checkout's own `local`, which nothing comes after.
     arguments = [
-        "--config-dir", str((folder / "slurm").absolute()), "experiment=job",
+        "--config-dir", str(submission_of(job).absolute()), "local=job",
         f"run.id={job.run.id}", f"launch.workers={job.launch.workers}",
     ]  # fmt: skip
     return _template().render(
-        usage="runs/<id>/slurm/finetune.sbatch",
+        usage="runs/<id>/slurm/<digest>/finetune.sbatch",
         header=header(job.launch, name=job.run.name, output=str(output_of(folder, "%j"))),
         setup=setup,
         arguments=shlex.join(arguments),
@@ -64,7 +67,8 @@ def render_default() -> str:
     """slurm/finetune.sbatch: the arguments are the caller's, resources are sbatch's own flags."""
     launch = LaunchConfig(kind="slurm", gpus_per_worker=0)
     return _template().render(
-        usage="[--nodes=2 --gpus-per-node=8 ...] slurm/finetune.sbatch experiment=... key=value",
+        usage="[--nodes=2 --gpus-per-node=8 --cpus-per-task=64 ...] slurm/finetune.sbatch "
+        "experiment=... key=value",
         header=header(launch, name="finetune", output="finetune-%j.out"),
         setup=[],
         arguments='"$@"',
@@ -107,20 +111,31 @@ def output_of(folder: Path, number: str) -> Path:
     return folder.absolute() / "slurm" / f"{number}.out"
 
 
-def write_config(job: JobConfig, folder: Path) -> None:
-    """The resolved config as an experiment of its own, without what only the submission reads.
-
-    Unmasked, since the job needs every value; so only its owner may read it.
-    """
+def config_text(job: JobConfig) -> str:
+    """The resolved config as a file of its own, without what only the submission reads."""
     content = job.model_dump(mode="json")
     content["launch"] = {k: v for k, v in content["launch"].items() if k not in SLURM_ONLY}
     content["launch"]["kind"] = "ray"
-    (folder / "experiment").mkdir(parents=True, exist_ok=True)
-    path = folder / "experiment" / "job.yaml"
-    path.unlink(missing_ok=True)
-    path.touch(0o600, exist_ok=False)
-    text = "# @package _global_\n" + yaml.safe_dump(content, sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    return "# @package _global_\n" + yaml.safe_dump(content, sort_keys=False)
+
+
+def submission_of(job: JobConfig) -> Path:
+    """The folder of what a job reads: another config of the same run has another, since the jobs
+    before may still wait in the queue.
+    """
+    digest = hashlib.sha256(config_text(job).encode()).hexdigest()[:12]
+    return folder_of(training_of(job)) / "slurm" / digest
+
+
+def write_config(job: JobConfig, folder: Path) -> None:
+    """Unmasked, since the job needs every value; so only its owner may read it."""
+    path = folder / "local" / "job.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(  # of mode 0600
+        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+    ) as file:
+        file.write(config_text(job))
+    os.replace(file.name, path)
 
 
 def submit(path: Path) -> str:
@@ -142,7 +157,7 @@ def submit(path: Path) -> str:
 
 def follow(number: str, folder: Path) -> int:
     """Copy the output of a job of the run in `folder` here until it is over, through requeues;
-    returns its exit code.
+    returns its exit code. Ctrl-C ends the command, not the job.
     """
     output, shown = output_of(folder, number), 0
     try:
@@ -166,7 +181,7 @@ def follow(number: str, folder: Path) -> int:
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         print(f"\nslurm: job {number} goes on; its output is in {output}", flush=True)
-        return 0
+        raise
 
 
 def code_of_run(job: str, folder: Path) -> int:

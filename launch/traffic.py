@@ -31,7 +31,8 @@ def traffic(config: TrainConfig, anatomy: Anatomy, *, ranks: int) -> Traffic:
     if ranks == 1:
         return Traffic(0, 0)
     frozen = config.method.kind != "full"
-    again = anatomy.linear * recomputed_share(config.model) if frozen else 0.0
+    multiplied = anatomy.linear + anatomy.experts
+    again = multiplied * recomputed_share(config.model) if frozen else 0.0
     shared = exchange_bytes(config, anatomy)
 
     def sent(stage: int) -> int:

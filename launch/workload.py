@@ -1,11 +1,11 @@
 """How much a run has to do: rows, tokens and steps, from a sample of its data; and its speed.
 
-A speed is given (`plan.tokens_per_second`) or was measured by an earlier run with the same config;
-none is ever made up.
+A speed is given (`plan.tokens_per_second`) or was measured by an earlier run with the same config
+on as many devices of the same kind; none is ever made up.
 """
 
-import json
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from tuneloom.errors import DataError
 from tuneloom.train import runs
-from tuneloom.train.config import BatchConfig, TrainConfig
+from tuneloom.train.config import TrainConfig
 
 SAMPLE = 256
 """Rows that are rendered, spread evenly over the split."""
@@ -46,10 +46,12 @@ def workload(config: TrainConfig, *, ranks: int) -> Workload:
     rows, mean, why = _measure(config)
     batch = config.batch
     shares = ranks // batch.sequence_parallel  # of a step's micro-batches
-    full = _tokens_per_step(batch, shares, mean)
+    typical = mean or batch.max_length
+    full = round(_examples(config, typical) * typical * shares * batch.accumulation)
     by_epochs = None
     if config.epochs is not None and rows is not None and mean is not None:
-        by_epochs = _steps(batch, shares, rows * config.epochs, mean)
+        group = _examples(config, mean) * shares * batch.accumulation
+        by_epochs = math.ceil(rows * config.epochs / group)
     known = [n for n in (config.steps, by_epochs) if n is not None]
     # Steps alone bound the run only where epochs do not, or are known too.
     steps = min(known) if known and (by_epochs is not None or config.epochs is None) else None
@@ -61,16 +63,17 @@ def workload(config: TrainConfig, *, ranks: int) -> Workload:
     return Workload(rows, mean, tokens, steps, full, why)
 
 
-def _tokens_per_step(batch: BatchConfig, shares: int, mean: float | None) -> int:
-    micro = batch.tokens * FULL if batch.packing else batch.sequences * (mean or batch.max_length)
-    return round(micro * shares * batch.accumulation)
+def _examples(config: TrainConfig, mean: float) -> float:
+    """Of a micro-batch: a pack is full, or has as many as it may."""
+    from tuneloom.train.feed import frame_of
 
-
-def _steps(batch: BatchConfig, shares: int, examples: float, mean: float) -> int:
-    group = shares * batch.accumulation
-    if batch.packing:
-        return math.ceil(examples * mean / (batch.tokens * FULL * group))
-    return math.ceil(examples / (batch.sequences * group))
+    batch = config.batch
+    if not batch.packing:
+        return batch.sequences
+    frame = frame_of(config)
+    most = frame.documents if frame else batch.documents
+    full = batch.tokens * FULL / mean
+    return full if most is None else min(full, most)
 
 
 def _measure(config: TrainConfig) -> tuple[int | None, float | None, str]:
@@ -106,14 +109,19 @@ def _measure(config: TrainConfig) -> tuple[int | None, float | None, str]:
     return kept, statistics.fmean(lengths), f"a sample of {len(picked)} rows"
 
 
-def speed(config: TrainConfig, *, given: float | None) -> Speed | None:
-    """Real tokens a second of all ranks: the figure given, or the newest run with this config."""
+def speed(config: TrainConfig, *, given: float | None, ranks: int, device: str) -> Speed | None:
+    """Real tokens a second of all ranks: the figure given, or the newest run with this config on as
+    many devices of this kind.
+    """
     if given is not None:
         return Speed(given, "plan.tokens_per_second")
     digest = runs.digest(config)
     found = sorted(Path(config.run.root).glob("*/run.json"), key=lambda p: -p.stat().st_mtime)
     for record in found:
-        if json.loads(record.read_text(encoding="utf-8")).get("config_digest") != digest:
+        facts = runs.recorded(record.parent)
+        if facts.get("config_digest") != digest or facts.get("world_size") != ranks:
+            continue
+        if not same_kind(str(facts.get("device")), device):
             continue
         rate = _measured(record.parent / "metrics.jsonl")
         if rate is not None:
@@ -121,11 +129,25 @@ def speed(config: TrainConfig, *, given: float | None) -> Speed | None:
     return None
 
 
+def same_kind(measured: str, planned: str) -> bool:
+    """Whether a run's device, as torch names it, is a plan's: nvidia-smi's name, CPU, or such as
+    `a100-40`.
+    """
+    if measured.lower() == planned.lower():
+        return True
+    words = re.findall(r"[a-z0-9]+", measured.lower())
+    kind, _, size = planned.partition("-")
+    sizes = [word for word in words if re.fullmatch(r"\d+gb", word)]
+    return kind.removeprefix("rtx") in words and sizes in ([], [f"{size}gb"])
+
+
 def _measured(metrics: Path) -> float | None:
     """Median of the last 50 steps' speed."""
+    from tuneloom.train.metrics import row_of
+
     if not metrics.exists():
         return None
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    rates = [json.loads(line).get("speed/tokens_per_second") for line in lines if line.strip()]
-    known = [rate for rate in rates if rate]
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    rates = [row.get("speed/tokens_per_second") for row in map(row_of, lines) if row]
+    known = [rate for rate in rates if isinstance(rate, int | float) and rate > 0]
     return statistics.median(known[-50:]) if known else None

@@ -1,10 +1,10 @@
 # Sourced by slurm/finetune.sbatch on the first node, from the folder that sbatch was called in.
 # TUNELOOM_ENV names another file.
 
-# The interpreter that every node sees: a virtual environment on the shared file system.
-TUNELOOM_PYTHON=${TUNELOOM_PYTHON:-$PWD/.venv/bin/python}
+# The interpreter that every node sees: .venv/bin/python of that folder, or `python` of a container.
+# TUNELOOM_PYTHON=/shared/tuneloom/.venv/bin/python
 
-# The command that enters a container on every node, image last; the interpreter above is then the image's.
+# The command that enters a container on every node, image last.
 # TUNELOOM_CONTAINER="apptainer exec --nv /images/tuneloom.sif"
 
 # What your cluster needs goes below: module loads, caches on the shared file system, the network.

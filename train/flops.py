@@ -1,10 +1,10 @@
 """Model FLOPs of a step by what the mathematics needs, and the peak of the device it ran on.
 
 Full:  6 N_linear + 6 V D f + 3 L 2 s d_attn a token.    LoRA: 4 N_linear + 6 N_adapter + 4 V D f +
-the same attention (no weight gradients of the frozen base). s = sum(len^2) / sum(len) of the packed
-documents, causal;
-f = share of tokens with a label. Padding and recomputation are never counted (PaLM, arXiv
-2204.02311, app. B).
+the same attention (no weight gradients of the frozen base; a head of method.extra_modules has
+them). s = sum(len^2) / sum(len) of the packed documents, causal; f = share of tokens with a label;
+of stacked experts those that a token is sent to. Padding and recomputation are never counted (PaLM,
+arXiv 2204.02311, app. B).
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,12 @@ class Shape:
     """What the formula needs of a model."""
 
     linear: int
-    """Parameters of base linears, head and embeddings left out."""
+    """Parameters of base linears that a token meets, head and embeddings left out."""
     adapter: int
     """Trainable parameters beside the base."""
     head: int
     """V * D."""
+    head_frozen: bool
     attention: int
     """Sum over layers of heads * head width."""
     frozen: bool
@@ -37,32 +38,51 @@ class Shape:
         """FLOPs of forward and backward over `tokens` real tokens in documents of sum(len^2)."""
         passes = 4 if self.frozen else 6
         linear = passes * self.linear * tokens + 6 * self.adapter * tokens
-        head = passes * self.head * target_tokens
+        head = (4 if self.head_frozen else 6) * self.head * target_tokens
         return linear + head + 6.0 * self.attention * square_tokens
 
 
 def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
     """Count parameters by the module that holds them; works on ZeRO-3 shards and NF4 weights."""
     linear = adapter = 0
-    head_weight = id(getattr(_causal(network).get_output_embeddings(), "weight", None))
-    for module in network.modules():
+    text = _causal(network).config.get_text_config()
+    experts, met = experts_of(text), getattr(text, "num_experts_per_tok", 1)
+    # Of PEFT's wrapper around a module that is trained whole: that of its copy.
+    head_weight = getattr(_causal(network).get_output_embeddings(), "weight", None)
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Embedding) or "original_module" in path.split("."):
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             size = true_numel(parameter)
+            if parameter is head_weight:
+                continue
             if frozen and parameter.requires_grad:
                 adapter += size
-            elif (
-                name == "weight" and isinstance(module, nn.Linear) and id(parameter) != head_weight
-            ):
+            elif name == "weight" and isinstance(module, nn.Linear):
                 linear += size
-    text = _causal(network).config.get_text_config()
+            elif is_stack(parameter, experts):
+                linear += size * met // experts
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(
         linear=linear,
         adapter=adapter,
         head=text.vocab_size * text.hidden_size,
+        head_frozen=frozen and not getattr(head_weight, "requires_grad", False),
         attention=text.num_hidden_layers * text.num_attention_heads * width,
         frozen=frozen,
     )
+
+
+def experts_of(text: Any) -> int:
+    """Experts of a layer, by a text model's config; 0 where it has none."""
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(n) for key in keys if (n := getattr(text, key, None))), 0)
+
+
+def is_stack(parameter: nn.Parameter, experts: int) -> bool:
+    """Whether it holds one matrix of every expert, as transformers 5 has them: no nn.Linear."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) == 3 and shape[0] == experts
 
 
 def true_numel(parameter: nn.Parameter) -> int:

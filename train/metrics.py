@@ -138,7 +138,7 @@ class Metrics:
             return Kept({})
         kept, total, dropped, until = [], dict.fromkeys(PHASES, 0.0), 0.0, 0.0
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            row = _row(line)
+            row = row_of(line)
             if row is None:
                 continue
             until = max(until, row.get("at", 0.0))
@@ -201,7 +201,7 @@ class Progress:
             self._live.stop()
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def row_of(line: str) -> dict[str, Any] | None:
     """A row; None for the last line of a killed writer, or what a bad disk made of one."""
     try:
         row = json.loads(line)
@@ -215,7 +215,7 @@ def lacking(folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of metrics.jsonl whose step W&B's files of the run do not have."""
     there = steps_written(folder)
     with (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as lines:
-        rows = map(_row, lines)
+        rows = map(row_of, lines)
         yield from (row for row in rows if row is not None and row["step"] not in there)
 
 

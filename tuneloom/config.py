@@ -125,7 +125,8 @@ def _sentence(error: Any, known: list[str]) -> str:
         return f"{key}: expected one of [{choices}], got {error['input']!r}"
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
-        return f"{key}: {message}, got {error['input']!r}" if key else message
+        whole = not key or message.startswith(f"{key}.")  # of a model, which names the key itself
+        return message if whole else f"{key}: {message}, got {error['input']!r}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 

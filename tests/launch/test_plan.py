@@ -12,6 +12,7 @@ import torch
 from tuneloom import cli
 from tuneloom.config import build, compose
 from tuneloom.errors import DataError, RefusedError
+from tuneloom.launch import machine
 from tuneloom.launch.anatomy import anatomy, saved_activations
 from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, weight_bytes
@@ -27,7 +28,7 @@ from tuneloom.launch.plan import (
     surely_fits,
 )
 from tuneloom.launch.traffic import traffic
-from tuneloom.launch.workload import speed, workload
+from tuneloom.launch.workload import Workload, speed, workload
 from tuneloom.testing import Gang, small_config
 from tuneloom.train import method as methods
 from tuneloom.train import runs
@@ -393,6 +394,32 @@ def test_an_8b_step_moves_a_fifth_of_a_gigabyte_replicated_and_26_under_zero_3()
     assert moved("zero=stage1", *often) == pytest.approx(moved("zero=stage2", *often) / 3)
 
 
+def test_recomputed_experts_are_gathered_again(tmp_path: Path) -> None:
+    """They are no linears, but one parameter a layer and projection."""
+    shape = {
+        "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+
+    def moved(checkpointing: str) -> int:
+        keys = ("zero=stage3", f"model.checkpointing={checkpointing}")
+        config = shaped(str(tmp_path), *keys)
+        return traffic(config, anatomy(config), ranks=8).this
+
+    attention, experts = 4 * 32 * 32, 4 * 3 * 32 * 48
+    assert moved("on") - moved("off") == 2 * 2 * (attention + experts) * 7 // 8
+
+
+def test_a_head_that_is_trained_whole_is_no_linear_of_a_qlora_base() -> None:
+    def linears(*overrides: str) -> tuple[int, ...]:
+        path = "meta-llama/Llama-3.2-1B"
+        return anatomy(shaped(path, "method=qlora", *overrides)).linears
+
+    assert linears("method.extra_modules=[lm_head]") == linears()
+
+
 def test_zero_3_under_lora_is_advised_against_where_the_frozen_base_fits() -> None:
     wide = ["zero=stage3", "launch.workers=8"]
     (line,) = plan_of("meta-llama/Meta-Llama-3-8B", *wide, "batch.tokens=4096").advice
@@ -510,6 +537,24 @@ def test_unpacked_steps_count_sequences(lab: Path) -> None:
     assert workload(training_of(padded), ranks=2).steps == 48 * 3 // (4 * 2)
 
 
+def test_packed_steps_count_documents_where_those_fill_a_pack_first(lab: Path) -> None:
+    def work(**dotted: object) -> Workload:
+        config = local(lab, steps=None, epochs=3.0, batch__tokens=4096, **dotted)
+        return workload(training_of(config), ranks=2)
+
+    few = work(batch__documents=4)
+    assert few.steps == 48 * 3 // (4 * 2) and few.tokens_per_row is not None
+    assert few.tokens_per_step == round(few.tokens_per_row * 4 * 2)
+    many = work(batch__documents=1000)
+    assert (many.steps, many.tokens_per_step) == (work().steps, round(4096 * 0.99 * 2))
+    graphs = work(
+        model__cuda_graphs=True, model__dtype="bf16", batch__max_length=16,
+        batch__over_length="truncate",
+    )  # fmt: skip
+    assert graphs.tokens_per_row is not None  # and of a pack, a place for every 32 tokens
+    assert graphs.tokens_per_step == round(4096 // 32 * graphs.tokens_per_row * 2)
+
+
 def test_rows_that_are_all_too_long_are_a_data_error(lab: Path) -> None:
     with pytest.raises(DataError, match=r"batch\.max_length"):
         workload(training_of(local(lab, batch__max_length=2)), ranks=1)
@@ -522,14 +567,80 @@ def test_time_is_unknown_until_a_speed_is_given_or_measured(lab: Path, tmp_path:
     assert given.workload.tokens is not None
     assert given.seconds == given.workload.tokens / 1000
 
-    folder = tmp_path / "earlier"
-    folder.mkdir()
-    record = {"config_digest": runs.digest(training_of(config))}
-    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    steps = "".join(json.dumps({"speed/tokens_per_second": rate}) + "\n" for rate in (90, 100, 110))
-    (folder / "metrics.jsonl").write_text(steps, encoding="utf-8")
-    found = speed(training_of(config), given=None)
+    earlier_run(tmp_path, config, world_size=2, device="cpu")
+    found = plan(config).speed
     assert found is not None and (found.tokens_per_second, found.source) == (100, "run earlier")
+
+
+def earlier_run(root: Path, config: JobConfig, *, world_size: int, device: str) -> Path:
+    """A run with this config that took three steps at 100 tokens a second in the middle."""
+    folder = root / "earlier"
+    folder.mkdir()
+    part = {"digest": "", "path": ""}
+    record = {
+        "config_digest": runs.digest(training_of(config)), "config": {}, "attempts": [],
+        "base": part, "dataset": part, "world_size": world_size, "device": device,
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    rows = [{"step": n, "speed/tokens_per_second": rate} for n, rate in enumerate((90, 100, 110))]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "measured", "planned", "counts"),
+    [
+        (2, "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", True),
+        (2, "NVIDIA H100 80GB HBM3", "h100-80", True),
+        (2, "NVIDIA H200", "h200-141", True),
+        (2, "NVIDIA GeForce RTX 4090", "rtx4090-24", True),
+        (1, "NVIDIA H100 80GB HBM3", "h100-80", False),
+        (2, "NVIDIA A100-SXM4-40GB", "a100-80", False),
+        (2, "NVIDIA L40S", "l4-24", False),
+        (2, "cpu", "h100-80", False),
+        (2, "NVIDIA H100 80GB HBM3", "CPU", False),
+    ],
+)
+def test_only_a_run_on_as_many_devices_of_the_kind_gives_a_plan_its_speed(
+    lab: Path, tmp_path: Path, ranks: int, measured: str, planned: str, counts: bool
+) -> None:
+    config = local(lab, run__root=str(tmp_path))
+    earlier_run(tmp_path, config, world_size=ranks, device=measured)
+    found = speed(training_of(config), given=None, ranks=2, device=planned)
+    assert (found is not None) is counts
+
+
+def test_damaged_runs_beside_this_one_stop_no_plan(lab: Path, tmp_path: Path) -> None:
+    config = local(lab, run__root=str(tmp_path))
+    folder = earlier_run(tmp_path, config, world_size=2, device="cpu")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 4, "speed/tok\xff\nnull\n[1]\n{"step": 5, "speed')
+    for name, content in {"half": b'{"config_dig', "bytes": b"\xff\xfe", "list": b"[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_bytes(content)
+    found = plan(config).speed
+    assert found is not None and found.tokens_per_second == 100
+
+
+def test_checkpoints_of_the_run_itself_count_as_room_for_those_to_come(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is queued again finds two checkpoints of its own, and room for one."""
+    config = local(lab, run__root=str(tmp_path), checkpoint__keep=2)
+    size = plan(config).checkpoint
+    monkeypatch.setattr(machine, "free_disk", lambda _: size)
+    with pytest.raises(RefusedError, match=r"^run\.root: 2 checkpoints and the one being written"):
+        check(config)
+    for step in ("step-000010", "step-000020"):
+        shard = tmp_path / "planned/checkpoints" / step / "engine/shard.pt"
+        shard.parent.mkdir(parents=True)
+        shard.write_bytes(bytes(size))
+    found = check(config)
+    assert found is not None and found.fits
+    monkeypatch.setattr(machine, "free_disk", lambda _: size - 1)
+    with pytest.raises(RefusedError, match=r"free beside the .* of this run's own; lower"):
+        check(config)
 
 
 def test_a_plan_is_json_and_writes_nothing(

@@ -21,7 +21,7 @@ from tuneloom.config import FORBIDDEN_KEYS, build
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError, TuneloomError
 from tuneloom.launch.config import JobConfig, LaunchConfig
-from tuneloom.launch.slurm import header, render
+from tuneloom.launch.slurm import header, render, submission_of
 from tuneloom.redact import redact, redacted
 from tuneloom.registry.adapters import model_folder
 from tuneloom.registry.digests import weights_digest
@@ -84,8 +84,8 @@ def rendered(content: dict[str, Any]) -> tuple[str, list[str]] | None:
         script = render(job)
     except ConfigError:
         return None
-    folder = Path(job.run.root).absolute() / str(job.run.id) / "slurm"
-    return script, [str(job.launch.python), "--config-dir", str(folder), "experiment=job"]
+    folder = submission_of(job).absolute()
+    return script, [str(job.launch.python), "--config-dir", str(folder), "local=job"]
 
 
 def test_names_stay_one_word_of_the_batch_script(lab: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -286,17 +288,62 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_refused_with_4(bed: SlurmBe
 
 @pytest.mark.slurm
 def test_array_tasks_share_a_node_and_take_their_index_as_an_argument(bed: SlurmBed) -> None:
-    """Two Ray heads at a time on one host, each with ports, token and scratch of its own."""
+    """Two Ray heads at a time on one host, each with ports, token and scratch of its own. Task 2,
+    whose number is the array's, ends long before the other, and leaves it alone.
+    """
+    chat_rows(bed.base / "lab/rows-1.jsonl", 5_000)
+    chat_rows(bed.base / "lab/rows-2.jsonl", 24)
     job = bed.run(
         "sbatch", "--parsable", "--array=1-2", "--nodelist=n1", "--mem=3000", "--cpus-per-task=2",
-        str(SCRIPT), *RUN, "steps=2", "seed=%a", cwd=bed.base,
+        str(SCRIPT), *RUN, "steps=null", "epochs=1", "data.path=lab/rows-%a.jsonl", "seed=%a",
+        cwd=bed.base,
     )  # fmt: skip
-    for task in (1, 2):
+    ends = []
+    for task in (2, 1):
         ended = bed.wait_job(f"{job}_{task}", ENDED)
         assert ended["JobState"] == "COMPLETED", output(bed, ended["JobId"])
+        ends.append(ended["EndTime"])
         folder = bed.base / f"runs/slurm-{job}-{task}"
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        assert facts["config"]["seed"] == task
+        assert (facts["config"]["seed"], facts["state"]) == (task, "done")
+        assert facts["attempts"][0]["job"] == ended["JobId"]
+        assert (ended["JobId"] == job) is (task == 2)
+    quick, slow = map(datetime.fromisoformat, ends)
+    assert (slow - quick).total_seconds() >= 3
+
+
+@pytest.mark.slurm
+def test_ranks_find_slots_however_few_processors_the_job_has(bed: SlurmBed) -> None:
+    """`sbatch --gpus-per-node=8` alone gives a node a single processor."""
+    job = sbatch(
+        bed, "crowded", "launch.workers=2", "launch.wait_seconds=15", options=("--nodes=1",)
+    )  # fmt: skip
+    ended = bed.wait_job(job, ENDED)
+    assert (ended["NumCPUs"], ended["JobState"]) == ("1", "COMPLETED"), output(bed, job)
+    facts = json.loads((bed.base / "runs/crowded/run.json").read_text(encoding="utf-8"))
+    assert facts["world_size"] == 2
+
+
+@pytest.mark.slurm
+def test_an_interrupt_ends_the_command_and_its_sweep_but_not_the_job(bed: SlurmBed) -> None:
+    following = subprocess.Popen(
+        [sys.executable, "-m", "tuneloom", "train", "--multirun", *RUN, "run.name=followed",
+         "steps=100000", "launch=slurm", "launch.gpus_per_worker=0", "launch.memory=3000M",
+         "optim.lr=0.001,0.002"],
+        env=bed.environment() | {"PYTHONPATH": str(ROOT)}, cwd=bed.base, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert following.stdout is not None
+    (job,) = re.findall(r"slurm: job (\d+), run followed", following.stdout.readline())
+    time.sleep(1)
+    following.send_signal(signal.SIGINT)
+    said, complained = following.communicate(timeout=60)
+    left = bed.job(job)["JobState"]
+    bed.run("scancel", job)
+    assert following.returncode == 130, said + complained
+    assert f"job {job} goes on" in said and "scancel" not in said  # which the next job would name
+    assert left in ("PENDING", "RUNNING")
+    bed.wait_idle()
 
 
 @pytest.mark.slurm
@@ -330,7 +377,9 @@ def test_a_sweep_submits_a_job_a_point_with_what_was_asked_of_slurm(bed: SlurmBe
     jobs = re.findall(r"slurm: job (\d+), run (swept\S+);", done.stdout)
     asked = {job: bed.job(job) for job, _ in jobs}
     bed.run("scancel", *asked)
-    files = [bed.base / f"runs/{run}/slurm/experiment/job.yaml" for _, run in jobs]
+    files = [
+        file for _, run in jobs for file in bed.base.glob(f"runs/{run}/slurm/*/local/job.yaml")
+    ]
     found = [yaml.safe_load(file.read_text(encoding="utf-8"))["optim"]["lr"] for file in files]
     assert [str(rate) for rate in found] == list(rates)
     wanted = {"Partition": "high", "Account": "lab", "TimeLimit": "1-00:30:00", "NumTasks": "4",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tuneloom import cli
-from tuneloom.config import build
+from tuneloom.config import Config, build
+from tuneloom.errors import ConfigError
 from tuneloom.launch.config import JobConfig, LaunchConfig
 from tuneloom.launch.slurm import header, write_config
 from tuneloom.testing import small_config
@@ -57,13 +60,132 @@ def test_the_header_asks_for_what_the_config_says_and_for_nothing_else(
 
 def test_only_its_owner_reads_the_config_of_a_job(lab: Path, tmp_path: Path) -> None:
     content = small_config(lab, "private") | {"launch": {"kind": "slurm", "gpus_per_worker": 0}}
-    path = tmp_path / "experiment/job.yaml"
+    path = tmp_path / "local/job.yaml"
     path.parent.mkdir()
     path.write_text("of a submission before", encoding="utf-8")
     path.chmod(0o644)
     write_config(build(JobConfig, content), tmp_path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text(encoding="utf-8").startswith("# @package _global_\n")
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A shell script in a folder for PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that only keeps what it is given, as Slurm's does, in the folder returned."""
+    program(tmp_path / "bin", "sbatch", f"cp $2 {tmp_path}/queue/$$.sh; echo $$")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    (tmp_path / "queue").mkdir()
+    return tmp_path / "queue"
+
+
+def read_by(script: Path) -> tuple[Path, Config]:
+    """The folder of configs that a batch script names, and what its arguments compose to."""
+    text = re.findall(r"^set -- (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    arguments = shlex.split(text)
+    folder = Path(arguments[arguments.index("--config-dir") + 1])
+    return folder, cli.config_of("train", arguments)[1]
+
+
+def test_jobs_of_one_run_that_wait_in_the_queue_keep_the_config_they_were_submitted_with(
+    tmp_path: Path, queue: Path
+) -> None:
+    command = ["train", "--multirun", "experiment=demo", f"run.root={tmp_path}/runs",
+               "run.id=first", "launch=slurm", "launch.gpus_per_worker=0", "launch.follow=false",
+               "optim.lr=0.001,0.002"]  # fmt: skip
+    assert cli.main(command) == 0
+    rates = [read_by(script)[1].optim.lr for script in queue.iterdir()]  # type: ignore[attr-defined]
+    assert sorted(rates) == [0.001, 0.002]
+
+
+def test_a_job_runs_with_what_was_validated_whatever_conf_local_says(
+    tmp_path: Path, queue: Path
+) -> None:
+    command = ["experiment=demo", f"run.root={tmp_path}/runs", "run.id=first", "seed=3",
+               "launch=slurm", "launch.gpus_per_worker=0", "launch.follow=false"]  # fmt: skip
+    assert cli.main(["train", *command]) == 0
+    (script,) = queue.iterdir()
+    folder, before = read_by(script)
+    (folder / "local").mkdir(exist_ok=True)
+    (folder / "local/default.yaml").write_text(
+        '# @package _global_\nseed: 4\ntracker:\n  mode: "off"\n', encoding="utf-8"
+    )
+    asked = cli.config_of("train", command)[1].model_dump(exclude={"launch"})
+    assert before.model_dump(exclude={"launch"}) == asked
+    assert read_by(script)[1].model_dump(exclude={"launch"}) == asked
+
+
+def test_a_limit_that_leaves_no_time_to_train_is_refused() -> None:
+    """The job would be asked to save as soon as it runs, go back into the queue, and so on."""
+
+    def limited(**keys: object) -> LaunchConfig:
+        return build(LaunchConfig, {"kind": "slurm", "signal_seconds": 180} | keys)
+
+    for time in (4, "4", "00:04:00", "0-00:04"):
+        with pytest.raises(ConfigError, match=rf"^launch\.time: {time} leaves no time to train"):
+            limited(time=time)
+    for time in (5, "00:04:01", "0-00:05", "1-00:00:00"):
+        assert limited(time=time).time == time
+    with pytest.raises(ConfigError, match=r"launch\.signal_seconds"):
+        limited(time="1-00:00", signal_seconds=86_340)
+
+
+def test_a_limit_that_slurm_or_yaml_would_read_as_another_is_refused() -> None:
+    """sbatch takes 12:00 as minutes and seconds, YAML an unquoted 4:00:00 as minutes."""
+    for time in ("12:00", 14400, 3600, "1-12"):
+        with pytest.raises(ConfigError, match=r"^time: expected "):
+            build(LaunchConfig, {"kind": "slurm", "time": time, "signal_seconds": 1})
+    assert build(LaunchConfig, {"kind": "slurm", "time": 3599}).time == 3599
+
+
+def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run the script of the repository with programs in place of Slurm's, each of which writes down
+    what it was asked.
+    """
+    for name in ("scancel", "scontrol"):
+        program(tmp_path / "bin", name, f"echo {name} $* >> {tmp_path}/asked; echo localhost")
+    return subprocess.run(
+        ["bash", str(ROOT / "slurm/finetune.sbatch"), *arguments], cwd=tmp_path, text=True,
+        capture_output=True, timeout=60, check=False,
+        env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NODELIST": "localhost"} | variables,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2")],
+)
+def test_a_task_of_an_array_ends_and_requeues_itself_alone(
+    tmp_path: Path, variables: dict[str, str], name: str
+) -> None:
+    """The number of one task is that of the array, and stands for all of it."""
+    (tmp_path / "warned.sh").write_text("kill -USR1 $$", encoding="utf-8")
+    assert batch(tmp_path, TUNELOOM_ENV="warned.sh", **variables).returncode == 75
+    asked = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
+    assert asked[1:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "interpreter"),
+    [({"TUNELOOM_CONTAINER": "enter image"}, "image python"),
+     ({"TUNELOOM_CONTAINER": "enter image", "TUNELOOM_PYTHON": "/opt/python"}, "image /opt/python"),
+     ({"TUNELOOM_PYTHON": "enter"}, "")],
+)  # fmt: skip
+def test_in_a_container_the_interpreter_is_the_images(
+    tmp_path: Path, variables: dict[str, str], interpreter: str
+) -> None:
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    program(tmp_path / "bin", "enter", f"echo $* > {tmp_path}/entered; exit 1")
+    assert batch(tmp_path, **variables).returncode == 4
+    entered = (tmp_path / "entered").read_text(encoding="utf-8")
+    assert entered.split("-c import socket")[0].strip() == interpreter
 
 
 def test_the_digest_of_the_code_changes_with_any_module_or_config(tmp_path: Path) -> None:
