@@ -6,6 +6,7 @@ import os
 import time
 
 from tuneloom import imports
+from tuneloom.errors import ConfigError
 from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.plan import check
 from tuneloom.launch.worker import devices
@@ -24,6 +25,11 @@ def main(config: JobConfig) -> int:
         from tuneloom.launch.slurm import launch_slurm
 
         return launch_slurm(job)
+    if job.launch.nodes > 1 and job.launch.kind != "ray":
+        raise ConfigError(
+            f"launch.nodes: launch={job.launch.kind} is this machine alone, got {job.launch.nodes};"
+            " set launch=ray or launch=slurm"
+        )
     training = training_of(job)
     if job.launch.kind == "inline" and job.launch.gpus_per_worker == 0:
         os.environ |= devices(0)  # before torch looks

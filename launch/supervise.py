@@ -77,6 +77,8 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(ray.shutdown)
         connect(launch, run=folder)
         stack.callback(time.sleep, LAST_LINES_SECONDS)
+        if launch.kind == "local":
+            refuse_more_gpus(launch)
         if launch.kind == "ray" and config.checkpoint.memory_every:
             stack.callback(forget_elsewhere, folder)
         keeps_its_folder(config)
@@ -173,6 +175,19 @@ def connect(launch: LaunchConfig, *, run: Path | None = None) -> None:
             "launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local"
         )
     ray.init(address=address, **shared)
+
+
+def refuse_more_gpus(launch: LaunchConfig) -> None:
+    """This machine gets no more, so there is nothing to wait for."""
+    import ray
+
+    wanted = gpus_per_worker(launch) * launch.workers
+    have = int(ray.cluster_resources().get("GPU", 0))
+    if wanted > have:
+        raise RefusedError(
+            f"launch.workers: {launch.workers} ranks need {wanted} GPUs, this machine has {have}; "
+            "lower launch.workers, or set launch=ray or launch=slurm"
+        )
 
 
 def forget_elsewhere(folder: Path) -> None:

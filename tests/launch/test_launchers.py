@@ -64,6 +64,23 @@ def test_ray_gives_torchruns_bits_and_rows(lab: Path, by_torchrun: list[float]) 
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        (["launch=local", "launch.nodes=2", "launch.workers=2"], 2, "is this machine alone, got 2"),
+        (["launch=inline", "launch.nodes=2", "launch.workers=2"], 2, "this machine alone, got 2"),
+        (["launch=local", "launch.workers=16", "launch.gpus_per_worker=1"], 4, "need 16 GPUs"),
+    ],
+)
+def test_what_this_machine_will_never_hold_is_not_waited_for(
+    lab: Path, asked: list[str], code: int, said: str
+) -> None:
+    """It waited 300 s for room."""
+    done = run("-m", "tuneloom", "train", *overrides(lab, "too-large", *asked))
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert "room for" not in done.stdout
+
+
 def test_under_torchrun_a_run_without_an_id_is_refused(lab: Path) -> None:
     """It would begin anew, under another, after each restart."""
     done = torchrun(lab, "null", 2, f"run.root={lab}/nameless")
