@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make install   a virtual environment in .venv/, every version pinned in constraints.txt"
 	@echo "make demo      the main job on this machine: raw records to a scored adapter and report.html"
-	@echo "make test      the whole test suite (no GPU needed)"
+	@echo "make test      the test suite, but for the tests marked slow (no GPU needed)"
 	@echo "make check     ruff, mypy, layers"
 	@echo "make bench     benchmarks that two CPU cores can run; results in benchmarks/results/"
 

@@ -223,18 +223,14 @@ def disk(run_root: str) -> Line:
 
 
 def wandb_key() -> Line:
-    """Whether tracker=auto would be online: the variable, or a login for the host in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return Line("W&B key", "ok", "WANDB_API_KEY is set")
-    import netrc
+    """Whether tracker=auto would be online."""
+    from tuneloom.train.tracker import key
 
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
-    try:
-        if file.exists() and netrc.netrc(str(file)).authenticators(host):
-            return Line("W&B key", "ok", f"{host} is in {file}")
-    except netrc.NetrcParseError as error:
-        return Line("W&B key", "note", f"{file} cannot be read ({error})", "run wandb login again")
+    where, fault = key()
+    if where is not None:
+        return Line("W&B key", "ok", where)
+    if fault is not None:
+        return Line("W&B key", "note", fault, "run wandb login again")
     return Line(
         "W&B key", "note", "none", "runs are tracked offline; wandb login, or WANDB_API_KEY"
     )

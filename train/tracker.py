@@ -12,6 +12,7 @@ record, and what W&B's files lack of it is written at a resume, or by
 
 import json
 import logging
+import netrc
 import os
 import struct
 import time
@@ -103,14 +104,29 @@ class Tracker:
 def _decide(wanted: str) -> tuple[str, str]:
     if wanted != "auto":
         return wanted, "asked for"
-    if os.environ.get("WANDB_API_KEY") or _netrc_has_wandb():
-        return "online", "a key was found"
-    return "offline", "no key was found; `wandb sync` uploads later"
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "dryrun", "disabled"):
+        return "off" if mode == "disabled" else "offline", f"WANDB_MODE={mode}"
+    where, fault = key()
+    if where is not None:
+        return "online", where
+    return "offline", f"{fault or 'no key was found'}; `wandb sync` uploads later"
 
 
-def _netrc_has_wandb() -> bool:
-    netrc = Path.home() / ".netrc"
-    return netrc.exists() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+def key() -> tuple[str | None, str | None]:
+    """Where W&B's key is, None without one: the variable, or a login for the host in ~/.netrc; and
+    why that file could not be read.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return "WANDB_API_KEY is set", None
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    try:
+        if file.exists() and netrc.netrc(str(file)).authenticators(host):
+            return f"{host} is in {file}", None
+    except (netrc.NetrcParseError, OSError) as error:
+        return None, f"{file} cannot be read ({error})"
+    return None, None
 
 
 def _records(path: Path) -> Iterator[bytes]:

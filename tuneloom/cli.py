@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def usage() -> str:
     """The list of verbs."""
-    lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    wide = max(map(len, VERBS)) + 2
+    lines = [f"  {verb:<{wide}}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(
         ["usage: tuneloom VERB [group=choice] [dotted.key=value]", "", *lines, "",
          "tuneloom VERB --help shows its groups and keys; --cfg job prints the composed config.",

@@ -17,6 +17,7 @@ from tuneloom.launch.faults import tmpfs
 from tuneloom.testing import Gang, metrics, small_config
 from tuneloom.train.metrics import PHASES, fill
 from tuneloom.train.runs import locked
+from tuneloom.train.tracker import key
 
 History = Callable[[Path], list[dict[str, Any]]]
 
@@ -118,13 +119,26 @@ def test_what_is_no_run_is_not_filled(tmp_path: Path) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_without_a_key_auto_is_offline_and_the_record_says_so(
+def test_auto_is_what_wandbs_own_variable_says_and_the_record_says_so(
     lab: Path, one: Gang, offline_history: History
 ) -> None:
     one.fit(small_config(lab, "auto", steps=1, tracker__mode="auto"))
     tracker = json.loads((lab / "runs/auto/run.json").read_text())["tracker"]
-    assert tracker["mode"] == "offline" and "no key was found" in tracker["reason"]
+    assert tracker == {"mode": "offline", "reason": "WANDB_MODE=offline"}
     assert offline_history(lab / "runs/auto")
+
+
+def test_auto_is_online_for_a_login_to_a_host_of_ones_own_and_offline_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert key() == (None, None)
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password x")
+    (tmp_path / "netrc").chmod(0o600)
+    assert key() == (f"wandb.example.org is in {tmp_path}/netrc", None)
 
 
 TRAIN = """

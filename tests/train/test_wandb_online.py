@@ -78,7 +78,7 @@ def test_a_key_makes_it_online_and_a_resumed_run_continues_the_same_wandb_run(
     folder = to_be_stopped(lab, "online")
     first = train(config, server)
     assert first.returncode == STOPPED, first.stderr
-    assert "tracker: W&B online (a key was found)" in first.stdout
+    assert "tracker: W&B online (WANDB_API_KEY is set)" in first.stdout
     second = train(config, server)
     assert second.returncode == 0, second.stderr
     assert set(server.names) == {"online"}
