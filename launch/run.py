@@ -10,6 +10,7 @@ from tuneloom.errors import ConfigError
 from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.plan import check
 from tuneloom.launch.worker import devices
+from tuneloom.train.rules import refuse_unread
 from tuneloom.train.runs import folder_of, with_id
 
 CONFIG = JobConfig
@@ -20,6 +21,7 @@ def main(config: JobConfig) -> int:
     the run.
     """
     os.environ["TUNELOOM_STARTED"] = str(time.time())  # a sweep's next job has a clock of its own
+    refuse_unread(training_of(config))
     job = with_id(config)
     if job.launch.kind == "slurm":
         from tuneloom.launch.slurm import launch_slurm

@@ -9,7 +9,7 @@ from typing import Any
 
 INHERITED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TUNELOOM_STARTED", "HF_HUB_OFFLINE", "HF_HOME",
              "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
-             "CUDA_HOME", "PATH")  # fmt: skip
+             "CUDA_HOME", "PATH", "TORCHINDUCTOR_CACHE_DIR")  # fmt: skip
 """Variables that ranks get from the driver; secrets are not among them, W&B reads its own netrc."""
 START_SECONDS = 300.0
 """For worker processes, which import from a file system that 1,000 others may read."""

@@ -12,6 +12,7 @@ from tuneloom.config import build, compose, dotted_keys, unknown_override
 from tuneloom.errors import TuneloomError
 from tuneloom.redact import redact, redact_tracebacks
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.rules import refuse_unread
 
 
 def main(overrides: list[str]) -> int:
@@ -26,6 +27,7 @@ def main(overrides: list[str]) -> int:
         mapping = compose("train", overrides, known=known)
         del mapping["launch"]
         config = build(TrainConfig, mapping)
+        refuse_unread(config)
 
         from tuneloom.train.loop import fit
 

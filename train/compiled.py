@@ -7,6 +7,7 @@ not compiled, which costs minutes at first start (axolotl's docs: 5 to 15 for 8B
 """
 
 import os
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -97,13 +98,12 @@ def _keep_to_ourselves() -> None:
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "tuneloom" / "inductor"
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cache = Path(tempfile.gettempdir()) / f"tuneloom-inductor-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
     if not shm.is_ours(cache):
         raise RefusedError(
-            f"model.compile: {cache} is not this user's alone, and code is run from there; chmod "
-            "700 it, or set TORCHINDUCTOR_CACHE_DIR"
+            f"model.compile: {cache} is not this user's alone, and code is run from there; remove "
+            "it, or set TORCHINDUCTOR_CACHE_DIR"
         )
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
 

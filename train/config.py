@@ -4,7 +4,7 @@ The rules that cross parts live in `train/rules.py`, from which docs/combination
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -176,9 +176,13 @@ class BatchConfig(Config):
         return self
 
 
+LORA_LR, FULL_LR = 2e-4, 1e-5
+
+
 class OptimConfig(Config):
     name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 2e-4
+    lr: Annotated[float, Field(gt=0)] = LORA_LR
+    """null in a file or on the command line: 2e-4, or 1e-5 under method=full."""
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
     """Learning rate of the matrices under `name=muon`; `lr` stays that of everything else."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -281,6 +285,18 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     train: TrainLoopConfig = TrainLoopConfig()
     tracker: TrackerConfig = TrackerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def rate_of_the_method(cls, given: Any) -> Any:
+        """A rate that nobody chose is that of the method."""
+        if not isinstance(given, dict) or not isinstance(given.get("optim"), dict):
+            return given
+        if given["optim"].get("lr", ...) is not None:
+            return given
+        method = given.get("method")
+        kind = method.get("kind") if isinstance(method, dict) else None
+        return given | {"optim": given["optim"] | {"lr": FULL_LR if kind == "full" else LORA_LR}}
 
     @model_validator(mode="after")
     def runs(self) -> "TrainConfig":

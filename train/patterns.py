@@ -48,8 +48,9 @@ def _passes_window(network: nn.Module) -> bool:
     """Whether an attention's own code calls anything with `sliding_window=`."""
     kinds = {type(m) for m in network.modules() if "Attention" in type(m).__name__}
     codes = [inspect.unwrap(kind.forward).__code__ for kind in kinds]
-    keywords = [names for code in codes for names in code.co_consts if isinstance(names, tuple)]
-    return any("sliding_window" in names for names in keywords)
+    consts = [const for code in codes for const in code.co_consts]  # single ones since Python 3.14
+    return any(c == "sliding_window" or (isinstance(c, tuple) and "sliding_window" in c)
+               for c in consts)  # fmt: skip
 
 
 def _refuse_rope(text: Any, batch: BatchConfig) -> str | None:

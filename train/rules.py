@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuneloom.errors import ConfigError
+
 if TYPE_CHECKING:
     from tuneloom.train.config import TrainConfig
 
@@ -277,6 +279,17 @@ RULES: tuple[Rule, ...] = (
         "state on a drive is gathered tensor by tensor, never copied whole to host memory; set "
         "checkpoint.asynchronous=false and checkpoint.memory_every=0",
     ),
+    Rule(
+        ("train.patience", "train.validate_every"),
+        lambda c: (
+            c.train.patience > 0 and (c.train.validate_every == 0 or c.data.validation is None)
+        ),
+        "an early stop needs validations; set train.validate_every=100 and data.validation",
+    ),
+)
+
+
+UNREAD: tuple[Rule, ...] = (
     idle(
         "batch.sequences",
         lambda c: not c.batch.packing,
@@ -316,14 +329,19 @@ RULES: tuple[Rule, ...] = (
         lambda c: "nvme" in (c.zero.offload, c.zero.offload_parameters),
         "nothing is moved to a drive; set zero.offload=nvme with zero.stage=3, or leave it out",
     ),
-    Rule(
-        ("train.patience", "train.validate_every"),
-        lambda c: (
-            c.train.patience > 0 and (c.train.validate_every == 0 or c.data.validation is None)
-        ),
-        "an early stop needs validations; set train.validate_every=100 and data.validation",
-    ),
 )
+"""Values without an effect: refused where a person gives them, not in what a run has recorded."""
+
+
+def refuse_unread(config: "TrainConfig") -> None:
+    """Raise ConfigError for a value that nobody would read; a run that began with it goes on."""
+    from tuneloom.train.runs import folder_of, recorded
+
+    if config.run.id is not None and recorded(folder_of(config)):
+        return
+    for rule in UNREAD:
+        if rule.broken(config):
+            raise ConfigError(f"{', '.join(rule.keys)}: {rule.reason}")
 
 
 def violations(config: "TrainConfig") -> Iterator[str]:
@@ -437,6 +455,9 @@ def _attention_table() -> str:
 def _rule_list() -> str:
     lines = ["## Rules\n"]
     lines += [f"{n}. `{'`, `'.join(rule.keys)}`: {rule.reason}." for n, rule in enumerate(RULES, 1)]
+    lines.append("\nValues that nobody would read are refused, too (exit 2), where they are not "
+                 "the default:\n")  # fmt: skip
+    lines += [f"- `{rule.keys[0]}`: {rule.reason}." for rule in UNREAD]
     lines.append(
         "\nWhat depends on the machine is no rule but asked there: fp16 and flash or varlen "
         "attention need a GPU,\nflash its package, varlen torch 2.12, NVMe DeepSpeed's async_io op "

@@ -5,6 +5,7 @@ ZeRO stage.
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def rewind(path: Path, step: int) -> None:
     """Keep those of steps up to `step`: later ones come again, and a torn line never ended."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    # Not by splitlines(): a text may hold a line separator of Unicode's.
+    lines = re.findall(r"[^\n]*\n", path.read_text(encoding="utf-8", errors="replace"))
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(x for x in lines if _step_of(x) <= step), encoding="utf-8")
     os.replace(aside, path)
@@ -74,6 +76,6 @@ def rewind(path: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     """Infinite for a line that is none."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf

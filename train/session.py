@@ -383,6 +383,7 @@ class Session:
         if self._is_own(found):  # another run's best may be of other rows
             self._best, self._worse = found.trainer["best"], found.trainer["worse"]
             self._best_step = found.trainer.get("best_step", 0)  # not in checkpoints of before
+            self._count_anew()
         self.ended_early = 0 < self.config.train.patience <= self._worse
         self.last_loss = found.trainer.get("loss", math.nan)  # not in checkpoints of before
         # Validating this step once more would count twice towards train.patience.
@@ -390,6 +391,21 @@ class Session:
         self._sampled_step = found.trainer["sampled"]
         if self.world.first:
             print(f"resumed {found.folder.name} of {self.config.run.id}", flush=True)
+
+    def _count_anew(self) -> None:
+        """Where the weights of the best validation are gone, the next one is the best, but for a
+        run that has ended by it, and has them in weights/.
+        """
+        patience = self.config.train.patience
+        needed = self._worse < patience and math.isfinite(self._best)
+        if needed and not self._on_first(lambda: self._best_folder().is_dir()):
+            self._best, self._worse = math.inf, 0
+            if self.world.first:
+                print(
+                    f"train.patience: {self._best_folder().name} is gone, with the weights of the "
+                    "best validation so far; counting anew",
+                    flush=True,
+                )
 
     def _forget_later(self, found: checkpoint.Found | None) -> None:
         """What earlier attempts left of later steps goes, as these steps come again."""
@@ -691,7 +707,10 @@ class Session:
         """weights/: of the best validation under `train.patience`, else of the last step."""
         target, best = self.folder / weights.FOLDER, self._best_folder()
         stops_early = self.config.train.patience > 0
-        if not (stops_early and self._on_first(best.is_dir)):
+        there: bool = self._on_first(best.is_dir)
+        if self.ended_early and not there and self._on_first(target.is_dir):
+            return  # it had ended before, and its best weights were copied then
+        if not (stops_early and there):
             self._best_step = self.step
             weights.save(self.engine, self.tokenizer, target, self.world)
             return
@@ -737,7 +756,11 @@ class Session:
         """
         if self.copies is not None and isinstance(error, TuneloomError):
             self.copies.forget()
-        if self.world.first and self.recorded:
+        ours = self.recorded or (
+            # Of an attempt that was lost, as nobody else holds the lock.
+            self._lock is not None and runs.recorded(self.folder).get("state") == "running"
+        )
+        if self.world.first and ours:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             try:
                 self._book_the_rest()

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tuneloom.train.config import TrackerConfig
 from tuneloom.train.uploader import Uploader
@@ -120,11 +121,11 @@ def key() -> tuple[str | None, str | None]:
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY is set", None
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
     try:
         if file.exists() and netrc.netrc(str(file)).authenticators(host):
             return f"{host} is in {file}", None
-    except (netrc.NetrcParseError, OSError) as error:
+    except (netrc.NetrcParseError, OSError, ValueError) as error:
         return None, f"{file} cannot be read ({error})"
     return None, None
 

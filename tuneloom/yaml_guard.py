@@ -23,7 +23,9 @@ MAX_RESOLVED = 4 * 2**20
 FORBIDDEN_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 """Keys by which Hydra instantiates what a config names (CVE-2026-68508)."""
 OC_ENV = re.compile(r"\$\{\s*oc\.env\s*:([^,}]*)")
-SECRET_NAME = re.compile(r"(?i)token|key|secret|passw|credential|auth")
+SECRET_NAME = re.compile(
+    r"(?i)(?:^|_)(?:\w*(?:token|secret|api_?key)|key|passw\w*|pwd|credential|auth)s?(?:_|$)"
+)
 CODE_KEYS = {*FORBIDDEN_KEYS, "()"}
 """And the one by which `logging.config.dictConfig` does."""
 

@@ -1,6 +1,7 @@
 """Every shipped config composes and validates; a fault is a sentence with key, rule and value."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from tuneloom import cli
 from tuneloom.config import build, compose
 from tuneloom.errors import ConfigError
 from tuneloom.launch.config import JobConfig
-from tuneloom.train.rules import AXES, RULES, markdown, verdict, violations, with_keys
+from tuneloom.train.rules import (
+    AXES,
+    RULES,
+    UNREAD,
+    markdown,
+    refuse_unread,
+    verdict,
+    violations,
+    with_keys,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -104,9 +114,38 @@ def test_an_unknown_key_ends_with_2_and_names_the_nearest(
 def test_every_weight_learns_at_a_lower_rate_than_an_adapter_unless_told() -> None:
     assert train(*NEEDED).optim.lr == 2e-4
     assert train(*NEEDED, "method=full").optim.lr == 1e-5
-    assert train(*NEEDED, "method=full", "optim=muon").optim.lr == 1e-5
+    assert train(*NEEDED, "optim=muon").optim.lr == 2e-4
     assert train(*NEEDED, "method=full", "optim.lr=3e-6").optim.lr == 3e-6
     assert train("experiment=llama3_70b_full_64gpu").optim.lr == 5e-6
+
+
+# One example a value, in their order.
+UNREAD_VALUES: list[list[str]] = [
+    ["batch.sequences=1"],
+    ["method=full", "method.rank=8"],
+    ["method=full", "method.alpha=8"],
+    ["method=full", "method.targets=[q_proj]"],
+    ["method.double_quantisation=false"],
+    ["optim.muon_lr=0.1"],
+    ["optim.decay_fraction=0.5"],
+    ["model.checkpoint_every_layers=4"],
+    ["zero.nvme_path=/mnt"],
+]
+
+
+@pytest.mark.parametrize("number", range(len(UNREAD)))
+def test_a_value_that_nobody_reads_is_refused_where_it_is_given_and_not_in_a_run_that_has_it(
+    number: int, tmp_path: Path
+) -> None:
+    assert len(UNREAD_VALUES) == len(UNREAD)
+    config = train(*NEEDED, f"run.root={tmp_path}", "run.id=r", *UNREAD_VALUES[number])
+    with pytest.raises(ConfigError, match=rf"^{UNREAD[number].keys[0]}: "):
+        refuse_unread(config)
+    facts = {"config_digest": "d", "config": {}, "attempts": [], "base": {"digest": "b"},
+             "dataset": {"digest": "d"}}  # fmt: skip
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/run.json").write_text(json.dumps(facts))
+    refuse_unread(config)
 
 
 def test_a_required_key_left_unset_is_named() -> None:
@@ -168,15 +207,6 @@ BROKEN: list[list[str]] = [
         "zero.offload_parameters=nvme",
         "zero.nvme_path=/mnt",
     ],
-    ["batch.sequences=1"],
-    ["method=full", "method.rank=8"],
-    ["method=full", "method.alpha=8"],
-    ["method=full", "method.targets=[q_proj]"],
-    ["method.double_quantisation=false"],
-    ["optim.muon_lr=0.1"],
-    ["optim.decay_fraction=0.5"],
-    ["model.checkpoint_every_layers=4"],
-    ["zero.nvme_path=/mnt"],
     ["train.patience=3"],
 ]
 

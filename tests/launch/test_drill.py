@@ -73,10 +73,10 @@ class Rank:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Any]:
-    import ray
-
     before = dict(os.environ)
     keep_private()
+    import ray
+
     connect(LaunchConfig(kind="local", workers=2))
     yield lambda: [ray.remote(Rank).options(num_cpus=0).remote() for _ in range(2)]
     ray.shutdown()

@@ -341,6 +341,14 @@ def test_20_yaml_bombs_are_refused_within_a_second_each(tmp_path: Path) -> None:
     assert measured["KiB"] < 200 * 2**10
 
 
+@pytest.mark.parametrize(
+    "name", ["HOME", "TOKENIZER_DIR", "KEYCLOAK_DIR", "AUTHOR", "MONKEY_ROOT", "SCRATCH"]
+)
+def test_a_variable_that_is_no_secret_may_stand_in_a_config(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"data: {{path: '${{oc.env:{name}}}/rows'}}")
+    check_file(tmp_path / "mine.yaml")
+
+
 def test_a_bomb_in_a_config_dir_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,6 +115,15 @@ def test_two_sets_of_weights_that_a_loader_chooses_from_are_refused(tmp_path: Pa
         weights_digest(folder)
 
 
+def test_an_index_of_one_file_that_bears_the_plain_name_is_that_file(tmp_path: Path) -> None:
+    """As MLX saves a model of one shard."""
+    folder = one_file(tmp_path / "mlx", tensors())
+    before = weights_digest(folder)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors(), "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_digest(folder) == before
+
+
 def test_an_adapters_digest_is_of_the_file_that_peft_reads(tmp_path: Path) -> None:
     folder = one_file(tmp_path / "decoy", tensors())
     (folder / "adapter_config.json").write_text("{}")

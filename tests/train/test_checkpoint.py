@@ -16,7 +16,7 @@ from tests.train.test_damage import SHAPES
 from tuneloom.config import build
 from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError
 from tuneloom.testing import Gang, cut_back, free_port, metrics, small_config, tiny_model, went_on
-from tuneloom.train import checkpoint, runs
+from tuneloom.train import checkpoint, runs, samples
 from tuneloom.train.config import TrainConfig
 
 STEPS = 8
@@ -272,14 +272,15 @@ def test_a_run_that_starts_anew_has_each_step_once(lab: Path, one: Gang) -> None
         "data__validation": str(lab / "validation.jsonl"),
     }  # fmt: skip
     one.fit(config(lab, "from-zero", **settings))
-    run, samples = lab / "runs/from-zero", lab / "runs/from-zero/samples.jsonl"
-    rows, said = exposures(lab, "from-zero"), samples.read_text()
+    run, sampled = lab / "runs/from-zero", lab / "runs/from-zero/samples.jsonl"
+    rows, said = exposures(lab, "from-zero"), sampled.read_text()
     shutil.rmtree(run / "checkpoints")
     (run / "exposure").mkdir()
     (run / "exposure.parquet").rename(run / "exposure/step-000003.parquet")
-    samples.write_text(said + '{"step": 4, "prom')
+    with sampled.open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "prom')
     one.fit(config(lab, "from-zero", **settings))
-    assert exposures(lab, "from-zero") == rows and samples.read_text() == said
+    assert exposures(lab, "from-zero") == rows and sampled.read_text() == said
 
 
 @pytest.mark.parametrize("other", ["base", "dataset"])
@@ -317,6 +318,26 @@ def test_a_refused_command_leaves_what_the_run_says_of_its_end(lab: Path, one: G
     with pytest.raises(ConfigError, match="step-000099 cannot be used: there is none"):
         one.fit(config(lab, "ended-well", resume=str(lab / "runs/ended-well/step-000099")))
     assert (lab / "runs/ended-well/run.json").read_bytes() == record
+
+
+def test_a_refused_restart_of_a_lost_attempt_is_the_end_of_the_run(lab: Path, one: Gang) -> None:
+    """Or `tuneloom erase` would wait for a run that nobody trains."""
+    one.fit(config(lab, "lost-then-refused", checkpoint__every=4))
+    record = lab / "runs/lost-then-refused/run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "running"}))
+    damaged = lab / "runs/lost-then-refused/checkpoints/step-000099"
+    with pytest.raises(ConfigError, match="there is none"):
+        one.fit(config(lab, "lost-then-refused", checkpoint__every=4, resume=str(damaged)))
+    assert json.loads(record.read_text())["state"] == "failed"
+
+
+def test_samples_with_line_separators_in_them_outlive_a_resume(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\u2028b", "answer": "c\x85d", "expected": ""}]
+    for step in (1, 2, 3):
+        samples.append(tmp_path / samples.FILE, step, rows)
+    samples.rewind(tmp_path / samples.FILE, 2)
+    left = (tmp_path / samples.FILE).read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in left[:-1]] == [{"step": n, **rows[0]} for n in (1, 2)]
 
 
 def test_a_run_resumed_after_its_last_step_keeps_its_loss_and_is_drilled(

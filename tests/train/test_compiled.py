@@ -1,6 +1,8 @@
 """Decoder layers through torch.compile train as they do uncompiled."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,9 @@ def test_another_users_cache_of_compiled_code_is_refused(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cache = tmp_path / "tuneloom/inductor"
-    cache.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache = tmp_path / f"tuneloom-inductor-{os.getuid()}"
+    cache.mkdir()
     cache.chmod(0o777)
     network = AutoModelForCausalLM.from_pretrained(lab / "base")
     settings = ModelConfig(path=str(lab / "base"), compile=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.errors import TrainingError
-from tuneloom.testing import Gang, chat_rows, metrics, small_config, tiny_model
+from tuneloom.testing import Gang, chat_rows, cut_back, metrics, small_config, tiny_model
 from tuneloom.train import distributed
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.evaluation import Validation
@@ -94,6 +95,7 @@ def test_the_last_step_is_saved_whatever_the_interval(lab: Path, one: Gang) -> N
 def test_patience_stops_a_run_whose_validation_gets_no_better(lab: Path, one: Gang) -> None:
     settings = small_config(
         lab, "patient", steps=30, optim__lr=0.5, train__validate_every=1, train__patience=1,
+        checkpoint__every=1, checkpoint__keep=99,
         data__validation=str(lab / "validation.jsonl"),
     )  # fmt: skip
     one.fit(settings)
@@ -109,10 +111,16 @@ def test_patience_stops_a_run_whose_validation_gets_no_better(lab: Path, one: Ga
     assert len(metrics(lab, "patient")) == ended == run_json(lab, "patient")["steps"]
     again = lab / "runs/patient/weights/adapter_model.safetensors"
     assert run_json(lab, "patient")["weights_step"] == best and again.read_bytes() == adapter
+    shutil.rmtree(kept)
+    one.fit(settings)  # also without its second copy
+    assert run_json(lab, "patient")["weights_step"] == best and again.read_bytes() == adapter
     newest = sorted((lab / "runs/patient/checkpoints").glob("step-*"))[-1]
     one.fit(settings | {"run": {"root": f"{lab}/runs", "id": "impatient"}, "resume": str(newest)})
     # Neither the end of another run nor its best loss is this one's.
     assert run_json(lab, "impatient")["steps"] >= ended + 2
+    cut_back(lab, "patient", best)  # to before its end: the best weights are not there any more
+    one.fit(settings)
+    assert run_json(lab, "patient")["weights_step"] > best
 
 
 def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(

@@ -72,6 +72,7 @@ def _terms_beside(folder: Path, part: str) -> dict[str, dict[str, Any]]:
     if not parent.is_dir():
         raise DataError(
             f"data.path: {folder} does not say until when consent holds for its rows, and "
-            f"{part} is not beside it; put that back, or mix again"
+            f"{part} is not beside it; put its manifest.json there, as {parent}/manifest.json, or "
+            "mix again"
         )
     return terms_of(parent, manifest_of(parent))

@@ -64,12 +64,14 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [adapter]
     others = [*Path(folder).glob("shard-*.safetensors"), *([whole] if whole.exists() else [])]
     if index.exists():
-        if others:
+        named = [_named(index, name) for name in sorted(set(_json(index)["weight_map"].values()))]
+        if (more := set(others) - set(named)) or (whole in named and len(named) > 1):
+            extra = min(more or {whole}).name
             raise DataError(
-                f"{folder}: holds {others[0].name} beside {INDEX}, and readers differ in which "
-                "they take; remove one"
+                f"{folder}: holds {extra} beside {INDEX}, and readers differ in which they take; "
+                "remove one"
             )
-        return [_named(index, name) for name in sorted(set(_json(index)["weight_map"].values()))]
+        return named
     if others == [whole]:
         return others
     raise DataError(f"{folder}: expected *.safetensors weights, found none; save as safetensors")
