@@ -5,6 +5,7 @@ was seen with DeepSpeed 0.19.8, bitsandbytes 0.50.2 and PEFT 0.21.2 on two gloo 
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,9 +335,13 @@ UNREAD: tuple[Rule, ...] = (
 
 
 def refuse_unread(config: "TrainConfig") -> None:
-    """Raise ConfigError for a value that nobody would read; a run that began with it goes on."""
+    """Raise ConfigError for a value that nobody would read; a run that began with it goes on, and
+    is trained again by `tuneloom erase`.
+    """
     from tuneloom.train.runs import folder_of, recorded
 
+    if "TUNELOOM_TRAINS_AGAIN" in os.environ:
+        return
     if config.run.id is not None and recorded(folder_of(config)):
         return
     for rule in UNREAD:

@@ -9,6 +9,7 @@ them, checks that no exposure is left, and removes old versions, old runs and th
 import datetime
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -276,7 +277,8 @@ def train_again(
         str(folder),
         "experiment=again",
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"TUNELOOM_TRAINS_AGAIN": "1"}  # as it was, whatever is refused now
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise DataError(
             f"erase: training {run.id} again failed ({done.returncode}): {done.stderr[-800:]}"
