@@ -6,7 +6,6 @@ said. All of it takes at most `PATIENCE_SECONDS`: who has not answered by then i
 launch refused, since a node whose file system stalls would hold it up without a word.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -111,12 +110,6 @@ def inputs(config: TrainConfig) -> tuple[list[tuple[str, int]], dict[str, str] |
         if Path(config.model.path).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1":
             folder = locate(config.model)
             base = sorted((p.name, p.stat().st_size) for p in folder.iterdir() if p.is_file())
-            index = folder / "model.safetensors.index.json"
-            if index.exists():
-                wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                absent = sorted(wanted - {name for name, _ in base})
-                if absent:
-                    raise RefusedError(f"model.path: {folder} lacks {', '.join(absent)}")
         open_rows(config.data.path, config.data.split, config.data.format, verify=False)
     except TuneloomError as error:
         return base, {"class": type(error).__name__, "message": str(error)}

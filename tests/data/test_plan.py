@@ -241,7 +241,7 @@ def test_no_pack_holds_more_documents_than_asked_for_and_no_row_is_lost() -> Non
 def test_a_state_of_an_older_order_is_refused() -> None:
     state = make(30, config()).state()
     del state["version"]  # as the first order's states were
-    with pytest.raises(DataError, match=r"version 1, this is version 3; finish .* resume=never"):
+    with pytest.raises(DataError, match=r"version 1, this is version 3; finish .* another run\.id"):
         make(30, config()).restore(state)
 
 

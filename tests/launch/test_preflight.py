@@ -94,13 +94,15 @@ def test_a_run_folder_that_is_not_shared_is_noticed(config: TrainConfig) -> None
 
 def test_a_base_without_one_of_its_shards_is_incomplete(lab: Path, tmp_path: Path) -> None:
     shutil.copytree(lab / "base", tmp_path / "base")
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
-    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
+    base = tmp_path / "base"
+    (base / "model.safetensors").rename(base / "model-00001.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
     broken = small_config(lab, "x", run__root=str(tmp_path / "runs"))
     broken["model"] = {"path": str(tmp_path / "base")}
     facts = examine(build(TrainConfig, broken), 0, "n1")
     assert facts.incomplete is not None
-    assert "lacks model-00002.safetensors" in facts.incomplete["message"]
+    assert "model-00002.safetensors: not there" in facts.incomplete["message"]
 
 
 def test_nvidia_smi_is_asked_for_kind_errors_and_other_processes(
