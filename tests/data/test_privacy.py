@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tuneloom.config import build
@@ -345,6 +345,8 @@ def test_a_fiscal_code_with_digits_of_another_script_is_masked() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text())
+@example("\xad\xc2\x91")  # a soft hyphen beside half of a broken quotation mark
+@example("\x9b\xeb\xac\xea\x8d")  # a repair that brings a control
 def test_sanitising_twice_is_sanitising_once(text: str) -> None:
     once, _ = sanitise(text, SanitiseConfig(), frozenset())
     assert sanitise(once, SanitiseConfig(), frozenset())[0] == once

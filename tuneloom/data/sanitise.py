@@ -37,6 +37,7 @@ class SanitiseConfig(Config):
 
 def sanitise(text: str, config: SanitiseConfig, changed: Set[str]) -> tuple[str, Set[str]]:
     """The clean text, and `changed` with the names of the steps that changed something."""
+    given = text
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         changed = changed | {"newlines"}
@@ -56,6 +57,9 @@ def sanitise(text: str, config: SanitiseConfig, changed: Set[str]) -> tuple[str,
         text, changed = _step("invisible", text, INVISIBLE.sub("", text), changed)
     if config.nfc:
         text, changed = _step("nfc", text, unicodedata.normalize("NFC", text), changed)
+    if config.mojibake and text != given and (MOJIBAKE.search(text) or CONTROLS.search(text)):
+        # What went may have stood in the way of a repair, and a repair may bring a control.
+        return sanitise(text, config, changed)
     return text, changed
 
 
