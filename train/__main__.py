@@ -9,10 +9,12 @@ import sys
 import time
 
 from tuneloom.config import build, compose, dotted_keys, unknown_override
-from tuneloom.errors import TuneloomError
+from tuneloom.errors import Stopped, TuneloomError
 from tuneloom.redact import redact, redact_tracebacks
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.rules import refuse_unread
+
+LAST_WORDS_SECONDS = 2.0
 
 
 def main(overrides: list[str]) -> int:
@@ -35,6 +37,10 @@ def main(overrides: list[str]) -> int:
     except TuneloomError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"tuneloom train: {redact(str(error))}", file=sys.stderr, flush=True)
+        elif not isinstance(
+            error, Stopped
+        ):  # torchrun ends all ranks once one has ended, and the first has this to say
+            time.sleep(LAST_WORDS_SECONDS)
         return error.exit_code
     return 0
 
