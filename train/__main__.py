@@ -37,9 +37,8 @@ def main(overrides: list[str]) -> int:
     except TuneloomError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"tuneloom train: {redact(str(error))}", file=sys.stderr, flush=True)
-        elif not isinstance(
-            error, Stopped
-        ):  # torchrun ends all ranks once one has ended, and the first has this to say
+        elif not isinstance(error, Stopped):
+            # torchrun ends all ranks once one has ended, and the first has something to say.
             time.sleep(LAST_WORDS_SECONDS)
         return error.exit_code
     return 0
