@@ -28,9 +28,9 @@ from tuneloom.registry.digests import (
 )
 from tuneloom.train.card import card
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.runs import WEIGHTS
 from tuneloom.yaml_guard import read_mapping
 
-WEIGHTS = "weights"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -24,6 +24,8 @@ HELD = (errno.EWOULDBLOCK, errno.EACCES)
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What it says on a file system without locks, such as Lustre without `-o flock`."""
 RECORD = "run.json"
+WEIGHTS = "weights"
+"""Folder of what was trained."""
 LOCK = "lock"
 """Its content names the process that holds it."""
 C = TypeVar("C", bound=TrainConfig)

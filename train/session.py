@@ -705,7 +705,7 @@ class Session:
 
     def _save_weights(self) -> None:
         """weights/: of the best validation under `train.patience`, else of the last step."""
-        target, best = self.folder / weights.FOLDER, self._best_folder()
+        target, best = self.folder / runs.WEIGHTS, self._best_folder()
         stops_early = self.config.train.patience > 0
         there: bool = self._on_first(best.is_dir)
         if self.ended_early and not there and self._on_first(target.is_dir):

@@ -47,10 +47,6 @@ def gather(network: nn.Module, world: World) -> dict[str, Tensor]:
     return state
 
 
-FOLDER = "weights"
-"""In the run folder."""
-
-
 def copy(source: Path, folder: Path) -> None:
     """Put what `save` wrote elsewhere, too; it appears whole or not at all."""
     aside = folder.with_name(f".{folder.name}.tmp")
