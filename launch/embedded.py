@@ -1,10 +1,14 @@
-"""What keeps an embedded Ray (`launch=local`) to its owner: a token, loopback as its address."""
+"""What keeps an embedded Ray (`launch=local`) to its owner: a token, loopback as its address, and a
+folder for its logs and sockets, which Ray opens to all users of a host (2.60.0).
+"""
 
 import os
 import secrets
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from tuneloom.private import own_folder
 
 CLIENT_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 AT_HOME = {
@@ -24,10 +28,12 @@ def keep_private() -> tempfile.TemporaryDirectory[str]:
     Ray makes a token by itself, but as ~/.ray/auth_token, readable by all (2.60.0). It reads the
     variables once, at import, so a sweep's next job keeps them; the folder goes with the process.
     """
-    folder = tempfile.TemporaryDirectory(prefix="tuneloom-")  # 0700
+    own = own_folder()
+    folder = tempfile.TemporaryDirectory(prefix="token-", dir=own)
     path = Path(folder.name) / "token"
     path.touch(0o600)
     path.write_text(secrets.token_hex(32), encoding="utf-8")
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ |= AT_HOME | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    os.environ.setdefault("RAY_TMPDIR", str(own))
     return folder

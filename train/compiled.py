@@ -7,11 +7,9 @@ not compiled, which costs minutes at first start (axolotl's docs: 5 to 15 for 8B
 """
 
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from tuneloom.errors import ConfigError, RefusedError
 from tuneloom.kernels.attention import NAME
-from tuneloom.train import shm
+from tuneloom.private import own_folder
 from tuneloom.train.config import ModelConfig
 from tuneloom.train.model import moe_blocks
 
@@ -96,16 +94,7 @@ def _keep_to_ourselves() -> None:
     """Inductor runs what its cache holds, by default /tmp/torchinductor_USER, which another user
     may have made first.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return
-    cache = Path(tempfile.gettempdir()) / f"tuneloom-inductor-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    if not shm.is_ours(cache):
-        raise RefusedError(
-            f"model.compile: {cache} is not this user's alone, and code is run from there; remove "
-            "it, or set TORCHINDUCTOR_CACHE_DIR"
-        )
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_folder() / "inductor"))
 
 
 def _refuse_without_compiler(device: torch.device) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tuneloom.errors import RefusedError, TrainingError
+from tuneloom.private import is_private
 from tuneloom.train import checkpoint, distributed, shm
 from tuneloom.train.distributed import World
 
@@ -244,7 +245,7 @@ def rescue(base: Path, root: Path, world: World, *, newer_than: int, keep: int) 
 
 def _held(base: Path) -> Parts:
     """Manifests of the parts on this host."""
-    if not shm.is_ours(base):
+    if not is_private(base):  # shards are unpickled
         return {}
     held: Parts = {}
     for folder in base.glob("rank-*/step-*"):

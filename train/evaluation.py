@@ -38,21 +38,28 @@ class Validation:
         is_split = dataset.is_dir() and data.validation in manifest_of(dataset)["splits"]
         if not is_split and (path.suffix == ".jsonl" or path.is_dir()):
             return open_rows(path, "train", data.format)
-        if dataset.is_dir():  # where it has no such split, this says which it has
+        default = type(data).model_fields["validation"].default
+        empty = is_split and data.validation == default and not _rows_in(dataset, default)
+        if dataset.is_dir() and not empty:  # where it has no such split, this says which it has
             return open_rows(dataset, data.validation, data.format, verify=self.world.first)
         if self.config.train.validate_every or self.config.train.sample_every:
             raise ConfigError(
-                f"data.validation: {data.path} is a file without splits, so that there is nothing "
+                f"data.validation: {data.path} has no rows in such a split, so there is nothing "
                 "to validate on or to answer; set data.validation=FILE.jsonl, or "
                 "train.validate_every=0 and train.sample_every=0"
             )
         if self.world.first:
             print(
-                f"validation: none, since {data.path} is a file without splits; "
+                f"validation: none, since {data.path} has no rows in such a split; "
                 "set data.validation=FILE.jsonl, or null",
                 flush=True,
             )
         return None
+
+    def refuse(self) -> None:
+        """Wait for all rows; raises DataError for one that cannot be rendered, or too much lost."""
+        if self.rows:
+            self.store.lengths(self.order)
 
     @torch.no_grad()
     def loss(self, engine: Any) -> float:
@@ -85,7 +92,8 @@ class Validation:
         """Answer the first prompts on every rank alike; rank 0 writes them."""
         if self.config.objective.kind == "pretrain":
             return
-        records = [self.rows[int(i)] for i in self.order[: self.config.train.samples]]
+        kept = self.order[self.store.lengths(self.order) > 0]
+        records = [self.rows[int(i)] for i in kept[: self.config.train.samples]]
         prompts = [self.renderer.prompt_ids(record) for record in records]
         if not prompts:
             return
@@ -98,7 +106,7 @@ class Validation:
             {
                 "prompt": self.tokenizer.decode(prompt),
                 "answer": self.tokenizer.decode(answer, skip_special_tokens=True),
-                "expected": self.renderer.answer(record),
+                "expected": self.renderer.expected(record),
             }
             for prompt, answer, record in zip(prompts, answers, records, strict=True)
         ]
@@ -114,3 +122,8 @@ class Validation:
     def close(self) -> None:
         if self.rows:
             self.store.close()
+
+
+def _rows_in(dataset: Path, split: str) -> int:
+    shards = manifest_of(dataset)["splits"][split]["shards"]
+    return sum(int(shard["rows"]) for shard in shards)

@@ -179,6 +179,12 @@ def contract_of(run: Path, config: TrainConfig, base: Path, *, digest: str, kind
     tokenizer = load_tokenizer(str(base))
     length, policy = config.batch.max_length, config.batch.over_length
     renderer = Renderer(tokenizer, config.objective.kind, length, policy)
+    trained = (record_of(run).get("dataset") or {}).get("renderer", renderer.digest)
+    if renderer.digest != trained:
+        raise RefusedError(
+            f"{base}: its tokenizer or chat template is not the one that {run} was trained with; "
+            "put it back, or train again"
+        )
     qlora = config.method.kind == "qlora"
     return Contract(
         kind=kind,

@@ -261,6 +261,7 @@ def refuse_other_inputs(
     `digests` are those in the checkpoint, which is this very run's where it is `own`.
     """
     before = recorded(folder_of(config))
+    _refuse_other_tokens(config, before, facts, digests)
     if own and not before and digests["config"] != digest(config):
         raise RefusedError(
             f"run.id: the checkpoints of {config.run.id} are of another config, and its "
@@ -281,6 +282,21 @@ def refuse_other_inputs(
                 f"resume: the checkpoint was trained with a {part} of digest "
                 f"{str(digests[part])[:12]}, {key}={facts[part]['path']} has {str(now)[:12]}; give "
                 f"what it was trained with"
+            )
+
+
+def _refuse_other_tokens(
+    config: TrainConfig, before: dict[str, Any], facts: dict[str, Any], digests: dict[str, Any]
+) -> None:
+    """Rows of other lengths lie in other packs, so a position in the old ones means other rows."""
+    now = facts["dataset"]["renderer"]
+    for was in (before.get("dataset", {}).get("renderer"), digests.get("tokens")):
+        if was not in (None, now):  # those of before do not say it
+            raise RefusedError(
+                f"resume: {config.run.id} would go on with other tokens of its rows, as the "
+                f"tokenizer or chat template in {facts['base']['path']}, batch.max_length or "
+                "batch.over_length is not what it was; put it back, or choose another run.id and "
+                "resume=never"
             )
 
 

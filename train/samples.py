@@ -38,16 +38,20 @@ def answer(
     done = [False] * len(rows)
     for _ in range(max_tokens):
         width = max(len(r) for r in rows)
+        ends = sorted({len(row) - 1 for row in rows})  # logits of all positions may be gigabytes
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
         positions = torch.arange(width).expand(len(rows), width)
         logits = network(
-            input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False
-        ).logits  # (B, S, V)
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(ends, device=device),
+        ).logits  # (B, ends, V)
         for i, row in enumerate(rows):
             if not done[i]:
-                row.append(int(logits[i, len(row) - 1].argmax()))
+                row.append(int(logits[i, ends.index(len(row) - 1)].argmax()))
                 done[i] = row[-1] in stops
         if all(done):
             break

@@ -96,6 +96,8 @@ class Session:
         self._lock: IO[str] | None = None
         self.recorded = False
         """That run.json knows of this attempt; before, how it ends is not how the run ended."""
+        self._lost = False
+        """That it ended with a rank that was lost, or with an error of nobody's making."""
         self._saved_step = -1
         self._evaluated_step = self._sampled_step = -1
         self._best, self._worse, self._best_step = math.inf, 0, 0
@@ -238,6 +240,7 @@ class Session:
         """
         config, world = self.config, self.world
         self.validation = evaluation.Validation(config, self.tokenizer, world)
+        self.validation.refuse()  # now, not after all of the training
         if config.batch.packing and config.train.probe:
             probe.isolation(self.network, self.vocabulary, world, seed=config.seed)
         if world.sequence > 1 and config.train.probe:
@@ -660,7 +663,7 @@ class Session:
             "adapters_only": self.config.method.kind != "full",
             "digests": {
                 "config": runs.digest(self.config), "dataset": self.feed.rows.digest,
-                "base": self.base_digest,
+                "base": self.base_digest, "tokens": self.feed.renderer.digest,
             },
         }  # fmt: skip
 
@@ -685,9 +688,9 @@ class Session:
             raise TrainingError(
                 "nothing was trained: the run ended at step 0; look at data.path and epochs"
             )
+        self.save()  # first, since what follows may fail
         self.validate()
         self.sample()
-        self.save()
         self.settle()
         with self.clock.phase("checkpoint"):
             self._save_weights()
@@ -754,7 +757,8 @@ class Session:
         """Say in run.json how it ended, where that can still be said; an end of the run's own is no
         loss of a rank, so copies in memory go.
         """
-        if self.copies is not None and isinstance(error, TuneloomError):
+        self._lost = not isinstance(error, TuneloomError)
+        if self.copies is not None and not self._lost:
             self.copies.forget()
         ours = self.recorded or (
             # Of an attempt that was lost, as nobody else holds the lock.
@@ -785,7 +789,7 @@ class Session:
         if self.metrics is not None:
             self.metrics.tracker.finish()
         if self.stop is not None:
-            self.stop.clear()
+            self.stop.clear(heard=not self._lost)
         if self._lock is not None:
             self._lock.close()
         if hasattr(self, "engine"):

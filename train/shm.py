@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tuneloom.errors import RefusedError
+from tuneloom.private import is_private
 
 ROOT = Path("/dev/shm")
 TOKEN = "copies"
@@ -34,15 +35,6 @@ def name_of(run: Path) -> str:
         aside.write_text(secrets.token_hex(16), encoding="utf-8")
         os.replace(aside, path)
     return f"tuneloom-{path.read_text(encoding='utf-8')}"
-
-
-def is_ours(base: Path) -> bool:
-    """True when no other user can have put files there: shards are unpickled."""
-    try:
-        facts = base.lstat()
-    except FileNotFoundError:
-        return False
-    return facts.st_uid == os.getuid() and facts.st_mode & 0o170077 == 0o040000
 
 
 def open_base(base: Path, run: Path) -> str:
@@ -64,7 +56,7 @@ def open_base(base: Path, run: Path) -> str:
             f"checkpoint.memory_every: {base} cannot be made ({error.strerror}); set "
             "checkpoint.memory_every=0, or mount a tmpfs there"
         ) from None
-    if not is_ours(base):
+    if not is_private(base):
         raise RefusedError(f"checkpoint.memory_every: {base} is not this user's alone; remove it")
     return found
 
@@ -94,7 +86,7 @@ def sweep() -> None:
     """Remove what runs of ours left on this host whose launcher was lost with its host."""
     for base in ROOT.glob("tuneloom-*"):
         with suppress(FileNotFoundError):  # another process gives it back just now
-            if is_ours(base) and (base / OWNER).exists() and _is_stale(base):
+            if is_private(base) and (base / OWNER).exists() and _is_stale(base):
                 shutil.rmtree(base, ignore_errors=True)
 
 

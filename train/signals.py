@@ -31,9 +31,11 @@ class StopFlag:
         """Cheap enough for every step: one stat on rank 0."""
         return self._signalled or (self.first and self.file.exists())
 
-    def clear(self) -> None:
-        """Forget the request and give the signals back."""
+    def clear(self, *, heard: bool) -> None:
+        """Give the signals back, and forget the request; one that was not `heard`, as a rank was
+        lost meanwhile, is for the ranks that come next.
+        """
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        if self.first:
+        if self.first and heard:
             self.file.unlink(missing_ok=True)

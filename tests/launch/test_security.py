@@ -22,6 +22,7 @@ from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError, TuneloomError
 from tuneloom.launch.config import JobConfig, LaunchConfig
 from tuneloom.launch.slurm import header, render, submission_of
+from tuneloom.private import is_private, own_folder
 from tuneloom.redact import redact, redacted
 from tuneloom.registry.adapters import model_folder
 from tuneloom.registry.digests import weights_digest
@@ -679,8 +680,12 @@ def test_no_planted_secret_is_in_any_byte_that_a_run_writes(lab: Path, tmp_path:
 
 
 def session_of(pid: int) -> Path:
-    """Where the embedded Ray of a driver wrote; pids come again, so the newest."""
-    return max(Path("/tmp/ray").glob(f"session_*_{pid}"), key=lambda path: path.stat().st_mtime)
+    """Where the embedded Ray of a driver wrote; pids come again, so the newest. Ray opens it to all
+    users, so what it lies in must be ours.
+    """
+    assert is_private(own_folder())
+    sessions = (own_folder() / "ray").glob(f"session_*_{pid}")
+    return max(sessions, key=lambda path: path.stat().st_mtime)
 
 
 def under_ray(lab: Path, folder: Path, *more: str) -> tuple[int, bytes]:

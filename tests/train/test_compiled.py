@@ -80,7 +80,7 @@ def test_another_users_cache_of_compiled_code_is_refused(
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cache = tmp_path / f"tuneloom-inductor-{os.getuid()}"
+    cache = tmp_path / f"tuneloom-user-{os.getuid()}"
     cache.mkdir()
     cache.chmod(0o777)
     network = AutoModelForCausalLM.from_pretrained(lab / "base")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tuneloom.errors import RefusedError
 from tuneloom.testing import Gang, free_port, metrics, small_config
 from tuneloom.train import checkpoint, shm
 from tuneloom.train.copies import Parts, choose, neighbours
@@ -238,12 +239,11 @@ def test_copies_go_to_another_host(hosts: str, expected: list[int | None]) -> No
     assert neighbours(list(hosts)) == expected
 
 
-def test_another_users_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_copies_in_a_folder_that_others_can_write_are_refused(tmp_path: Path) -> None:
     base = tmp_path / "tuneloom-x"
     base.mkdir(0o755)
-    assert not shm.is_ours(base)
-    base.chmod(0o700)
-    assert shm.is_ours(base)
+    with pytest.raises(RefusedError, match="is not this user's alone"):
+        shm.open_base(base, tmp_path)
 
 
 def test_what_a_lost_launcher_left_is_swept_after_an_hour(
@@ -253,7 +253,7 @@ def test_what_a_lost_launcher_left_is_swept_after_an_hour(
     run = tmp_path / "run"
     run.mkdir()
     base = tmp_path / shm.name_of(run)
-    shm.open_base(base, run)
+    shm.open_base(base, tmp_path)
     shm.sweep()
     assert base.exists()
     for file in base.iterdir():
@@ -294,7 +294,7 @@ def test_a_launcher_that_ends_takes_its_runs_copies_but_not_those_of_a_run_that_
     run = tmp_path / "run"
     run.mkdir()
     base = tmp_path / shm.name_of(run)
-    shm.open_base(base, run)
+    shm.open_base(base, tmp_path)
     with (run / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shm.forget_run(run)

@@ -116,6 +116,13 @@ class Renderer:
             return last.get("content") or json.dumps(last["tool_calls"], ensure_ascii=False)
         return str(record.content["text"]) if record.kind == "text" else self._pair(record)[1]
 
+    def expected(self, record: Record) -> str | None:
+        """`answer`, or None for a chat that ends with another role."""
+        messages = record.content["messages"] if record.kind == "messages" else None
+        if messages is not None and messages[-1]["role"] != "assistant":
+            return None
+        return self.answer(record)
+
     def _pair(self, record: Record) -> tuple[str, str]:
         """Prompt and completion of a record that is neither a chat nor a text."""
         if record.kind == COMPARED:

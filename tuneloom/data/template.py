@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuneloom.data.template_probe import faults
 from tuneloom.data.tokenizer import Codec, name_of
-from tuneloom.data.turns import Chat, Layout, Spans, prefix_layout, tagged_layout
+from tuneloom.data.turns import Chat, Layout, Spans, prefix_layout, refuse_unwritten, tagged_layout
 from tuneloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -72,8 +72,11 @@ class ChatTemplate:
 
     def _layout(self, chat: Chat, *, prompt: bool) -> Layout:
         if self.kind == "generation":
-            return tagged_layout(chat, self._codec, self.end_of_turn, prompt=prompt)
-        return prefix_layout(chat, self._codec, prompt=prompt)
+            layout = tagged_layout(chat, self._codec, self.end_of_turn, prompt=prompt)
+        else:
+            layout = prefix_layout(chat, self._codec, prompt=prompt)
+        refuse_unwritten(chat, layout.text)
+        return layout
 
     def _chat(self, content: dict[str, Any], upto: int | None = None) -> Chat:
         """Messages and tools as templates want them, control strings in them marked as text."""

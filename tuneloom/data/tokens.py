@@ -82,7 +82,9 @@ class TokenStore:
         """`paced`: until `hurry`, tokenise only what is waited for, as it competes with the imports
         and the first step for processors and the interpreter (0.9 of 5.5 CPU-seconds).
         """
-        key = hashlib.sha256(f"{rows.digest} {renderer.digest}".encode()).hexdigest()
+        # Sources stand in the cache, and those of a raw file are its name.
+        named = f"{rows.digest} {Path(rows.where(0)).name} {renderer.digest}"
+        key = hashlib.sha256(named.encode()).hexdigest()
         self.folder = Path(cache) / key[:32]
         self.rows, self.renderer, self.order = rows, renderer, order
         self._writer, self._limit = writer, max_lost_answer_tokens
@@ -105,7 +107,7 @@ class TokenStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("w")
             if _locked(self._lock):
-                (self.folder / "error.json").unlink(missing_ok=True)
+                self._forget_error()
             self._thread = threading.Thread(target=self._guarded, name="tokenise", daemon=True)
             self._thread.start()
 
@@ -120,7 +122,6 @@ class TokenStore:
         self._stop.set()
         if self._thread:
             self._thread.join()
-            self._lock.close()
             self._thread = None
 
     def hurry(self) -> None:
@@ -249,6 +250,12 @@ class TokenStore:
             )
         except Exception as error:
             self._fail(error)
+        finally:  # another run may want more of the rows
+            self._lock.close()
+
+    def _forget_error(self) -> None:
+        """Of a writer before this one."""
+        (self.folder / "error.json").unlink(missing_ok=True)
 
     def _fail(self, error: Exception) -> None:
         message = redact(str(error) or repr(error))
@@ -270,6 +277,7 @@ class TokenStore:
                 self._judge_losses()
             if self._stop.wait(POLL_SECONDS) or not len(self._missing()):
                 return
+        self._forget_error()
         for path in self.folder.glob("*.tmp"):
             path.unlink()
         with self._changed:

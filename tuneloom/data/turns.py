@@ -7,6 +7,7 @@ refused by name. A turn ends with its end-of-turn token: the last control token 
 only whitespace follows it (ChatML's newline is not trained), else with its part.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,20 @@ class Chat:
         if message.get("tool_calls"):
             return str(message["tool_calls"][-1]["function"]["name"])
         return str(message["content"]).strip()[-20:]
+
+
+def refuse_unwritten(chat: Chat, text: str) -> None:
+    """Raise DataError where a turn of another's is not in the text: templates pass over roles that
+    they do not know, and the answer would be trained without what it answers.
+    """
+    for index, message in enumerate(chat.messages):
+        # A word of letters and digits, as some templates write a tool's answer as JSON.
+        words = re.findall(r"[A-Za-z0-9]+", str(message.get("content") or ""))
+        if message["role"] != "assistant" and words and words[-1] not in text:
+            raise DataError(
+                f"{chat.name}: does not write message {index}, of role {message['role']!r} "
+                f"({words[-1]!r}); remove such turns, or use a template that has a place for them"
+            )
 
 
 def tagged_layout(chat: Chat, codec: Codec, end_of_turn: str | None, *, prompt: bool) -> Layout:

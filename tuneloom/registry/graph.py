@@ -101,7 +101,7 @@ class Run:
         """Rows that reached a step: those of a finished run, or of its checkpoints so far."""
         files = sorted(self.folder.glob("exposure/step-*.parquet"))
         whole = self.folder / "exposure.parquet"
-        tables = [pq.read_table(path) for path in ([whole] if whole.exists() else files)]
+        tables = [_parquet(path) for path in ([whole] if whole.exists() else files)]
         return (
             pa.concat_tables(tables)
             if tables
@@ -208,12 +208,34 @@ class Graph:
         for dataset in self.datasets.values():
             terms, tables = self.terms(dataset), []
             for split, table in _everything(dataset):
-                chosen = table.filter(_meant(table, kind, value, dataset, terms))
+                if kind == "source":
+                    named = table["source"].to_pylist()
+                    meant = {s for s in set(named) if self._names(dataset, s, value)}
+                    chosen = table.filter(pa.array([s in meant for s in named], pa.bool_()))
+                else:
+                    chosen = table.filter(_meant(table, kind, value, terms))
                 tables.append(_in_split(chosen, split))
             joined = pa.concat_tables(tables)
             if len(joined):
                 found[dataset.name] = joined
         return found
+
+    def _names(self, dataset: Dataset, source: str, value: str) -> bool:
+        """Whether a source of a version is the one of that name, in a mixture DATASET/SOURCE of a
+        part, which may be a mixture itself; of a part that is gone, whatever ends with the name.
+        """
+        if source == value:
+            return True
+        for name in dataset.parents():
+            part, _, rest = source.partition("/")
+            if part == name.split("@")[0]:
+                parent = self.datasets.get(name)
+                return (
+                    self._names(parent, rest, value)
+                    if parent
+                    else f"/{source}".endswith(f"/{value}")
+                )
+        return False
 
     def rows_of_keys(self, dataset: Dataset, keys: set[str]) -> pa.Table:
         """Rows of a version by the split keys in their meta: id, split, source, meta."""
@@ -235,15 +257,10 @@ def _in_split(table: pa.Table, split: str) -> pa.Table:
     return table.append_column("split", pa.array([split] * len(table), pa.string()))
 
 
-def _meant(
-    table: pa.Table, kind: Kind, value: str, dataset: Dataset, terms: dict[str, dict[str, Any]]
-) -> Any:
+def _meant(table: pa.Table, kind: Kind, value: str, terms: dict[str, dict[str, Any]]) -> Any:
     """(N,) bool: the rows a selector means; consent= means those whose consent ended before."""
     if kind == "row":
         return pc.starts_with(table["id"], value)
-    if kind == "source":
-        in_mixtures = [f"{name.split('@')[0]}/{value}" for name in dataset.parents()]
-        return pc.is_in(table["source"], pa.array([value, *in_mixtures], pa.string()))
     if kind == "subject":
         return pc.match_substring(table["meta"], f'"subject":"{subject_hash(value)}"')
     if kind == "consent":
@@ -256,6 +273,13 @@ def _meant(
 def subject_hash(subject: str) -> str:
     """How a row's meta names its subject: 64 bits of sha256, as data.prepare writes them."""
     return hashlib.sha256(subject.encode("utf-8")).hexdigest()[:16]
+
+
+def _parquet(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def _contract(folder: Path) -> dict[str, Any]:
