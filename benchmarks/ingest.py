@@ -5,8 +5,8 @@ deduplicates exactly, splits and writes; `near` adds MinHash; `privacy` adds sec
 data. `rensa` is that library alone on the same texts, read, shingled, and compared with its own
 index. The peers of benchmarks/peers/ run on the same files with the interpreters that `make bench`
 puts into .peers/, or with `--datatrove PYTHON` and `--data-juicer PYTHON`. Peak memory is of all
-processes, sampled twenty times a second. `--scale N` runs `core` and `near` on N rows first. Writes
-benchmarks/results/ingest.json.
+processes, sampled twenty times a second. `core` and `near` run on `--scale` rows first (0: not).
+Writes benchmarks/results/ingest.json.
 
 `--memory N` runs `core` and `near` on N and on 4N rows of 182 bytes instead, each in a process of
 its own, for what memory grows by: benchmarks/results/ingest_memory.json. N should be over a chunk
@@ -18,7 +18,6 @@ import fileinput
 import json
 import multiprocessing
 import os
-import platform
 import random
 import subprocess
 import tempfile
@@ -30,13 +29,15 @@ from typing import Any
 
 import psutil
 
+from benchmarks.record import write
 from tuneloom.config import build
 from tuneloom.data.dedupe import PERMUTATIONS, SEED, shingles
 from tuneloom.data.ingest import ingest
 from tuneloom.data.quality import texts
 from tuneloom.data.recipe import IngestConfig
 
-PEERS = ("datatrove", "data_juicer")
+PEERS = {"datatrove": "datatrove", "data_juicer": "py-data-juicer"}
+"""And the packages that they are."""
 CASES: dict[str, dict[str, Any]] = {
     "core": {"privacy": {"default": "keep", "secrets": "off"}},
     "near": {"privacy": {"default": "keep", "secrets": "off"}, "near": {"action": "drop"}},
@@ -169,12 +170,16 @@ def run_peer(name: str, python: str, source: Path, out: Path) -> dict[str, Any]:
     )  # fmt: skip
     said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     rows = sum(1 for path in source.glob("*.jsonl") for _ in path.open("rb"))
-    return said | {"rows_per_second": round(rows / said["seconds"])}
+    version = f"import importlib.metadata as m; print(m.version('{PEERS[name]}'))"
+    asked = subprocess.run([python, "-c", version], capture_output=True, text=True, check=True)
+    return said | {
+        "rows_per_second": round(rows / said["seconds"]), "version": asked.stdout.strip(),
+    }  # fmt: skip
 
 
 def memory(rows: int) -> None:
     """Peaks at `rows` and at four times as many, and bytes a row between them."""
-    result: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count()}
+    result: dict[str, Any] = {}
     for name in ("core", "near"):
         for count in (rows, 4 * rows):
             with tempfile.TemporaryDirectory() as folder:
@@ -186,20 +191,13 @@ def memory(rows: int) -> None:
         few, many = (result[f"{name} {n}"]["peak_anonymous_mib"] for n in (rows, 4 * rows))
         result[f"{name} bytes_a_row"] = round((many - few) * 2**20 / (3 * rows), 1)
         print(name, result[f"{name} bytes_a_row"], "bytes a row", flush=True)
-    write("ingest_memory", result)
-
-
-def write(name: str, result: dict[str, Any]) -> None:
-    """benchmarks/results/NAME.json."""
-    out = Path(__file__).parent / "results" / f"{name}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write("ingest_memory", result, seed=0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--scale", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--scale", type=int, default=1_000_000)
     parser.add_argument("--memory", type=int, default=0)
     for name in PEERS:
         made = Path(f".peers/{name}/bin/python").absolute()
@@ -211,8 +209,7 @@ def main() -> None:
     if arguments.memory:
         return memory(arguments.memory)
     rows = arguments.rows
-    result: dict[str, Any] = {"rows": rows, "machine": platform.platform(), "cores": os.cpu_count(),
-                              "load_before": os.getloadavg()[0]}  # fmt: skip
+    result: dict[str, Any] = {"rows": rows, "load_before": os.getloadavg()[0]}
     if arguments.scale:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(Path(folder) / "raw", arguments.scale)
@@ -241,7 +238,7 @@ def main() -> None:
     result["near_adds_times_rensa_cpu"] = round(added / result["rensa"]["cpu_us_per_row"], 2)
     result["load_after"] = os.getloadavg()[0]
     print(f"near-dedupe adds {result['near_adds_times_rensa_cpu']} x the CPU time of rensa alone")
-    write("ingest", result)
+    write("ingest", result, seed=0)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ precision, recall and F2 per type, and writes benchmarks/results/pii.json.
 # ruff: noqa: E501 - tables of example sentences
 
 import argparse
-import json
-import platform
 import random
 import string
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import Any
 
+from benchmarks.record import write
 from tuneloom.data.recognisers import RECOGNISERS, Finding, find
 
 POSITIVES, NEGATIVES, SEED = 10_000, 50_000, 7
@@ -250,8 +249,8 @@ def main() -> None:
         "--presidio", action="store_true", help="measure Presidio alone as well (slow)"
     )
     arguments = parser.parse_args()
-    result: dict[str, object] = {
-        "positives": POSITIVES, "negatives": NEGATIVES, "seed": SEED, "machine": platform.platform(),
+    result: dict[str, Any] = {
+        "positives": POSITIVES, "negatives": NEGATIVES,
         "builtin": measure(lambda text: find(text, RECOGNISERS)),
     }  # fmt: skip
     if arguments.presidio:
@@ -263,12 +262,10 @@ def main() -> None:
             print(
                 f"{engine:<12}{'precision':>10}{'recall':>10}{'F2':>10}{'found':>8}{'missed':>8}{'wrong':>8}"
             )
-            for name, row in result[engine].items():  # type: ignore[attr-defined]
+            for name, row in result[engine].items():
                 print(f"{name:<12}{row['precision']:>10.4f}{row['recall']:>10.4f}{row['f2']:>10.4f}"
                       f"{row['found']:>8}{row['missed']:>8}{row['wrong']:>8}")  # fmt: skip
-    out = Path(__file__).parent / "results" / "pii.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write("pii", result, seed=SEED)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "deepspeed", "numpy", "trl",
-            "ray", "datasets", "bitsandbytes")  # fmt: skip
+            "ray", "datasets", "bitsandbytes", "rensa", "pyarrow")  # fmt: skip
 
 
 def write(name: str, result: dict[str, Any], *, seed: int, folder: Path = RESULTS) -> Path:
@@ -48,8 +48,8 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Short hash of the commit that is checked out."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """Short hash of the commit that is checked out, with -dirty where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
     return done.stdout.strip() or None
 

@@ -4,6 +4,7 @@
 was seen with DeepSpeed 0.19.8, bitsandbytes 0.50.2 and PEFT 0.21.2 on two gloo ranks.
 """
 
+import argparse
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -482,6 +483,8 @@ def _merged(choice: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 def main() -> None:
     """Write docs/combinations.md in the repository that this file lies in."""
+    name = "python -m tuneloom.train.rules"
+    argparse.ArgumentParser(prog=name, description=main.__doc__).parse_args()
     path = Path(__file__).resolve().parents[1] / TABLE
     path.parent.mkdir(exist_ok=True)
     path.write_text(markdown(), encoding="utf-8")
