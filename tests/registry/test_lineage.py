@@ -379,6 +379,8 @@ def test_erasing_from_an_old_version_leaves_the_link_at_the_newest(tmp_path: Pat
     assert folder != newest.resolve() and not newest.exists()
     counts = json.loads((folder / "manifest.json").read_text())["counts"]
     assert counts["in"] == 72 and counts["quarantined"] == {"erased": 8}
+    lengths = json.loads((folder / "manifest.json").read_text())["lengths"]["rows"]
+    assert sum(lengths) == counts["kept"] == 64
 
 
 def quarantined_texts(folder: Path) -> list[str]:

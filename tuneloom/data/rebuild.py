@@ -3,17 +3,18 @@
 import datetime
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tuneloom.data.aside import LENGTHS, lengths_of
+from tuneloom.data.manifest import length_table
 from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import Provenance, SourceInfo, summary
 from tuneloom.data.records import canonical
@@ -21,6 +22,7 @@ from tuneloom.data.store import (
     ROWS_PER_SHARD,
     ShardWriter,
     digest_of,
+    draft_in,
     manifest_id,
     publish,
     read_manifest,
@@ -49,8 +51,8 @@ def rebuild(
     labels = {label: dict(by) for label, by in manifest["labels"].items()}
     gone: Counter[str] = Counter()
     unlearnt: Counter[str] = Counter()
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
-    try:
+    lengths = np.zeros(len(LENGTHS), dtype=np.int64)
+    with draft_in(root) as draft:
         splits = {}
         for split, part in manifest["splits"].items():
             writer = ShardWriter(
@@ -65,18 +67,20 @@ def rebuild(
                     label = json.loads(row["meta"]).get("label")
                     if label in labels:
                         labels[label][split] -= 1
-                writer.add(table.filter(pc.invert(out)))
+                left = table.filter(pc.invert(out))
+                writer.add(left)
+                if split == "train" or not manifest["mixture"]:
+                    lengths += lengths_of(left["record"])
             splits[split] = writer.close()
         aside = _copy_set_aside(folder, draft, unwanted, sources, hide_texts)
         made = _manifest(manifest, splits, gone, aside, renamed) | {
             "mixture": [_less(part, unlearnt) for part in manifest["mixture"]],
-            "labels": labels, "rejects_digest": _copy_rejects(folder, draft, sources, hide_rejects),
+            "labels": labels, "lengths": length_table(lengths),
+            "rejects_digest": _copy_rejects(folder, draft, sources, hide_rejects),
         }  # fmt: skip
         made["id"] = manifest_id(made)
         write_paperwork(draft, made)
         return publish(draft, root, made, replaces=folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _copy_rejects(folder: Path, draft: Path, sources: Set[str], hide: bool) -> str:
