@@ -345,6 +345,19 @@ def test_a_run_on_a_raw_file_that_holds_the_rows_is_refused_before_anything_is_d
     assert not (tmp_path / "datasets" / "tombstones.jsonl").exists()
 
 
+def test_what_was_found_in_an_erased_row_is_no_longer_counted(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    answers = {"ann": "write to ann@example.org\u200b", "bob": "write to bob@example.org"}
+    lines = [json.dumps({"q": f"of {who}", "a": a, "who": who}) for who, a in answers.items()]
+    (tmp_path / "raw" / "crm.jsonl").write_text("\n".join(lines))
+    made = make(tmp_path / "datasets", tmp_path / "raw")
+    before = json.loads((made / "manifest.json").read_text())
+    assert before["found"] == {"email": 2} and before["sanitised"]
+    _, folder = erased(tmp_path, subject="ann")
+    after = json.loads((folder / "manifest.json").read_text())
+    assert after["found"] == {"email": 1} and after["sanitised"] == {}
+
+
 def quarantine(root: Path, **data: Any) -> Path:
     """A dataset with a good row of ann's, and one of hers, zed's and bob's without an answer."""
     (root / "raw").mkdir(parents=True)

@@ -50,6 +50,7 @@ def rebuild(
     unwanted = pa.array(sorted(ids), pa.string())
     labels = {label: dict(by) for label, by in manifest["labels"].items()}
     gone: Counter[str] = Counter()
+    metas: list[str] = []
     unlearnt: Counter[str] = Counter()
     lengths = np.zeros(len(LENGTHS), dtype=np.int64)
     with draft_in(root) as draft:
@@ -64,6 +65,7 @@ def rebuild(
                 for row in table.filter(out).to_pylist():
                     gone[row["source"]] += 1
                     unlearnt[row["source"]] += split == "train"
+                    metas.append(row["meta"])
                     label = json.loads(row["meta"]).get("label")
                     if label in labels:
                         labels[label][split] -= 1
@@ -72,10 +74,13 @@ def rebuild(
                 if split == "train" or not manifest["mixture"]:
                     lengths += lengths_of(left["record"])
             splits[split] = writer.close()
-        aside = _copy_set_aside(folder, draft, unwanted, sources, hide_texts)
+        went = _copy_set_aside(folder, draft, unwanted, sources, hide_texts)
+        aside = Counter(went["reason"].to_pylist())
+        metas += went["meta"].drop_null().to_pylist() if "meta" in went.column_names else []
         made = _manifest(manifest, splits, gone, aside, renamed) | {
             "mixture": [_less(part, unlearnt) for part in manifest["mixture"]],
             "labels": labels, "lengths": length_table(lengths),
+            **_noted(manifest, metas),
             "rejects_digest": _copy_rejects(folder, draft, sources, hide_rejects),
         }  # fmt: skip
         made["id"] = manifest_id(made)
@@ -102,8 +107,8 @@ def _copy_rejects(folder: Path, draft: Path, sources: Set[str], hide: bool) -> s
 
 def _copy_set_aside(
     folder: Path, draft: Path, unwanted: pa.Array, sources: Set[str], hide_texts: bool
-) -> Counter[str]:
-    """Rows set aside, without what goes; returns the quarantined rows that went, by reason."""
+) -> pa.Table:
+    """Rows set aside, without what goes; returns the quarantined rows that went."""
     aside = pq.read_table(folder / "set_aside.parquet")
     out = pc.or_(
         pc.is_in(aside["id"], unwanted),
@@ -115,8 +120,7 @@ def _copy_set_aside(
             nothing = pa.nulls(len(left), pa.string())
             left = left.set_column(left.column_names.index(name), name, nothing)
     pq.write_table(left, draft / "set_aside.parquet", compression="zstd")
-    went = aside.filter(pc.and_(out, pc.equal(aside["fate"], "quarantined")))
-    return Counter(went["reason"].to_pylist())
+    return aside.filter(pc.and_(out, pc.equal(aside["fate"], "quarantined")))
 
 
 def _manifest(
@@ -150,6 +154,18 @@ def _manifest(
         "created_from": created_from,
         "transforms": [*before["transforms"], step | {"rows": gone.total() + aside.total()}],
     }  # fmt: skip
+
+
+def _noted(before: dict[str, Any], metas: list[str]) -> dict[str, dict[str, int]]:
+    """What was repaired and found, without what the rows that went say of it."""
+    gone: dict[str, Counter[str]] = {"sanitised": Counter(), "found": Counter()}
+    for meta in map(json.loads, metas):
+        gone["sanitised"].update(meta.get("sanitised", []))
+        gone["found"].update(finding["entity"] for finding in meta.get("pii", []))
+    return {
+        name: {what: n - went[what] for what, n in before[name].items() if n > went[what]}
+        for name, went in gone.items()
+    }
 
 
 def _less(part: dict[str, Any], gone: Counter[str]) -> dict[str, Any]:
