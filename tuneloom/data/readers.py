@@ -24,7 +24,7 @@ from tuneloom.data.schema import Reject, unique
 from tuneloom.data.sources import Source
 from tuneloom.data.streams import Counted
 from tuneloom.data.strict_json import TOO_DEEP
-from tuneloom.errors import DataError
+from tuneloom.errors import DataError, TuneloomError
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 2_000
@@ -109,7 +109,7 @@ def _blocks_of_file(
     try:
         for part in parts_of(source, max_archive_bytes):
             yield from _blocks_of(part, ends)
-    except DataError:
+    except TuneloomError:
         raise
     except (OSError, ValueError, OverflowError, LookupError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
