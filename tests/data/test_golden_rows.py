@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from tuneloom.config import build
-from tuneloom.data.curate import Golden
+from tuneloom.data.curate import Golden, Row
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.records import parse
 from tuneloom.data.review import GoldenConfig, main
+from tuneloom.data.review_page import text_of
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError, RefusedError
 
@@ -212,6 +213,63 @@ def test_decisions_of_label_studio_are_read(tmp_path: Path, source: str) -> None
     (tmp_path / "export.json").write_text(json.dumps(tasks))
     act(tmp_path, "decide", decisions=str(tmp_path / "export.json"))
     assert len(golden(tmp_path).of("golden")) == 3
+
+
+def test_users_of_label_studio_known_by_a_number_need_a_name(tmp_path: Path, source: str) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    ids = sorted(golden(tmp_path).rows)
+    chosen = [{"type": "choices", "value": {"choices": ["approve"]}}]
+    tasks = [{"data": {"id": ids[0]}, "annotations": [{"completed_by": 7, "result": chosen}]}]
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps(tasks))
+    with pytest.raises(DataError, match=r"user 7 has no name; set 'people=\{7: NAME\}'"):
+        act(tmp_path, "decide", decisions=str(path))
+    with pytest.raises(RefusedError, match="Anna  proposed"):
+        act(tmp_path, "decide", decisions=str(path), people={7: "Anna "})
+    act(tmp_path, "decide", decisions=str(path), people={7: "bob"})
+    with pytest.raises(RefusedError, match="has reviewed"):
+        act(tmp_path, "decide", decisions=str(path), people={7: " BOB"})
+
+
+@pytest.mark.parametrize("wrong", [{"by": 7}, {"note": None}, {"id": 12345678}])
+def test_a_decision_that_is_no_text_is_refused(
+    tmp_path: Path, source: str, wrong: dict[str, Any]
+) -> None:
+    act(tmp_path, "propose", source=source, by="anna")
+    entry = {"id": next(iter(golden(tmp_path).rows)), "decision": "approve", "by": "bob"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(entry | {"note": ""} | wrong))
+    with pytest.raises(DataError, match="expected texts as id, by and note"):
+        act(tmp_path, "decide", decisions=str(tmp_path / "d.jsonl"))
+
+
+def test_a_reviewer_reads_all_that_is_approved(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "look_up", "arguments": '{"city": "Rome"}'}}
+    turn = {"role": "assistant", "content": "I look.", "tool_calls": [call],
+            "reasoning_content": "I do not know.", "train": False}  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    last = [{"role": "tool", "content": "17"}, {"role": "assistant", "content": "17 degrees"}]
+    content = {"messages": [{"role": "user", "content": "Weather?"}, turn, *last], "tools": tools}
+    read = text_of(Row(parse(content), "anna"))
+    assert read.startswith("user: Weather?\n\nassistant: I look.\n\n")
+    for part in ('"Rome', "assistant reasoning_content: I do not", "assistant train: false",
+                 'tools: [{"function"'):  # fmt: skip
+        assert part in read.replace("\\", "")
+
+
+def test_a_set_whose_last_row_is_retired_is_sealed_to_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Golden.alone(tmp_path / "golden" / "g", reviewers=2) as held:
+        held.propose(parse(chat("q", "a")), "anna")
+        (row_id,) = held.rows
+        for who in ("bob", "carla"):
+            held.decide(row_id, "approve", who)
+    act(tmp_path, "seal")
+    act(tmp_path, "retire", id=row_id, by="anna")
+    assert "seal the set again" in capsys.readouterr().out
+    act(tmp_path, "seal")
+    assert not (tmp_path / "golden" / "g" / "golden.jsonl").exists()
+    assert "all its rows are retired" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

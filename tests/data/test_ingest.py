@@ -21,6 +21,7 @@ from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.records import parse
 from tuneloom.data.rows import open_rows
+from tuneloom.data.store import draft_in
 from tuneloom.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
@@ -280,6 +281,38 @@ def test_of_equal_rows_the_most_trusted_source_is_kept(tmp_path: Path) -> None:
     assert [row["source"] for row in all_rows(folder)] == ["b_expert.jsonl"]
     aside = pq.read_table(folder / "set_aside.parquet").to_pylist()
     assert [(a["source"], a["reason"]) for a in aside] == [("a_crowd.jsonl", "exact")]
+
+
+def test_of_equal_rows_the_one_that_allows_the_use_is_kept(tmp_path: Path) -> None:
+    write(tmp_path / "raw" / "a.jsonl", [chat("q", "a")])
+    write(tmp_path / "raw" / "b.jsonl", [chat("q", "a")])
+    provenance = [{"match": "a*", "trust": 90, "licence": "CC-BY-NC-4.0"},
+                  {"match": "b*", "trust": 10, "licence": "MIT"}]  # fmt: skip
+    folder = run(tmp_path, str(tmp_path / "raw"), provenance=provenance, use="commercial",
+                 licence_action="drop")  # fmt: skip
+    assert [row["source"] for row in all_rows(folder)] == ["b.jsonl"]
+
+
+def test_an_empty_label_is_no_class(tmp_path: Path) -> None:
+    lines: list[Any] = [chat("q", "a") | {"topic": "red"}, chat("r", "b")]
+    source = write(tmp_path / "raw.jsonl", lines)
+    assert list(manifest(run(tmp_path, source, label="{topic?}"))["labels"]) == ["red"]
+
+
+def test_what_a_killed_ingest_left_is_removed_by_the_next_and_what_lives_is_not(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "datasets"
+    code = (
+        "import os, pathlib, sys; from tuneloom.data.store import draft_in\n"
+        "with draft_in(pathlib.Path(sys.argv[1])) as d: (d / 'texts').write_text('x'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(root)]).returncode == 9
+    assert list(root.glob(".draft-*/texts"))
+    with draft_in(root) as living:
+        run(tmp_path, write(tmp_path / "raw.jsonl", [chat("q", "a")]))
+        assert [path for path in root.glob(".draft-*") if path.is_dir()] == [living]
+    assert not list(root.glob(".draft-*"))
 
 
 def test_weak_rows_are_set_aside_with_the_reason(tmp_path: Path) -> None:

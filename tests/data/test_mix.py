@@ -98,6 +98,26 @@ def test_shares_of_tokens_are_those_of_a_tokenizer_that_is_named(
     assert [line[-1] for line in lines] == shares
 
 
+def test_pairs_of_answers_are_said_to_be_uncounted(
+    tmp_path: Path,
+    parts: list[str],
+    make_tokenizer: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    raw = tmp_path / "pairs.jsonl"
+    raw.write_text(json.dumps(pair) + "\n")
+    recipe = {"data": {"name": "pairs", "split": {"train": 1.0, "validation": 0.0, "test": 0.0}},
+              "source": str(raw), "root": str(tmp_path / "datasets")}  # fmt: skip
+    parts = [parts[0], str(ingest(build(IngestConfig, recipe)))]
+    make_tokenizer("chatml").save_pretrained(tmp_path / "tok")
+    config = {"name": "m", "parts": [{"dataset": p, "epochs": 1} for p in parts],
+              "root": str(tmp_path / "datasets"),
+              "model": {"path": str(tmp_path / "tok")}}  # fmt: skip
+    assert main(build(MixConfig, config)) == 0
+    assert "1 pairs of answers are not counted" in capsys.readouterr().out
+
+
 def test_epochs_repeat_each_row_so_often(tmp_path: Path, parts: list[str]) -> None:
     folder, _, counted = mixed(tmp_path, parts=of(parts, epochs=[0.5, 3.0]))
     big, small = sizes(parts)

@@ -218,6 +218,16 @@ def test_what_rejected_jsonl_shows_of_a_row_is_masked_even_if_rows_keep_all(tmp_
     assert "anna" not in text and "ghp_" not in text
 
 
+def test_what_rejected_jsonl_shows_is_masked_by_the_owners_patterns_too(tmp_path: Path) -> None:
+    own = [{"entity": "customer", "pattern": "K-[0-9]{4}"}]
+    folder, _, _ = dataset(
+        tmp_path, [{"title": "K-1234"}, {"text": "a"}], max_rejected=0.9,
+        privacy={"recognisers": own, "actions": {"customer": "keep"}},
+    )  # fmt: skip
+    text = (folder / "rejected.jsonl").read_text()
+    assert "<CUSTOMER>" in text and "K-1234" not in text
+
+
 def prepared(row: Any, **recipe: Any) -> Prepared:
     """One row, prepared by a recipe: as a line, or as a table gives it if it is no bytes."""
     block = Block(0, "s", 1, row) if isinstance(row, bytes) else Block(0, "s", 1, b"", [row])

@@ -124,6 +124,33 @@ def test_a_csv_row_of_another_width_or_encoding_is_a_reject(tmp_path: Path) -> N
     assert kept(tmp_path, str(tmp_path / "r.csv"))[2:] == ["invalid_csv", "invalid_utf8"]
 
 
+def test_blank_lines_above_a_csv_header_are_no_header(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_bytes(b"\n  \r\nprompt;completion\na,b;c\n")
+    (record,) = kept(tmp_path, str(tmp_path / "r.csv"))
+    assert json.loads(record) == {"prompt": "a,b", "completion": "c"}
+
+
+@pytest.mark.parametrize("name", ["bytes", "date", "zone"])
+def test_a_table_that_python_cannot_hold_is_a_file_refused_by_name(
+    tmp_path: Path, name: str
+) -> None:
+    binary = pa.array([b"caf\xe9"])
+    column = {
+        "bytes": pa.StringArray.from_buffers(1, *binary.buffers()[1:]),
+        "date": pa.array([2**55], pa.timestamp("s")),
+        "zone": pa.array([0], pa.timestamp("s", "Mars/Phobos")),
+    }[name]
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table({"text": column}), tmp_path / "raw" / "bad.parquet")
+    (tmp_path / "raw" / "good.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"bad\.parquet: cannot be read as parquet"):
+        kept(tmp_path, str(tmp_path / "raw"))
+    mapping = {"data": {"name": "d"}, "source": str(tmp_path / "raw"), "root": str(tmp_path / "d"),
+               "max_refused_files": 1}  # fmt: skip
+    manifest = json.loads((ingest(build(IngestConfig, mapping)) / "manifest.json").read_text())
+    assert [entry["name"] for entry in manifest["refused_files"]] == ["bad.parquet"]
+
+
 def test_a_csv_whose_quote_is_never_closed_is_refused_by_row_and_line(tmp_path: Path) -> None:
     rows = [
         "prompt,completion",

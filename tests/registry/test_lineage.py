@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -276,6 +277,87 @@ def test_an_erased_row_takes_the_rows_of_its_key_in_derived_datasets(tmp_path: P
     assert tombstone["ids"] == plan.ids and tombstone["reason"] == "asked"
 
 
+def test_an_erased_subject_leaves_no_copy_and_no_row_that_a_teacher_made_of_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_raw(tmp_path / "raw")
+    old = make(tmp_path / "datasets", raw, subject=None)
+    told = make(tmp_path / "datasets", raw)
+    theirs = graph(tmp_path).find_rows("subject", "user3")[told.name]["id"].to_pylist()
+    made = tmp_path / "synthetic" / "more.jsonl"
+    made.parent.mkdir()
+    for number, seed in enumerate([theirs[0], "f" * 64]):
+        row = {"prompt": f"p{number}", "completion": "c", "meta": {"synthetic": {"seed": seed}}}
+        with made.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    recipe = {"name": "s", "split": {"train": 1.0, "validation": 0.0, "test": 0.0}}
+    mapping = {"data": recipe, "source": str(made), "root": str(tmp_path / "datasets")}
+    taught = ingest(build(IngestConfig, mapping))
+    answer, _ = asked(tmp_path, subject="user3")
+    assert answer["rows"] == 8
+    assert answer["erase_takes"] == {old.name: 8, told.name: 8, taught.name: 1}
+    order = {"subject": "user3", "synthetic": str(made.parent)} | places(tmp_path)
+    config = build(EraseConfig, order | {"execute": True, "reason": "asked", "retrain": False})
+    assert erase(config) == 0
+    said = capsys.readouterr().out
+    assert f"{made}: 1 rows in it were made from the rows" in said
+    assert str(made.parent / ".more.answers") in said
+    for dataset in graph(tmp_path).datasets.values():
+        assert not [t for _, t in dataset.rows(["id"]) if set(t["id"].to_pylist()) & set(theirs)]
+    assert len(open_rows(tmp_path / "datasets" / "s")) == 1
+
+
+def test_erasing_a_source_leaves_what_is_said_of_another_whose_rows_share_a_key(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "raw").mkdir()
+    crm, forum = tmp_path / "raw" / "crm.jsonl", tmp_path / "raw" / "forum.jsonl"
+    crm.write_text(json.dumps({"q": "same", "a": "one", "who": "ann"}) + "\n")
+    others = [("same", "two"), ("other", "N/A"), ("third", "three")]
+    forum.write_text("".join(json.dumps({"q": q, "a": a, "who": "bob"}) + "\n" for q, a in others))
+    whole = {"split": {"train": 1.0, "validation": 0.0, "test": 0.0}}
+    task = make(tmp_path / "datasets", tmp_path / "raw", **whole)
+    made = make(tmp_path / "datasets", tmp_path / "raw", name="text", within={"dataset": str(task)},
+                record={"text": "{q} {a}"}, **whole)  # fmt: skip
+    plan, folder = erased(tmp_path, source="crm.jsonl")
+    assert plan.datasets == {task.name: 1, made.name: 2} and plan.sources == {"crm.jsonl"}
+    assert quarantined_texts(folder) == ["other"]
+
+
+def test_a_run_on_a_raw_file_that_holds_the_rows_is_refused_before_anything_is_done(
+    tmp_path: Path,
+) -> None:
+    raw = tmp_path / "rows.jsonl"
+    raw.write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n")
+    mapping = {"data": {"name": "d"}, "source": str(raw), "root": str(tmp_path / "datasets")}
+    victim = open_rows(raw)[0].id
+    ingest(build(IngestConfig, mapping))
+    run = tmp_path / "runs" / "r1"
+    run.mkdir(parents=True)
+    record = {"config": {"data": {"path": str(raw), "split": "train", "format": "auto"}}}
+    (run / "run.json").write_text(json.dumps(record | {"dataset": {"digest": "none here"}}))
+    numbers = {name: [1] for name in ("step", "tokens", "target_tokens")}
+    pq.write_table(pa.table({"record_id": [victim], **numbers}), run / "exposure.parquet")
+    config = build(EraseConfig, {"row": victim, "execute": True, "reason": "r", **places(tmp_path)})
+    loaded = graph(tmp_path)
+    with pytest.raises(RefusedError, match=f"run r1 would be trained again on {raw}.* 1 of the"):
+        list(execute(loaded, make_plan(loaded, config), config))
+    assert not (tmp_path / "datasets" / "tombstones.jsonl").exists()
+
+
+def test_what_was_found_in_an_erased_row_is_no_longer_counted(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    answers = {"ann": "write to ann@example.org\u200b", "bob": "write to bob@example.org"}
+    lines = [json.dumps({"q": f"of {who}", "a": a, "who": who}) for who, a in answers.items()]
+    (tmp_path / "raw" / "crm.jsonl").write_text("\n".join(lines))
+    made = make(tmp_path / "datasets", tmp_path / "raw")
+    before = json.loads((made / "manifest.json").read_text())
+    assert before["found"] == {"email": 2} and before["sanitised"]
+    _, folder = erased(tmp_path, subject="ann")
+    after = json.loads((folder / "manifest.json").read_text())
+    assert after["found"] == {"email": 1} and after["sanitised"] == {}
+
+
 def quarantine(root: Path, **data: Any) -> Path:
     """A dataset with a good row of ann's, and one of hers, zed's and bob's without an answer."""
     (root / "raw").mkdir(parents=True)
@@ -310,6 +392,8 @@ def test_erasing_from_an_old_version_leaves_the_link_at_the_newest(tmp_path: Pat
     assert folder != newest.resolve() and not newest.exists()
     counts = json.loads((folder / "manifest.json").read_text())["counts"]
     assert counts["in"] == 72 and counts["quarantined"] == {"erased": 8}
+    lengths = json.loads((folder / "manifest.json").read_text())["lengths"]["rows"]
+    assert sum(lengths) == counts["kept"] == 64
 
 
 def quarantined_texts(folder: Path) -> list[str]:

@@ -54,8 +54,7 @@ def write_rows(
         for code, writer in enumerate(writers.values()):
             writer.add(columns.filter(pa.array(decision.split[rows] == code)))
         kept_rows = table["record"].filter(pa.array(decision.fate[rows] == 0))
-        bins = np.searchsorted(LENGTHS[:-1], pc.utf8_length(kept_rows).to_numpy())
-        lengths += np.bincount(bins, minlength=len(LENGTHS))
+        lengths += lengths_of(kept_rows)
         for code in np.unique(decision.fate[rows]):
             kind, reason = decision.fates[code]
             if kind != "kept":
@@ -67,6 +66,12 @@ def write_rows(
                 notes = [decision.notes.get(i) for i in numbers.tolist()]
                 aside.write_table(aside_rows(part, kind, reason, kept, records=stored, notes=notes))
     return Written({name: writer.close() for name, writer in writers.items()}, lengths)
+
+
+def lengths_of(records: pa.ChunkedArray) -> np.ndarray:
+    """(len(LENGTHS),) int64: records up to each length and over the one before."""
+    bins = np.searchsorted(LENGTHS[:-1], pc.utf8_length(records).to_numpy())
+    return np.bincount(bins, minlength=len(LENGTHS))
 
 
 def _kept_instead(ids: np.ndarray, leader: np.ndarray, rows: np.ndarray) -> list[str | None]:

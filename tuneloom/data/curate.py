@@ -122,9 +122,9 @@ class Golden:
             raise RefusedError(
                 f"golden: {row_id[:12]} is {status} and cannot change; propose another"
             )
-        if by == row.proposed_by:
+        if same_person(by, row.proposed_by):
             raise RefusedError(f"golden: {by} proposed {row_id[:12]} and cannot review it")
-        if by in row.approved_by:
+        if any(same_person(by, other) for other in row.approved_by):
             raise RefusedError(f"golden: {by} has reviewed {row_id[:12]} before; another must")
         self._append(decision, row_id, by, note=note)
 
@@ -147,7 +147,7 @@ class Golden:
         return self.rows[found[0]]
 
     def _append(self, event: str, row_id: str, by: str, **more: Any) -> None:
-        if not by:
+        if not by.strip():
             raise DataError("by: required, but not given; set by=NAME")
         whole = self._row(row_id).record.id if event != "propose" else row_id
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -171,6 +171,11 @@ class Golden:
             row.refused_by.append(event["by"])
         else:
             row.retired = True
+
+
+def same_person(one: str, other: str) -> bool:
+    """Whether two names are one person's, whatever the case and the blanks around them."""
+    return one.strip().casefold() == other.strip().casefold()
 
 
 def digest(line: str) -> str:

@@ -1,7 +1,8 @@
 """`tuneloom erase row=ID`, or subject=, source=, licence=, consent=DAY: the plan, or what it says.
 
-The plan lists every dataset version that holds the rows (or, made from one that does, rows of
-their keys), every run that saw them, every run started from those, and what it took to make them.
+The plan lists every dataset version that holds the rows, what a teacher made from them or (made
+from a version that does) rows of their keys, every run that saw them, every run started from those,
+and what it took to make them.
 `execute=true` writes a tombstone, rebuilds the versions without the rows, trains again what saw
 them, checks that no exposure is left, and removes old versions, old runs and the token caches.
 """
@@ -22,10 +23,11 @@ import pyarrow as pa
 from pydantic import model_validator
 
 from tuneloom.config import Config
-from tuneloom.data.leftovers import golden_rows, texts_of
+from tuneloom.data.leftovers import golden_rows, synthetic_rows, texts_of
 from tuneloom.data.rebuild import rebuild
+from tuneloom.data.rows import open_rows
 from tuneloom.errors import DataError, RefusedError
-from tuneloom.registry.graph import SET_ASIDE, Graph, Kind, Run, subject_hash
+from tuneloom.registry.graph import SET_ASIDE, Graph, Kind, Run, ids_of, subject_hash
 from tuneloom.registry.lineage import ROW_KINDS, as_text, exposure_of
 
 TOMBSTONES = "tombstones.jsonl"
@@ -52,6 +54,8 @@ class EraseConfig(Config):
     runs: str = "runs"
     golden: str = "golden"
     """Where golden sets lie: what the plan says of them."""
+    synthetic: str = "raw/synthetic"
+    """Where `tuneloom synthesise` wrote: the plan names its files that were made from the rows."""
 
     @model_validator(mode="after")
     def one_selector(self) -> "EraseConfig":
@@ -97,6 +101,8 @@ class Plan:
     """Evaluations of the rows; samples and reports of runs that could show them."""
     golden: dict[str, int]
     """Rows in golden sets, whose logs are never edited."""
+    synthetic: dict[str, int]
+    """Raw rows made from them by a teacher, by file, which the next ingest would bring back."""
     train_seconds: float
     """What the runs to make again took, by their own metrics."""
 
@@ -121,6 +127,12 @@ def main(config: EraseConfig) -> int:
             f"{folder}: {count} of the rows are in this golden set, which stays as it is: its log "
             "is never edited; remove the folder, and review the others anew"
         )
+    for file, count in plan.synthetic.items():
+        answers = Path(file).with_name(f".{Path(file).stem}.answers")
+        print(
+            f"{file}: {count} rows in it were made from the rows; it stays, and the next ingest "
+            f"would bring them back; remove it and {answers}, and synthesise again"
+        )
     if not config.execute:
         print("\nnothing was changed; add execute=true reason='...' to do it")
         return 0
@@ -134,32 +146,28 @@ def make_plan(graph: Graph, config: EraseConfig) -> Plan:
     kind = next(k for k in ROW_KINDS if getattr(config, k) is not None)
     value = str(getattr(config, kind))
     found = graph.find_rows(kind, value)
+    if kind == "row" and len(ids := ids_of(found)) > 1:
+        raise DataError(f"row: {value!r} begins {len(ids)} ids; give more digits")
+    sources = whole_sources(found) if kind in ("source", "licence", "consent") else set()
+    found = graph.reached(found)
     hidden = _hidden(graph, kind, found)
     if not found and not hidden:
         raise DataError(f"{kind}: no dataset holds {value!r}; nothing to erase")
-    ids = sorted({i for table in found.values() for i in table["id"].to_pylist()})
-    if kind == "row" and len(ids) > 1:
-        raise DataError(f"row: {value!r} begins {len(ids)} ids; give more digits")
-    for name in list(found):
-        for derived in graph.made_from(graph.datasets[name]):
-            same = graph.rows_of_keys(derived, keys_in(found[name]))
-            if len(same) and derived.name not in found:
-                found[derived.name] = same
-    ids = sorted({i for table in found.values() for i in table["id"].to_pylist()})
+    ids = ids_of(found)
     aside = {name: t["split"].to_pylist().count(SET_ASIDE) for name, t in found.items()}
     seen = {run.id: exposure_of(run, pa.array(ids, pa.string())) for run in graph.runs.values()}
     seen = {run_id: exposure for run_id, exposure in seen.items() if exposure}
     later = graph.descendants([graph.runs[run_id] for run_id in seen])
     again = [*(graph.runs[run_id] for run_id in seen), *later]
     return Plan(
-        kind=kind, value=value, ids=ids,
-        sources=whole_sources(found) if kind in ("source", "licence", "consent") else set(),
+        kind=kind, value=value, ids=ids, sources=sources,
         datasets=dict.fromkeys(hidden, 0) | {n: len(t) - aside[n] for n, t in found.items()},
         set_aside={name: rows for name, rows in aside.items() if rows}, hidden=hidden,
         runs=seen, descendants=[run.id for run in later],
         exports=[str(path) for run in again for path in run.exports()],
         texts=[str(path) for path in texts_of(graph, set(ids), {*found, *hidden})],
         golden=golden_rows(Path(config.golden), set(ids)),
+        synthetic=synthetic_rows(Path(config.synthetic), set(ids)),
         train_seconds=round(sum(map(seconds_of, again)), 1),
     )  # fmt: skip
 
@@ -178,11 +186,6 @@ def _hidden(graph: Graph, kind: Kind, found: dict[str, pa.Table]) -> list[str]:
 def whole_sources(found: dict[str, pa.Table]) -> set[str]:
     """The names of the sources that the rows come from."""
     return {source for table in found.values() for source in table["source"].to_pylist()}
-
-
-def keys_in(table: pa.Table) -> set[str]:
-    """The split keys of rows, as their meta holds them."""
-    return {json.loads(meta)["key"] for meta in table["meta"].drop_null().to_pylist()}
 
 
 def seconds_of(run: Run) -> float:
@@ -207,6 +210,8 @@ def execute(graph: Graph, plan: Plan, config: EraseConfig) -> Any:
                 f"what {other.id} learnt, which nothing here replaces; set retrain=false, remove "
                 "the copy, and train the two again"
             )
+    for run in again if config.retrain else ():
+        refuse_raw(graph, run, set(plan.ids))
     tombstone = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "kind": plan.kind,
                  "value": subject_hash(plan.value) if plan.kind == "subject" else plan.value,
                  "reason": config.reason, "ids": plan.ids,
@@ -244,6 +249,22 @@ def execute(graph: Graph, plan: Plan, config: EraseConfig) -> Any:
         yield f"removed {path}"
     shutil.rmtree(Path(config.runs) / ".tokens", ignore_errors=True)
     yield f"removed the token caches of {config.runs}; they are made again when needed"
+
+
+def refuse_raw(graph: Graph, run: Run, ids: set[str]) -> None:
+    """Raise RefusedError where what a run would be trained on again, no version here that is
+    rebuilt, holds the rows still.
+    """
+    data = run.record["config"]["data"]
+    if graph.dataset_of(run) is not None:
+        return
+    rows = open_rows(data["path"], data["split"], data["format"])
+    if left := sum(rows[i].id in ids for i in range(len(rows))):
+        raise RefusedError(
+            f"erase: run {run.id} would be trained again on {data['path']}, which is no dataset "
+            f"version here and holds {left} of the rows; remove them there, or set retrain=false "
+            "and train it again yourself"
+        )
 
 
 def train_again(

@@ -5,7 +5,6 @@ The result is a function of rows and recipe: not of workers, order of files, tim
 """
 
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,19 +74,19 @@ def ingest(config: IngestConfig, prepare: Prepare = prepare_here) -> Path:
 def make(config: IngestConfig, prepare: Prepare) -> Made:
     """Make the dataset, and say what it is."""
     root = Path(config.root)
-    draft = draft_in(root)
     try:
-        with tempfile.TemporaryDirectory(prefix=".spill-", dir=root) as spill:
-            manifest, seconds = _make(config, prepare, draft, Path(spill))
-        write_paperwork(draft, manifest)
-        write_json(draft / TIMING, seconds)
-        return Made(publish(draft, root, manifest), manifest, seconds)
+        with draft_in(root) as draft:
+            spill = draft / "spill"
+            spill.mkdir()
+            manifest, seconds = _make(config, prepare, draft, spill)
+            shutil.rmtree(spill)
+            write_paperwork(draft, manifest)
+            write_json(draft / TIMING, seconds)
+            return Made(publish(draft, root, manifest), manifest, seconds)
     except OSError as error:  # full, or gone: what readers meet is a DataError already
         place = error.filename or root
         why = error.strerror or error
         raise RefusedError(f"root: {place} cannot be written ({why})") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _make(

@@ -1,4 +1,4 @@
-"""Texts of rows outside datasets: evaluations, samples and reports of runs, golden sets."""
+"""Texts of rows outside datasets: in run folders, golden sets, and what teachers made of them."""
 
 import json
 from pathlib import Path
@@ -30,6 +30,22 @@ def golden_rows(root: Path, ids: set[str]) -> dict[str, int]:
         for log in sorted(root.glob("*/events.jsonl"))
     }
     return {folder: count for folder, count in counted.items() if count}
+
+
+def synthetic_rows(root: Path, ids: set[str]) -> dict[str, int]:
+    """How many rows made from the rows each raw file of `tuneloom synthesise` holds."""
+    counted = {
+        str(path): sum(_seed(row) in ids for row in _lines(path))
+        for path in sorted(root.glob("*.jsonl"))
+    }
+    return {path: count for path, count in counted.items() if count}
+
+
+def _seed(row: dict[str, Any]) -> str:
+    """The row that a teacher made this one from."""
+    meta = row.get("meta")
+    made = meta.get("synthetic") if isinstance(meta, dict) else None
+    return str(made.get("seed")) if isinstance(made, dict) else ""
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

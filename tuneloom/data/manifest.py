@@ -20,7 +20,7 @@ from tuneloom.data.splits import SPLITS
 from tuneloom.data.store import digest_of, file_digest, manifest_id
 from tuneloom.errors import DataError
 
-VERSION = 3
+VERSION = 4
 """Raised when the same rows and recipe would give other records than before."""
 
 

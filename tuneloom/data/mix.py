@@ -10,7 +10,6 @@ tokens here already.
 import hashlib
 import heapq
 import json
-import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from tuneloom.config import Config
-from tuneloom.data.aside import ASIDE, LENGTHS
+from tuneloom.data.aside import ASIDE, LENGTHS, lengths_of
 from tuneloom.data.consent import terms_of
 from tuneloom.data.manifest import length_table
 from tuneloom.data.paperwork import write_paperwork
@@ -123,7 +121,7 @@ def main(config: MixConfig) -> int:
         print(f"  {part['dataset']:<32}{part['rows']:>10,} rows {part['share']:>8.2%}"
               f"{part['epochs']:>8.2f} epochs")  # fmt: skip
     print(folder, flush=True)
-    print("\n".join(_token_lines(counter.of(folder)) if counter else [NOT_COUNTED]))
+    print("\n".join(_token_lines(*counter.of(folder)) if counter else [NOT_COUNTED]))
     print(
         f"next: tuneloom train data.path={Path(config.root) / config.name} "
         f"model.path={model.path or '...'}"
@@ -131,23 +129,21 @@ def main(config: MixConfig) -> int:
     return 0
 
 
-def _token_lines(tokens: dict[str, int]) -> list[str]:
+def _token_lines(tokens: dict[str, int], left_out: int) -> list[str]:
     """A line for each dataset, of the length of its line of rows."""
     total = max(1, sum(tokens.values()))
-    return [
+    lines = [
         f"  {name:<32}{number:>10,} tokens {number / total:>6.2%}"
         for name, number in tokens.items()
     ]
+    return [*lines, *([f"  {left_out:,} pairs of answers are not counted"] if left_out else [])]
 
 
 def mix(config: MixConfig) -> Path:
     """Make the mixture; returns its folder NAME@ID."""
     root = Path(config.root)
-    draft = draft_in(root)
-    try:
+    with draft_in(root) as draft:
         return publish(draft, root, _mixed(config, draft))
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _mixed(config: MixConfig, draft: Path) -> dict[str, Any]:
@@ -270,8 +266,7 @@ def _write(
     writers = {split: ShardWriter(draft, split, ROWS_PER_SHARD) for split in SPLITS}
     for table in _tables(_joined(everyone, "train")):
         writers["train"].add(table)
-        bins = np.searchsorted(LENGTHS[:-1], pc.utf8_length(table["record"]).to_numpy())
-        lengths += np.bincount(bins, minlength=len(LENGTHS))
+        lengths += lengths_of(table["record"])
     for split in ("validation", "test"):
         firsts = (next(same) for _, same in groupby(_joined(parts, split), itemgetter("id")))
         for table in _tables(firsts):

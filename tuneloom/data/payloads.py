@@ -57,6 +57,20 @@ def as_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
+def shown(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """All that a record says, named, for a person to read: of a turn its text, its reasoning, its
+    calls and whether it is trained on, then tools and the other keys.
+    """
+    said: list[tuple[str, Any]] = []
+    for turn in content.get("messages", []):
+        more = {k: v for k, v in turn.items() if k not in ("role", "content") and v is not None}
+        if turn.get("content") or not more:
+            said.append((turn["role"], turn.get("content") or ""))
+        said += [(f"{turn['role']} {name}", value) for name, value in more.items()]
+    said += [(name, value) for name, value in content.items() if name != "messages"]
+    return [(name, v if isinstance(v, str) else as_json(v)) for name, v in said]
+
+
 def _preference(content: Mapping[str, Any]) -> Content:
     fields = {name: _text(content, name) for name in ("prompt", "chosen", "rejected")}
     if fields["chosen"] == fields["rejected"]:

@@ -23,7 +23,7 @@ from tuneloom.data.dedupe import signature
 from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import UnknownShape, mapper
 from tuneloom.data.payloads import DEEPEST, EXTRACTED, Fault, deeper, normal, payload_of
-from tuneloom.data.provenance import Provenance
+from tuneloom.data.provenance import Provenance, allows
 from tuneloom.data.quality import own_text, texts, weakness
 from tuneloom.data.questions import asked_and_answered, contested, hash64
 from tuneloom.data.readers import Block
@@ -42,6 +42,8 @@ ROW = pa.schema([
     ("signature", pa.binary()),
 ])  # fmt: skip
 EXCERPT = 200
+BARRED = 1_000
+"""More than any rank of trust."""
 ORIGIN = ("teacher", "teacher_licence", "prompt_digest", "seed", "score")
 SORTED = orjson.OPT_SORT_KEYS
 NOTHING: frozenset[str] = frozenset()
@@ -80,18 +82,19 @@ class Preparer:
         self.provenance = Provenance(recipe.provenance)
         self.contamination = Contamination(recipe.against, recipe.near)
         self.redactor = Redactor(recipe.privacy)
+        self.masks = excerpt_redactor(recipe.privacy)
 
     def __call__(self, block: Block) -> Prepared:
         """Prepare every row of a block; a bad one becomes a reject, never an exception."""
         done = Prepared(table=ROW.empty_table())
         rows: list[tuple[Any, ...]] = []
-        rank = self.provenance.of(block.source).rank
+        rank = self.rank(block.source)
         for line, raw in numbered(block):
             done.rows_in += 1
             try:
                 row_id, record, meta, *numbers = self.row(raw, line, done)
             except Reject as reject:
-                done.rejects.append(excerpt(raw, block.source, line, reject))
+                done.rejects.append(excerpt(raw, block.source, line, reject, self.masks))
             except DropRow as drop:
                 done.dropped[f"privacy_{drop.entity}"] += 1
             else:
@@ -101,6 +104,12 @@ class Preparer:
         arrays = [pa.array(c, type=f.type) for c, f in zip(columns, ROW, strict=True)]
         done.table = pa.Table.from_arrays(arrays, schema=ROW)
         return done
+
+    def rank(self, source: str) -> int:
+        """Sorts the most trusted first, and what does not allow the use last of all."""
+        entry = self.provenance.of(source)
+        barred = allows(entry, self.recipe.use, self.recipe.as_of) is not None
+        return entry.rank + BARRED * barred
 
     def row(
         self, raw: bytes | Reject | dict[str, Any], line: int, done: Prepared
@@ -167,7 +176,7 @@ class Preparer:
         try:
             content = self.content(fields)
             key = self.key(fields) if self.key else None
-            label = self.label(fields) if self.label else None
+            label = (self.label(fields) if self.label else None) or None  # empty is none
             subject = self.subject(fields) if self.subject else None
         except MissingField as missing:
             raise Reject("missing_field", f"{missing.args[0]}: missing or null") from None
@@ -330,19 +339,20 @@ def canonical_bytes(content: dict[str, Any], *, plain: bool) -> bytes:
 
 
 def excerpt(
-    raw: bytes | Reject | dict[str, Any], source: str, line: int, reject: Reject
+    raw: bytes | Reject | dict[str, Any], source: str, line: int, reject: Reject, masks: Redactor
 ) -> dict[str, Any]:
     """What rejected.jsonl says of a row: it is masked, whatever the recipe keeps."""
     if isinstance(raw, dict):
         start = json.dumps(raw, ensure_ascii=False, default=str)[: 8 * EXCERPT]
     else:
         start = "" if isinstance(raw, Reject) else raw[: 8 * EXCERPT].decode("utf-8", "replace")
-    return {"source": source, "line": line, "reason": reject.code, "why": _shown(reject.sentence),
-            "start": _shown(start)[:EXCERPT]}  # fmt: skip
+    why = _shown(reject.sentence, masks)
+    return {"source": source, "line": line, "reason": reject.code, "why": why,
+            "start": _shown(start, masks)[:EXCERPT]}  # fmt: skip
 
 
-def _shown(text: str) -> str:
+def _shown(text: str, masks: Redactor) -> str:
     """What may be written of a row that was not cleaned."""
     plain = CONTROLS.sub("", text.encode("utf-8", "replace").decode("utf-8"))
     plain = ESCAPES.sub(" ", plain)
-    return excerpt_redactor().redact(plain, "")[0]
+    return masks.redact(plain, "")[0]

@@ -24,7 +24,7 @@ from tuneloom.data.schema import Reject, unique
 from tuneloom.data.sources import Source
 from tuneloom.data.streams import Counted
 from tuneloom.data.strict_json import TOO_DEEP
-from tuneloom.errors import DataError
+from tuneloom.errors import DataError, TuneloomError
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 2_000
@@ -109,7 +109,9 @@ def _blocks_of_file(
     try:
         for part in parts_of(source, max_archive_bytes):
             yield from _blocks_of(part, ends)
-    except (OSError, pa.ArrowException) as error:
+    except TuneloomError:
+        raise
+    except (OSError, ValueError, OverflowError, LookupError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
         why = getattr(error, "strerror", None) or error  # without the path, which a machine changes
@@ -162,13 +164,17 @@ def _csv(stream: Counted, source: Source) -> Iterator[Row | Reject]:
     text = io.TextIOWrapper(
         io.BufferedReader(stream), "utf-8-sig", errors="surrogateescape", newline=""
     )
-    start = text.readline()
+    blank = 0
+    while (start := text.readline()) and not start.strip():
+        blank += 1
     csv.field_size_limit(64 << 20)
     reader = csv.reader(
-        itertools.chain([start], text), delimiter=max(",;\t|", key=start.count), strict=True
+        itertools.chain(["\n"] * blank, [start], text),
+        delimiter=max(",;\t|", key=start.count),
+        strict=True,
     )
     rows = _csv_rows(reader, source)
-    header = next(rows, [])
+    header = next((cells for cells in rows if cells), [])
     if isinstance(header, Reject):
         raise DataError(f"{source.name}: the header is not CSV ({header.sentence}); correct it")
     _refuse_twice(source, header)

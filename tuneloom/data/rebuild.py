@@ -3,17 +3,18 @@
 import datetime
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tuneloom.data.aside import LENGTHS, lengths_of
+from tuneloom.data.manifest import length_table
 from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import Provenance, SourceInfo, summary
 from tuneloom.data.records import canonical
@@ -21,6 +22,7 @@ from tuneloom.data.store import (
     ROWS_PER_SHARD,
     ShardWriter,
     digest_of,
+    draft_in,
     manifest_id,
     publish,
     read_manifest,
@@ -48,9 +50,10 @@ def rebuild(
     unwanted = pa.array(sorted(ids), pa.string())
     labels = {label: dict(by) for label, by in manifest["labels"].items()}
     gone: Counter[str] = Counter()
+    metas: list[str] = []
     unlearnt: Counter[str] = Counter()
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
-    try:
+    lengths = np.zeros(len(LENGTHS), dtype=np.int64)
+    with draft_in(root) as draft:
         splits = {}
         for split, part in manifest["splits"].items():
             writer = ShardWriter(
@@ -62,21 +65,27 @@ def rebuild(
                 for row in table.filter(out).to_pylist():
                     gone[row["source"]] += 1
                     unlearnt[row["source"]] += split == "train"
+                    metas.append(row["meta"])
                     label = json.loads(row["meta"]).get("label")
                     if label in labels:
                         labels[label][split] -= 1
-                writer.add(table.filter(pc.invert(out)))
+                left = table.filter(pc.invert(out))
+                writer.add(left)
+                if split == "train" or not manifest["mixture"]:
+                    lengths += lengths_of(left["record"])
             splits[split] = writer.close()
-        aside = _copy_set_aside(folder, draft, unwanted, sources, hide_texts)
+        went = _copy_set_aside(folder, draft, unwanted, sources, hide_texts)
+        aside = Counter(went["reason"].to_pylist())
+        metas += went["meta"].drop_null().to_pylist() if "meta" in went.column_names else []
         made = _manifest(manifest, splits, gone, aside, renamed) | {
             "mixture": [_less(part, unlearnt) for part in manifest["mixture"]],
-            "labels": labels, "rejects_digest": _copy_rejects(folder, draft, sources, hide_rejects),
+            "labels": labels, "lengths": length_table(lengths),
+            **_noted(manifest, metas),
+            "rejects_digest": _copy_rejects(folder, draft, sources, hide_rejects),
         }  # fmt: skip
         made["id"] = manifest_id(made)
         write_paperwork(draft, made)
         return publish(draft, root, made, replaces=folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _copy_rejects(folder: Path, draft: Path, sources: Set[str], hide: bool) -> str:
@@ -98,8 +107,8 @@ def _copy_rejects(folder: Path, draft: Path, sources: Set[str], hide: bool) -> s
 
 def _copy_set_aside(
     folder: Path, draft: Path, unwanted: pa.Array, sources: Set[str], hide_texts: bool
-) -> Counter[str]:
-    """Rows set aside, without what goes; returns the quarantined rows that went, by reason."""
+) -> pa.Table:
+    """Rows set aside, without what goes; returns the quarantined rows that went."""
     aside = pq.read_table(folder / "set_aside.parquet")
     out = pc.or_(
         pc.is_in(aside["id"], unwanted),
@@ -111,8 +120,7 @@ def _copy_set_aside(
             nothing = pa.nulls(len(left), pa.string())
             left = left.set_column(left.column_names.index(name), name, nothing)
     pq.write_table(left, draft / "set_aside.parquet", compression="zstd")
-    went = aside.filter(pc.and_(out, pc.equal(aside["fate"], "quarantined")))
-    return Counter(went["reason"].to_pylist())
+    return aside.filter(pc.and_(out, pc.equal(aside["fate"], "quarantined")))
 
 
 def _manifest(
@@ -146,6 +154,18 @@ def _manifest(
         "created_from": created_from,
         "transforms": [*before["transforms"], step | {"rows": gone.total() + aside.total()}],
     }  # fmt: skip
+
+
+def _noted(before: dict[str, Any], metas: list[str]) -> dict[str, dict[str, int]]:
+    """What was repaired and found, without what the rows that went say of it."""
+    gone: dict[str, Counter[str]] = {"sanitised": Counter(), "found": Counter()}
+    for meta in map(json.loads, metas):
+        gone["sanitised"].update(meta.get("sanitised", []))
+        gone["found"].update(finding["entity"] for finding in meta.get("pii", []))
+    return {
+        name: {what: n - went[what] for what, n in before[name].items() if n > went[what]}
+        for name, went in gone.items()
+    }
 
 
 def _less(part: dict[str, Any], gone: Counter[str]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ hash, the same for one value within one key, so that deduplication and joins sti
 stays outside the dataset.
 """
 
-import functools
 import hashlib
 import hmac
 import os
@@ -181,10 +180,11 @@ def _word(near: str) -> str:
     return " " + near.lower()
 
 
-@functools.cache
-def excerpt_redactor() -> Redactor:
-    """Masks everything: for excerpts of rejected rows, whatever the recipe keeps."""
-    return Redactor(PrivacyConfig())
+def excerpt_redactor(config: PrivacyConfig) -> Redactor:
+    """Masks all that the recipe can find, whatever it keeps: for excerpts of rejected rows."""
+    secrets = "patterns" if config.secrets == "off" else config.secrets
+    masked = {"default": "mask", "actions": None, "secrets": secrets}
+    return Redactor(config.model_copy(update=masked))
 
 
 def pseudonym_key(key_file: str | None) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tuneloom.data.card import balance
-from tuneloom.data.payloads import as_json
+from tuneloom.data.payloads import shown
 from tuneloom.data.signoff import open_points
 from tuneloom.data.store import read_column
 
@@ -218,31 +218,31 @@ def _lengths(manifest: Mapping[str, Any]) -> str:
 
 def _rejects(folder: Path) -> str:
     """The first rejects of each reason; their text was masked when they were written."""
-    shown: dict[str, list[dict[str, Any]]] = {}
+    firsts: dict[str, list[dict[str, Any]]] = {}
     with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
         for line in file:
             reject = json.loads(line)
-            group = shown.setdefault(reject["reason"], [])
+            group = firsts.setdefault(reject["reason"], [])
             if len(group) < 3:
                 group.append(reject)
-    if not shown:
+    if not firsts:
         return ""
     rows = [(r["reason"], f"{r['source']}:{r['line']}", r["why"], Html(f"<code>{escape(r['start'])}</code>"))
-            for reason in sorted(shown) for r in shown[reason]]  # fmt: skip
+            for reason in sorted(firsts) for r in firsts[reason]]  # fmt: skip
     return f"<h2>Rejected, the first of each reason</h2>{table(['reason', 'where', 'why', 'start'], rows)}"
 
 
 def _aside(folder: Path) -> str:
     """The first rows set aside for each reason, where their text is kept."""
-    shown: dict[str, list[dict[str, Any]]] = {}
+    firsts: dict[str, list[dict[str, Any]]] = {}
     for batch in pq.ParquetFile(folder / "set_aside.parquet").iter_batches(2_000):
         for row in batch.to_pylist():
-            group = shown.setdefault(row["reason"], [])
+            group = firsts.setdefault(row["reason"], [])
             if len(group) < 3 and row["record"]:
                 group.append(row)
     rows = [(row["reason"], f"{row['source']}:{row['line']}", Html(_turns(row["record"], 300)),
              row.get("note") or "")
-            for reason in sorted(shown) for row in shown[reason]]  # fmt: skip
+            for reason in sorted(firsts) for row in firsts[reason]]  # fmt: skip
     noted = any(row[3] for row in rows)
     cut: list[tuple[object, ...]] = [*rows] if noted else [row[:3] for row in rows]
     head = ["reason", "where", "record", *(["note"] if noted else [])]
@@ -256,27 +256,17 @@ def _samples(folder: Path, manifest: dict[str, Any]) -> str:
         records = islice(
             read_column(folder, manifest, split, "record"), SAMPLES if split == "train" else 3
         )
-        shown = "".join(f"<pre>{_turns(record, 1500)}</pre>" for record in records)
-        if shown:
-            parts.append(f"<h2>From {escape(split)}</h2>{shown}")
+        read = "".join(f"<pre>{_turns(record, 1500)}</pre>" for record in records)
+        if read:
+            parts.append(f"<h2>From {escape(split)}</h2>{read}")
     return "".join(parts)
 
 
 def _turns(record: str, limit: int) -> str:
     """A record as a person reads it, cut at a length."""
-    content = json.loads(record)
-    turns = [
-        (t["role"], t.get("content") or json.dumps(t.get("tool_calls")))
-        for t in content.get("messages", [])
-    ]
-    turns += [
-        (key, value if isinstance(value, str) else as_json(value))
-        for key, value in content.items()
-        if key not in ("messages", "tools")
-    ]
     return "\n".join(
         f'<span class="role">{escape(role)}</span> {escape(text[:limit])}{"…" if len(text) > limit else ""}'
-        for role, text in turns
+        for role, text in shown(json.loads(record))
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tuneloom.config import Config
 from tuneloom.data import argilla
@@ -45,8 +45,14 @@ class GoldenConfig(Config):
     decisions: str | None = None
     """decide: a file of decisions, from the page (JSONL), Label Studio or Argilla (JSON)."""
     people: dict[str, str] | None = None
-    """decide: names of the users that the file knows by another one, as Argilla's UUIDs."""
+    """decide: names of the users that the file knows by another one, as Argilla's UUIDs or
+    Label Studio's numbers."""
     note: str = ""
+
+    @field_validator("people", mode="before")
+    @classmethod
+    def numbers_are_names(cls, value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 CONFIG = GoldenConfig
@@ -105,12 +111,18 @@ def decide(golden: Golden, folder: Path, config: GoldenConfig) -> None:
 
 def retire(golden: Golden, folder: Path, config: GoldenConfig) -> None:
     golden.retire(_needed(config.id, "id"), config.by, config.note)
+    if (folder / "golden.jsonl").exists():
+        print(f"{folder / 'golden.jsonl'} is as it was; seal the set again: action=seal")
 
 
 def seal(golden: Golden, folder: Path, config: GoldenConfig) -> None:
-    """Write the golden rows, by id, with who approved each."""
+    """Write the golden rows, by id, with who approved each; none left, remove their file."""
     path = folder / "golden.jsonl"
     rows = golden.of("golden")
+    if not rows and golden.of("retired") and path.exists():
+        path.unlink()
+        print(f"removed {path}: all its rows are retired")
+        return
     if not rows:
         raise RefusedError(
             f"seal: no row of {config.name} is golden; a row needs {config.reviewers} approvals, "
@@ -138,10 +150,13 @@ ACTIONS = {"propose": propose, "queue": queue, "decide": decide, "retire": retir
 def read_decisions(path: Path, by: str, *, people: Mapping[str, str]) -> list[Decided]:
     """Id, decision, reviewer, note: from our page's JSONL, Label Studio's or Argilla's JSON."""
     try:
-        return [
-            (str(row_id), word, name, note)
-            for row_id, word, name, note in _decisions(path.read_text("utf-8"), by, people)
-        ]
+        found = _decisions(path.read_text("utf-8"), by, people)
+        for entry in found:
+            if not all(isinstance(part, str) for part in entry):
+                raise DataError(
+                    f"decisions: {path}: expected texts as id, by and note, got {entry}"
+                )
+        return found
     except DataError:
         raise
     except OSError as error:
@@ -159,17 +174,24 @@ def _decisions(text: str, by: str, people: Mapping[str, str]) -> list[Decided]:
         if tasks and "fields" in tasks[0]:
             answers = argilla.decisions(tasks, people)
             return [(i, _word(word), name, note) for i, word, name, note in answers]
-        found = [entry for task in tasks for entry in _from_label_studio(task, by)]
-        return [(i, word, people.get(name, name), note) for i, word, name, note in found]
+        return [entry for task in tasks for entry in _from_label_studio(task, by, people)]
     entries = [json.loads(line) for line in text.split("\n") if line.strip()]
     return [(e["id"], _word(e["decision"]), e.get("by") or by, e.get("note", "")) for e in entries]
 
 
-def _from_label_studio(task: dict[str, Any], by: str) -> Any:
-    """One decision for each annotation of a task that chose approve or refuse."""
+def _from_label_studio(task: dict[str, Any], by: str, people: Mapping[str, str]) -> Any:
+    """One decision for each annotation of a task that chose approve or refuse.
+
+    A user known by a number needs a name: nobody may approve what they proposed themselves.
+    """
     for annotation in task.get("annotations", []):
         person = annotation.get("completed_by")
-        name = person.get("email") if isinstance(person, dict) else str(person or by)
+        name = person.get("email") if isinstance(person, dict) else person or by
+        if isinstance(name, int) and str(name) not in people:
+            raise DataError(
+                f"decisions: Label Studio's user {name} has no name; set 'people={{{name}: NAME}}'"
+            )
+        name = people.get(str(name), name)
         for result in annotation.get("result", []):
             for choice in result.get("value", {}).get("choices", []):
                 yield task["data"]["id"], _word(choice), name, ""

@@ -5,19 +5,14 @@ The file that it saves is what `tuneloom golden action=decide decisions=FILE` ta
 # ruff: noqa: E501 - lines of HTML, CSS and JavaScript
 
 import html
-import json
 
 from tuneloom.data.curate import Row
+from tuneloom.data.payloads import shown
 
 
 def text_of(row: Row) -> str:
     """A record as a person reads it."""
-    content = row.record.content
-    turns = [
-        f"{t['role']}: {t.get('content') or json.dumps(t.get('tool_calls'))}"
-        for t in content.get("messages", [])
-    ]
-    return "\n\n".join(turns or [f"{key}: {value}" for key, value in content.items()])
+    return "\n\n".join(f"{name}: {text}" for name, text in shown(row.record.content))
 
 
 def page(name: str, rows: list[Row]) -> str:

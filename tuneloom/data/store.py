@@ -1,11 +1,14 @@
 """A dataset folder on disk: shards, manifest, and the id that is the digest of what they hold."""
 
+import fcntl
 import filecmp
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +125,39 @@ def manifest_id(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
-def draft_in(root: Path) -> Path:
-    """A folder in `root` to write in, unseen until it is whole."""
+@contextmanager
+def draft_in(root: Path) -> Iterator[Path]:
+    """A folder in `root` to write in, unseen until it is whole, and gone at the end if it is not.
+
+    Its lock is let go of with this process: what a process that was killed left is removed here.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
+        lock, name = tempfile.mkstemp(prefix=".draft-", suffix=".lock", dir=root)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _sweep(root)
+        folder = Path(name).with_suffix("")
+        folder.mkdir(mode=0o700)
     except OSError as error:
         raise ConfigError(f"root: {root} cannot be written ({error.strerror})") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(name).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _sweep(root: Path) -> None:
+    """Remove drafts, which hold texts of rows, that no process writes any more."""
+    for lock in root.glob(".draft-*.lock"):
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def publish(
@@ -139,7 +168,7 @@ def publish(
     """
     name, identity = manifest["name"], manifest["id"]
     write_json(draft / "manifest.json", manifest)
-    draft.chmod(0o755)  # mkdtemp made it private
+    draft.chmod(0o755)  # it was private
     folder, link = root / f"{name}@{identity}", root / name
     old, fresh = root / f".{name}.old", root / f".{name}.new"
     with alone_in(root):

@@ -21,6 +21,8 @@ from tuneloom.registry.contract import FILE as CONTRACT
 Kind = Literal["row", "subject", "source", "licence", "consent"]
 SET_ASIDE = "set_aside"
 """Where quarantined rows stand, which are in no split."""
+SEED = r'"seed":"(?P<seed>[0-9a-f]{64})"'
+"""In a row's meta, the id of the row that a teacher made it from."""
 
 
 @dataclass(frozen=True)
@@ -237,20 +239,54 @@ class Graph:
                 )
         return False
 
-    def rows_of_keys(self, dataset: Dataset, keys: set[str]) -> pa.Table:
-        """Rows of a version by the split keys in their meta: id, split, source, meta."""
-        tables = []
-        for split, table in _everything(dataset):
-            table = table.filter(pc.is_valid(table["meta"]))
-            meant = [json.loads(meta)["key"] in keys for meta in table["meta"].to_pylist()]
-            tables.append(_in_split(table.filter(pa.array(meant, pa.bool_())), split))
-        return pa.concat_tables(tables)
+    def reached(self, found: dict[str, pa.Table]) -> dict[str, pa.Table]:
+        """These rows and all that holds what they hold, to a fixed point: the same ids in any
+        version, what a teacher made from one of them, and in versions made from theirs the rows of
+        their keys. (A mixture holds rows of its parts by their ids.)
+        """
+        before = -1
+        while (rows := sum(map(len, found.values()))) > before:
+            before, ids = rows, pa.array(ids_of(found), pa.string())
+            keys: dict[str, set[str]] = {}
+            for name, table in found.items():
+                for derived in self.made_from(self.datasets[name]):
+                    if not derived.manifest.get("mixture"):
+                        keys.setdefault(derived.name, set()).update(_keys_in(table))
+            found = {}
+            for name, dataset in self.datasets.items():
+                tables = [
+                    _in_split(table.filter(_holds(table, ids, keys.get(name, set()))), split)
+                    for split, table in _everything(dataset)
+                ]
+                if len(joined := pa.concat_tables(tables)):
+                    found[name] = joined
+        return found
 
 
 def _everything(dataset: Dataset) -> Iterator[tuple[str, pa.Table]]:
     """Id, source and meta of every row whose text the version holds."""
     yield from dataset.rows(["id", "source", "meta"])
     yield SET_ASIDE, dataset.quarantined()
+
+
+def ids_of(found: dict[str, pa.Table]) -> list[str]:
+    """The ids of rows by version, each once."""
+    return sorted({i for table in found.values() for i in table["id"].to_pylist()})
+
+
+def _keys_in(table: pa.Table) -> set[str]:
+    """The split keys of rows, as their meta holds them."""
+    return {json.loads(meta)["key"] for meta in table["meta"].drop_null().to_pylist()}
+
+
+def _holds(table: pa.Table, ids: pa.Array, keys: set[str]) -> pa.Array:
+    """(N,) bool: rows of these ids, made by a teacher from one of them, or of these keys."""
+    same = pc.is_in(table["id"], ids)
+    same = pc.or_(same, pc.is_in(pc.struct_field(pc.extract_regex(table["meta"], SEED), 0), ids))
+    if not keys:
+        return same
+    keyed = [m is not None and json.loads(m)["key"] in keys for m in table["meta"].to_pylist()]
+    return pc.or_(same, pa.array(keyed, pa.bool_()))
 
 
 def _in_split(table: pa.Table, split: str) -> pa.Table:

@@ -112,6 +112,7 @@ def forward(graph: Graph, kind: Kind, value: str) -> tuple[dict[str, Any], pa.Ta
             name: dict(sorted(Counter(table["split"].to_pylist()).items()))
             for name, table in found.items()
         },
+        "erase_takes": {name: len(table) for name, table in graph.reached(found).items()},
         "made_from_them": sorted(
             {d.name for n in found for d in graph.made_from(graph.datasets[n])}
         ),
