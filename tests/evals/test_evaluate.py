@@ -441,6 +441,26 @@ def test_an_adapter_is_scored_without_a_run_and_unknown_training_rows_are_called
     assert "whether these rows were trained on is not known" in printed
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "chat template"])
+def test_two_whole_models_that_read_other_tokens_are_not_compared(
+    trained: dict[str, Path], tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuneloom.testing import tiny_tokenizer
+
+    other = Path(shutil.copytree(trained["base"], tmp_path / "other"))
+    ask = ["evaluate", f"base={trained['base']}", f"adapter={other}", "limit=2",
+           f"data.path={trained['test']}", "device=cpu"]  # fmt: skip
+    assert main(ask) == 0
+    if part == "tokenizer":
+        tiny_tokenizer(other, ["quite other words"], vocab_size=300)
+    else:
+        template = other / "chat_template.jinja"
+        template.write_text(template.read_text().replace("<|end|>\n", "<|end|>"))
+    capsys.readouterr()
+    assert main(ask) == 2
+    assert f"differ in their {part}" in capsys.readouterr().err
+
+
 def test_a_pretrained_model_is_scored_by_its_loss_alone(
     pretrained: tuple[Path, Path],
 ) -> None:
