@@ -394,6 +394,7 @@ def test_a_run_on_a_raw_file_asks_for_held_out_rows(
         ("cat, dog (x): what? {a} [b] ${c} \\n 50 % = 1/2", None),
         ("two\nlines", None),
         ('"quoted, as Hydra wants it"', "quoted, as Hydra wants it"),
+        ('"Yes" or "No"', None),
     ],
 )
 def test_a_prompt_reaches_the_model_as_it_was_typed(
@@ -465,6 +466,7 @@ def test_a_pretrained_model_is_scored_by_its_loss_alone(
     pretrained: tuple[Path, Path],
 ) -> None:
     run, texts = pretrained
+    assert "base_model" not in (run / "export" / "model" / "README.md").read_text()
     code = main(["evaluate", f"run={run}", f"data.path={texts}", "device=cpu"])
     found = evaluation.read(run / "evals" / "texts.json")
     assert code == 0 and found.metric == "loss" and found.base is None
