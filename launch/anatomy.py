@@ -130,37 +130,51 @@ def micro_batch(batch: BatchConfig) -> tuple[int, int]:
     return max(1, batch.tokens // batch.max_length), min(batch.max_length, batch.tokens)
 
 
-def shape_of(path: str) -> dict[str, Any]:
+def shape_of(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """config.json of a model folder, or of a hub id that this project knows or the hub answers for.
 
     Raises ConfigError when neither does.
     """
     file = Path(path) / "config.json"
     if file.exists():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return _described(file)
     known = json.loads(SHAPES.read_text(encoding="utf-8"))
     if path in known["models"]:
         return dict(known["shapes"][known["models"][path]])
-    return _from_hub(path, list(known["models"]))
+    return _from_hub(path, revision, list(known["models"]))
 
 
-def _from_hub(path: str, known: list[str]) -> dict[str, Any]:
+def _from_hub(path: str, revision: str | None, known: list[str]) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = hf_hub_download(path, "config.json")
+        found = hf_hub_download(path, "config.json", revision=revision)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.path: no folder {path!r} with a config.json here, and the hub could not be "
             f"asked ({type(error).__name__}); give a folder{did_you_mean(path, known)}"
         ) from None
-    return dict(json.loads(Path(found).read_text(encoding="utf-8")))
+    return _described(Path(found))
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """What a config.json says; raises ConfigError for one that names no architecture."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"model.path: {file}: not JSON ({error}); copy it again") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ConfigError(
+            f"model.path: {file}: has no model_type, so it is of no known architecture; give a "
+            "Hugging Face model folder"
+        )
+    return fields
 
 
 def _key(model: ModelConfig) -> str:
     """The shape as a string, so that results can be cached."""
-    return json.dumps(shape_of(model.path), sort_keys=True)
+    return json.dumps(shape_of(model.path, revision=model.revision), sort_keys=True)
 
 
 def _frozen(method: MethodConfig) -> str:

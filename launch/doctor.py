@@ -114,6 +114,8 @@ def driver(gpus: list[machine.Gpu]) -> Line:
         names = ", ".join(sorted({gpu.name for gpu in gpus}))
         size = min(gpu.bytes for gpu in gpus) / machine.GIB
         return Line("driver", "ok", f"{gpus[0].driver}: {len(gpus)} x {names}, {size:.0f} GiB")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return Line("driver", "note", "CUDA_VISIBLE_DEVICES hides all GPUs", "unset it to use them")
     if Path("/dev/nvidia0").exists():
         return Line("driver", "broken", "a GPU is there but nvidia-smi does not answer",
                     "reinstall the NVIDIA driver")  # fmt: skip

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,21 +26,38 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs of this machine; empty where there is no driver."""
-    if shutil.which("nvidia-smi") is None:
+    """The NVIDIA GPUs that this process may use; empty where there is no driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or visible == "":
         return []
     query = [
         "nvidia-smi",
         "--query-gpu=name,memory.total,driver_version",
         "--format=csv,noheader,nounits",
+        *(["-i", visible] if visible else []),
     ]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        print("nvidia-smi does not answer within 20 s: no GPU is counted", file=sys.stderr)
+        return []
     if answer.returncode != 0:
         return []
     rows = [
         [part.strip() for part in line.split(",")] for line in answer.stdout.splitlines() if line
     ]
-    return [Gpu(name, int(mib) * 2**20, driver) for name, mib, driver in rows]
+    return [Gpu(name, _bytes(mib, name), driver) for name, mib, driver in rows]
+
+
+def _bytes(mib: str, name: str) -> int:
+    """Memory of a GPU; one that shares the host's has none of its own to report."""
+    if mib.isdigit():
+        return int(mib) * 2**20
+    print(
+        f"{name}: nvidia-smi says {mib} for its memory, so what the host has left is counted",
+        file=sys.stderr,
+    )
+    return host_bytes()
 
 
 def host_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from tuneloom.config import Config
-from tuneloom.errors import RefusedError
+from tuneloom.errors import ConfigError, RefusedError
 from tuneloom.launch import machine
 from tuneloom.launch.anatomy import (
     Anatomy,
@@ -35,7 +35,8 @@ from tuneloom.launch.memory import (
 )
 from tuneloom.launch.traffic import Traffic, traffic
 from tuneloom.launch.workload import Speed, Workload, speed, workload
-from tuneloom.train.config import TrainConfig
+from tuneloom.train.config import FULL_LR, TrainConfig
+from tuneloom.train.rules import refuse_unread
 from tuneloom.train.runs import folder_of
 
 Positive = Annotated[float, Field(gt=0)]
@@ -201,8 +202,9 @@ def surely_fits(job: JobConfig, device: Device) -> bool:
         return False
     shape = shape_of(job.model.path)
     text = shape.get("text_config", shape)
-    if "hidden_size" not in text or "num_experts" in text or "num_local_experts" in text:
-        return False
+    read = {"hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"}
+    if read - set(text) or "num_experts" in text or "num_local_experts" in text:
+        return False  # a nested config may leave out what is its architecture's default
     parameters = weights / 2
     rows, length = micro_batch(job.batch)
     layer = 32 * text["hidden_size"] + 8 * text.get("intermediate_size", 0)
@@ -219,6 +221,7 @@ def main(config: PlanJobConfig) -> int:
     """Print the plan; returns 0, raises RefusedError when the run cannot fit."""
     from tuneloom.launch.plan_table import show
 
+    refuse_unread(training_of(config))
     result = plan(config, config.plan)
     if config.as_json:
         print(json.dumps(as_dict(result), indent=2))
@@ -275,6 +278,13 @@ def problems(job: JobConfig, result: Plan) -> list[str]:
     """What does not fit, as sentences; the disk counts where the plan is for this machine."""
     found = memory_problems(job, result.device, result.memory)
     shared = job.batch.sequence_parallel
+    if job.launch.kind == "local" and result.device.cuda and result.device.here:
+        have = len(machine.gpus())
+        if have < job.launch.workers:
+            found.append(
+                f"launch.workers: {job.launch.workers} ranks need as many GPUs, this machine has "
+                f"{have}; lower launch.workers, or set launch=ray or launch=slurm"
+            )
     heads = anatomy(training_of(job)).heads
     if heads % shared:
         found.append(
@@ -406,10 +416,12 @@ def _changes(job: JobConfig) -> Iterator[dict[str, Any]]:
     yield from _shared(job)
     if job.zero.offload == "none":
         yield {"zero.offload": "cpu"}
+    # A rate chosen for all weights is no adapter's.
+    rate = {"optim.lr": "null"} if job.method.kind == "full" and job.optim.lr != FULL_LR else {}
     if job.method.kind == "full":
-        yield {"method": "lora"}
+        yield {"method": "lora"} | rate
     if job.method.kind != "qlora":
-        yield {"method": "qlora"}
+        yield {"method": "qlora"} | rate
     if job.zero.stage == 3 and job.zero.offload_parameters == "none":
         yield {"zero.offload_parameters": "cpu"}
 
@@ -447,11 +459,13 @@ def changed(job: JobConfig, changes: dict[str, Any]) -> JobConfig | None:
         at = mapping
         for part in path[:-1]:
             at = at[part]
-        at[path[-1]] = value
+        at[path[-1]] = None if value == "null" else value
     try:
-        return JobConfig.model_validate(mapping)
-    except ValidationError:
+        found = JobConfig.model_validate(mapping)
+        refuse_unread(training_of(found))
+    except (ValidationError, ConfigError):
         return None
+    return found
 
 
 def gib(size: float) -> str:

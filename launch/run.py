@@ -11,7 +11,7 @@ from tuneloom.launch.config import JobConfig, training_of
 from tuneloom.launch.plan import check
 from tuneloom.launch.worker import devices
 from tuneloom.train.rules import refuse_unread
-from tuneloom.train.runs import folder_of, with_id
+from tuneloom.train.runs import folder_of, refuse_masked, with_id
 
 CONFIG = JobConfig
 
@@ -22,6 +22,7 @@ def main(config: JobConfig) -> int:
     """
     os.environ["TUNELOOM_STARTED"] = str(time.time())  # a sweep's next job has a clock of its own
     refuse_unread(training_of(config))
+    refuse_masked(training_of(config))
     job = with_id(config)
     if job.launch.kind == "slurm":
         from tuneloom.launch.slurm import launch_slurm

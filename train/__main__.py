@@ -8,11 +8,13 @@ import os
 import sys
 import time
 
+from tuneloom.cli import split_config_dir
 from tuneloom.config import build, compose, dotted_keys, unknown_override
 from tuneloom.errors import Stopped, TuneloomError
 from tuneloom.redact import redact, redact_tracebacks
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.rules import refuse_unread
+from tuneloom.train.runs import refuse_masked
 
 LAST_WORDS_SECONDS = 2.0
 
@@ -25,11 +27,13 @@ def main(overrides: list[str]) -> int:
     redact_tracebacks()
     known = [*dotted_keys(TrainConfig), "launch"]
     try:
+        config_dir, overrides = split_config_dir(overrides)
         unknown_override([o for o in overrides if not o.startswith("launch.")], known)
-        mapping = compose("train", overrides, known=known)
+        mapping = compose("train", overrides, config_dir=config_dir, known=known)
         del mapping["launch"]
         config = build(TrainConfig, mapping)
         refuse_unread(config)
+        refuse_masked(config)
 
         from tuneloom.train.loop import fit
 

@@ -38,8 +38,8 @@ TEXT = """---
 def card(config: TrainConfig, contract: Contract) -> str:
     """README.md of an export."""
     adapter = contract.kind == "adapter"
-    header = {
-        "base_model": config.model.path,
+    based = {"base_model": config.model.path} if config.model.init == "pretrained" else {}
+    header = based | {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tuneloom", config.method.kind, config.objective.kind],

@@ -6,7 +6,7 @@ The rules that cross parts live in `train/rules.py`, from which docs/combination
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from tuneloom.config import Config
 from tuneloom.data.records import Format
@@ -90,6 +90,7 @@ class MethodConfig(Config):
     """LoRA dropout. 0 by default: it costs a mask a linear and seldom helps."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear modules that get an adapter: all but the head, or names such as [q_proj, v_proj]."""
+
     extra_modules: list[str] = []
     """Modules trained whole beside the adapter, such as [embed_tokens, lm_head]."""
     dora: bool = False
@@ -104,6 +105,13 @@ class MethodConfig(Config):
     """QLoRA with model.kernels: unpack the next NF4 weight while this one is multiplied by, on a
     stream of its own on a GPU; two matrices of the largest weight in memory.
     """
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def a_list_of_names(cls, value: object) -> object:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError("expected all-linear, or a list such as [q_proj, v_proj]")
+        return value
 
 
 class ObjectiveConfig(Config):
@@ -180,6 +188,8 @@ LORA_LR, FULL_LR = 2e-4, 1e-5
 
 
 class OptimConfig(Config):
+    model_config = ConfigDict(allow_inf_nan=False)
+
     name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = LORA_LR
     """null in a file or on the command line: 2e-4, or 1e-5 under method=full."""
@@ -193,8 +203,8 @@ class OptimConfig(Config):
     """wsd: last share of the run over which lr falls."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Applied to matrices only; norms, biases and embeddings are never decayed."""
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 clips nothing."""
@@ -290,13 +300,14 @@ class TrainConfig(Config):
     @classmethod
     def rate_of_the_method(cls, given: Any) -> Any:
         """A rate that nobody chose is that of the method."""
-        if not isinstance(given, dict) or not isinstance(given.get("optim"), dict):
+        if not isinstance(given, dict) or not isinstance(given.get("optim", {}), dict):
             return given
-        if given["optim"].get("lr", ...) is not None:
+        optim = given.get("optim", {})
+        if optim.get("lr") is not None:
             return given
         method = given.get("method")
         kind = method.get("kind") if isinstance(method, dict) else None
-        return given | {"optim": given["optim"] | {"lr": FULL_LR if kind == "full" else LORA_LR}}
+        return given | {"optim": optim | {"lr": FULL_LR if kind == "full" else LORA_LR}}
 
     @model_validator(mode="after")
     def runs(self) -> "TrainConfig":

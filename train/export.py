@@ -26,6 +26,7 @@ from tuneloom.registry.digests import (
     weight_files,
     weights_digest,
 )
+from tuneloom.registry.record import record_of, refuse_unfinished
 from tuneloom.train.card import card
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import WEIGHTS
@@ -81,7 +82,7 @@ def export(
     run, TrainingError when a weight is not finite.
     """
     config, weights = read_run(run)
-    _refuse_unfinished(run)
+    refuse_unfinished(run)
     if merge and not is_adapter(weights):
         raise ConfigError(f"merge: {run} trained every weight, it has no adapter to merge; drop it")
     base = model_folder(config.model.path, revision=config.model.revision)
@@ -118,22 +119,6 @@ def read_run(run: Path) -> tuple[TrainConfig, Path]:
     return config, weights
 
 
-def _refuse_unfinished(run: Path) -> None:
-    """Weights that the run itself refused, for instance in its drill, are not handed on, nor those
-    that it has gone on from.
-    """
-    facts = record_of(run)
-    state = facts.get("state", "done")
-    if state == "failed":
-        reason = " ".join(facts.get("error") or ["no reason was recorded"])
-        raise RefusedError(f"{run}: the run failed ({reason}); resume or repeat it, then export")
-    if state != "done":
-        raise RefusedError(
-            f"{run}: its weights are of an earlier end, as the run was taken up again and is "
-            f"{state}; train it to the end, then export"
-        )
-
-
 def _refuse_occupied(folder: Path) -> None:
     """Only an export is replaced by one."""
     if not folder.exists() or (folder / contracts.FILE).exists():
@@ -142,13 +127,6 @@ def _refuse_occupied(folder: Path) -> None:
         raise ConfigError(
             f"out: {folder} holds something else than an export; give a new or an empty folder"
         )
-
-
-def record_of(run: Path) -> dict[str, Any]:
-    """run.json, empty where there is none."""
-    path = run / "run.json"
-    facts: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return facts
 
 
 def base_digest(run: Path, config: TrainConfig, base: Path) -> str:
@@ -232,7 +210,8 @@ def _fill(aside: Path, config: TrainConfig, base: Path, weights: Path, held: Con
             shutil.copyfile(base / name, aside / name)
     if held.kind == "model" and held.dtype != config.model.dtype:
         cast(aside, held.dtype)
-    complete = held.model_copy(update={"weights": weights_digest(aside)})
+    digests = {"weights": weights_digest(aside), "source": weights_digest(weights)}
+    complete = held.model_copy(update=digests)
     contracts.write(aside, complete)
     (aside / "README.md").write_text(card(config, complete), encoding="utf-8")
 

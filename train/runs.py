@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from tuneloom.errors import ConfigError, RefusedError
-from tuneloom.redact import redacted
+from tuneloom.redact import own_secrets, redact, redacted
 from tuneloom.train.config import TrainConfig
 
 PATIENCE_SECONDS = 30.0
@@ -298,6 +298,21 @@ def _refuse_other_tokens(
                 "batch.over_length is not what it was; put it back, or choose another run.id and "
                 "resume=never"
             )
+
+
+def refuse_masked(config: TrainConfig) -> None:
+    """Paths that later commands read back from the record, where no secret is written."""
+    for key in ("run.root", "model.path", "data.path", "data.validation"):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value is None or redact(value) == value:
+            continue
+        named = next((held for secret, held in own_secrets().items() if secret in value), None)
+        why = f"the value of {named}" if named else "what looks like a secret"
+        way = f"unset {named}, or rename the path" if named else "rename the path"
+        raise ConfigError(
+            f"{key}: {redact(value)} holds {why}, which no run writes into its record; {way}"
+        )
 
 
 def record(config: TrainConfig, facts: dict[str, Any]) -> None:

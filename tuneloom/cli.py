@@ -169,7 +169,12 @@ def take_texts(overrides: list[str], keys: tuple[str, ...]) -> tuple[dict[str, s
         key, _, value = override.partition("=")
         if key not in keys or value == "null":
             others.append(override)
-        elif len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        elif (
+            len(value) > 1
+            and value[0] == value[-1]
+            and value[0] in "'\""
+            and (value[0] not in value[1:-1])
+        ):
             texts[key] = value[1:-1]
         else:
             texts[key] = value

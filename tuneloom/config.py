@@ -127,7 +127,10 @@ def _sentence(error: Any, known: list[str]) -> str:
         message = str(error["ctx"]["error"])
         whole = not key or message.startswith(f"{key}.")  # of a model, which names the key itself
         return message if whole else f"{key}: {message}, got {error['input']!r}"
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    out = ""
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        out = f"; quote a text that reads as a number, the quotes too: '{key}=\"...\"'"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}{out}"
 
 
 def refuse_code(overrides: list[str]) -> None:
@@ -206,6 +209,7 @@ def composed(
     GlobalHydra.instance().clear()
     refuse_code(overrides)
     _refuse_paths(overrides, config_dir)
+    _refuse_no_choice(verb, overrides)
     if config_dir:
         check_folder(Path(config_dir))
     # The flag takes the place of the search path that conf/ingest.yaml names.
@@ -233,6 +237,17 @@ def _refuse_paths(overrides: list[str], config_dir: str | None) -> None:
                 f"{group}: a choice is the name of a file in this group, got {value!r}; put yours "
                 "into a folder, and name that by --config-dir"
             )
+
+
+def _refuse_no_choice(verb: str, overrides: list[str]) -> None:
+    """A group of the training config is one of its files: Hydra ends `tracker=null` in a traceback,
+    as it does `zero=2`.
+    """
+    for override in overrides if verb in ("train", "plan") else []:
+        group, _, value = override.partition("=")
+        if (CONF / group).is_dir() and (value == "null" or value.isdecimal()):
+            choices = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+            raise ConfigError(f"{group}: expected one of {choices}, got {value}")
 
 
 def _same_hydra(content: "DictConfig", stock: "DictConfig") -> None:

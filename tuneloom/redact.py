@@ -4,17 +4,14 @@ process's own.
 
 import functools
 import os
-import re
 import sys
 import threading
 import traceback
 from typing import Any
 
+from tuneloom.yaml_guard import SECRET_NAME
+
 MASK = "[secret]"
-NAMED = re.compile(
-    r"(?i)token|secret|passw|passphrase|pseudonym|credential|(?:api|access|private)_?key"
-)
-"""Variables with such a name hold secrets, whatever shape their value has."""
 SHORTEST = 8
 
 
@@ -22,7 +19,7 @@ def redact(text: str) -> str:
     """`text` with every credential of known form, and every value of a secret variable, masked."""
     from tuneloom.data.secrets import find_secrets  # 0.2 s of patterns
 
-    for value in _own():
+    for value in own_secrets():
         text = text.replace(value, MASK)
     for found in sorted(find_secrets(text), key=lambda f: f.start, reverse=True):
         text = text[: found.start] + MASK + text[found.end :]
@@ -51,11 +48,13 @@ def redact_tracebacks() -> None:
 
 
 @functools.cache
-def _own() -> tuple[str, ...]:
-    """Values of secret variables, longest first; files (…_PATH, …_FILE, a path there) are none."""
+def own_secrets() -> dict[str, str]:
+    """Values of this process's secret variables with their names, longest first; the path of a file
+    that is there is none.
+    """
     values = {
-        value for name, value in os.environ.items()
-        if NAMED.search(name) and not name.endswith(("_PATH", "_FILE", "_MODE"))
-        and len(value) >= SHORTEST and not (os.path.isabs(value) and os.path.exists(value))
+        value: name for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST
+        and not (os.path.isabs(value) and os.path.exists(value))
     }  # fmt: skip
-    return tuple(sorted(values, key=len, reverse=True))
+    return dict(sorted(values.items(), key=lambda item: len(item[0]), reverse=True))

@@ -24,8 +24,10 @@ FORBIDDEN_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 """Keys by which Hydra instantiates what a config names (CVE-2026-68508)."""
 OC_ENV = re.compile(r"\$\{\s*oc\.env\s*:([^,}]*)")
 SECRET_NAME = re.compile(
-    r"(?i)(?:^|_)(?:\w*(?:token|secret|api_?key)|key|passw\w*|pwd|credential|auth)s?(?:_|$)"
+    r"(?i)(?:^|_)(?:\w*(?:token|secret|(?:api|access|private)_?key|credential|passw\w*|passphrase"
+    r"|pseudonym)s?\d*|keys?|pass|(?<=_)pwd|auth)(?:_|$)(?!(?:\w*_)?(?:path|file|mode|sock)$)"
 )
+"""Of variables that hold secrets, whatever their value; a tokenizer is none, nor a file's name."""
 CODE_KEYS = {*FORBIDDEN_KEYS, "()"}
 """And the one by which `logging.config.dictConfig` does."""
 
@@ -58,9 +60,10 @@ def check_file(path: Path) -> None:
     _refuse_code(root, path)
     for scalar in _scalars(root):
         for name in OC_ENV.findall(str(scalar.value)):
-            if "$" in name or SECRET_NAME.search(name):
+            name = name.strip(" \t'\"")
+            if not re.fullmatch(r"\w+", name) or SECRET_NAME.search(name):
                 raise ConfigError(
-                    f"{path}, line {scalar.start_mark.line + 1}: {name.strip()}: a config takes no "
+                    f"{path}, line {scalar.start_mark.line + 1}: {name}: a config takes no "
                     "secret from the environment; programs read those that they need"
                 )
 

@@ -86,6 +86,12 @@ def test_ranks_that_cannot_share_packs_are_refused_before_a_process_starts() -> 
         ("method.rank=0", ["method.rank", "greater than 0", "got 0"]),
         ("checkpoint.keep=-1", ["checkpoint.keep", "got -1"]),
         ("model.dtype=float16", ["model.dtype", "'bf16'", "got 'float16'"]),
+        ("run.name=2026", ["run.name: ", "got 2026", "quote a text that reads as a number"]),
+        ("method.targets=q_proj", ["method.targets: expected all-linear", "got 'q_proj'"]),
+        ("optim.beta2=1.0", ["optim.beta2", "less than 1", "got 1.0"]),
+        ("optim.lr=inf", ["optim.lr", "finite", "got inf"]),
+        ("tracker=null", ["tracker: expected one of ['auto', 'off', 'offline', 'online']", "null"]),
+        ("zero=2", ["zero: expected one of ['stage0',", "got 2"]),
         ("run.name=../up", ["run.name", "[a-z0-9._-]", "got '../up'"]),
         ("batch.tokens=100", ["batch.tokens", "at least batch.max_length (2048)", "got 100"]),
     ],
@@ -115,7 +121,12 @@ def test_every_weight_learns_at_a_lower_rate_than_an_adapter_unless_told() -> No
     assert train(*NEEDED).optim.lr == 2e-4
     assert train(*NEEDED, "method=full").optim.lr == 1e-5
     assert train(*NEEDED, "optim=muon").optim.lr == 2e-4
+    assert train(*NEEDED, "method=full", "~optim").optim.lr == 1e-5
+    without = compose("train", [*NEEDED, "method=full"])
+    del without["optim"]["lr"]
+    assert build(JobConfig, without).optim.lr == 1e-5
     assert train(*NEEDED, "method=full", "optim.lr=3e-6").optim.lr == 3e-6
+    assert train("experiment=llama3_8b_full").optim.lr == 1e-5
     assert train("experiment=llama3_70b_full_64gpu").optim.lr == 5e-6
 
 
@@ -254,3 +265,16 @@ def test_a_mapping_with_entries_says_how_to_add_one(
     added = "+data.privacy.actions.email=keep"
     mapping = compose("ingest", ["data=mine", added], config_dir=str(tmp_path))
     assert mapping["data"]["privacy"]["actions"] == {"card": "drop", "email": "keep"}
+
+
+def test_torchrun_takes_a_config_dir_as_the_command_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuneloom.train.__main__ import main
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim: {lr: fast}\n")
+    assert main(["--config-dir", str(tmp_path), "experiment=mine", *NEEDED]) == 2
+    assert "optim.lr: input should be a valid number" in capsys.readouterr().err
+    assert main(["--config-dir", "/nowhere", *NEEDED]) == 2
+    assert "expected an existing folder" in capsys.readouterr().err

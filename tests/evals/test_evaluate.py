@@ -394,6 +394,7 @@ def test_a_run_on_a_raw_file_asks_for_held_out_rows(
         ("cat, dog (x): what? {a} [b] ${c} \\n 50 % = 1/2", None),
         ("two\nlines", None),
         ('"quoted, as Hydra wants it"', "quoted, as Hydra wants it"),
+        ('"Yes" or "No"', None),
     ],
 )
 def test_a_prompt_reaches_the_model_as_it_was_typed(
@@ -441,10 +442,31 @@ def test_an_adapter_is_scored_without_a_run_and_unknown_training_rows_are_called
     assert "whether these rows were trained on is not known" in printed
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "chat template"])
+def test_two_whole_models_that_read_other_tokens_are_not_compared(
+    trained: dict[str, Path], tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuneloom.testing import tiny_tokenizer
+
+    other = Path(shutil.copytree(trained["base"], tmp_path / "other"))
+    ask = ["evaluate", f"base={trained['base']}", f"adapter={other}", "limit=2",
+           f"data.path={trained['test']}", "device=cpu"]  # fmt: skip
+    assert main(ask) == 0
+    if part == "tokenizer":
+        tiny_tokenizer(other, ["quite other words"], vocab_size=300)
+    else:
+        template = other / "chat_template.jinja"
+        template.write_text(template.read_text().replace("<|end|>\n", "<|end|>"))
+    capsys.readouterr()
+    assert main(ask) == 2
+    assert f"differ in their {part}" in capsys.readouterr().err
+
+
 def test_a_pretrained_model_is_scored_by_its_loss_alone(
     pretrained: tuple[Path, Path],
 ) -> None:
     run, texts = pretrained
+    assert "base_model" not in (run / "export" / "model" / "README.md").read_text()
     code = main(["evaluate", f"run={run}", f"data.path={texts}", "device=cpu"])
     found = evaluation.read(run / "evals" / "texts.json")
     assert code == 0 and found.metric == "loss" and found.base is None

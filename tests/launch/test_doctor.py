@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tuneloom import cli
-from tuneloom.launch import doctor
+from tuneloom.launch import doctor, machine
 from tuneloom.launch.machine import Gpu
 
 PARTS = {
@@ -100,3 +100,37 @@ def test_a_wandb_key_is_looked_for_where_wandb_looks(
     assert doctor.wandb_key().verdict == verdict
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert doctor.wandb_key().verdict == "ok"
+
+
+SMI = "#!/bin/sh\ncase \"$*\" in\n*'-i 1') echo 'H100, 81559, 570.1';;\n"
+SMI += "*) echo 'GB10, [N/A], 570.1'; echo 'H100, 81559, 570.1';;\nesac\n"
+
+
+def test_gpus_are_those_of_cuda_visible_devices_and_one_may_share_the_hosts_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shared, own = machine.gpus()
+    assert own == Gpu("H100", 81559 * 2**20, "570.1") and shared.bytes > 0
+    assert "GB10: nvidia-smi says [N/A] for its memory" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert machine.gpus() == [own]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.gpus() == []
+    assert doctor.driver([]).found == "CUDA_VISIBLE_DEVICES hides all GPUs"
+
+
+def test_a_driver_that_hangs_counts_as_no_gpu_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hang(command: list[str], **options: object) -> None:
+        raise subprocess.TimeoutExpired(command, 20)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.subprocess, "run", hang)
+    assert machine.gpus() == []
+    assert "nvidia-smi does not answer" in capsys.readouterr().err

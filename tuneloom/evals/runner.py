@@ -26,6 +26,7 @@ from tuneloom.evals.training import count_seen, drawn, open_training
 from tuneloom.redact import redact, redacted
 from tuneloom.registry.adapters import is_adapter
 from tuneloom.registry.contract import Contract, check_base
+from tuneloom.registry.digests import template_digest, tokenizer_digest
 
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -222,7 +223,18 @@ def load_both(config: EvaluateConfig, subject: Subject) -> tuple[Loaded, Loaded 
     base = load(subject.base, revision=subject.revision, key="base", **options)
     if tuned.contract is not None:
         check_base(tuned.contract, subject.tuned, digest=base.digest, given=subject.base)
+    _refuse_other_tokens(tuned.folder, base.folder)
     return tuned, base
+
+
+def _refuse_other_tokens(tuned: Path, base: Path) -> None:
+    """Both answer the same token ids, the tuned model's: to another vocabulary they are noise."""
+    for part, digest in (("tokenizer", tokenizer_digest), ("chat template", template_digest)):
+        if digest(tuned) != digest(base):
+            raise ConfigError(
+                f"base, adapter: {base} and {tuned} differ in their {part}, so no rows are the "
+                "same to both; give the base that the model was tuned from"
+            )
 
 
 def mark_both(

@@ -13,6 +13,7 @@ from tuneloom.registry import contract as contracts
 from tuneloom.registry.adapters import is_adapter, model_folder
 from tuneloom.registry.contract import Base, Contract
 from tuneloom.registry.digests import template_digest, tokenizer_digest, weights_digest
+from tuneloom.registry.record import refuse_unfinished
 from tuneloom.yaml_guard import read_mapping
 
 READ = (
@@ -52,12 +53,13 @@ def weights_of(run: Path, config: dict[str, Any]) -> Tuned:
     """The exported adapter or model, else the adapter as the trainer left it.
 
     Raises ConfigError for a run that left no weights, or a whole model that is not exported,
-    RefusedError for an adapter that was exported before the run went on.
+    RefusedError for a run that has not ended well, and for what was exported before it went on.
     """
+    refuse_unfinished(run)
     weights = run / "weights"
     for folder in (run / "export" / "adapter", run / "export" / "model"):
         if folder.is_dir():
-            _refuse_older(folder, weights)
+            _refuse_older(folder, weights, dtype=config["model"]["dtype"])
             return Tuned(folder, None)
     if not is_adapter(weights):
         way = f"tuneloom export run={run}" if weights.is_dir() else "train it to its end"
@@ -65,12 +67,14 @@ def weights_of(run: Path, config: dict[str, Any]) -> Tuned:
     return Tuned(weights, contract_of(run, config, weights))
 
 
-def _refuse_older(exported: Path, weights: Path) -> None:
-    """An adapter of before the run was taken up again is not what the run is now."""
+def _refuse_older(exported: Path, weights: Path, *, dtype: str) -> None:
+    """What was exported before the run was taken up again is not what the run is now."""
     held = contracts.read(exported)
-    if held is None or held.kind != "adapter" or not is_adapter(weights):
+    if held is None or not weights.is_dir():
         return
-    if held.weights != weights_digest(weights):
+    unchanged = held.kind == "adapter" or (held.method == "full" and held.dtype == dtype)
+    source = held.source or (held.weights if unchanged else None)
+    if source is not None and source != weights_digest(weights):
         raise RefusedError(
             f"run: {exported} was exported before {weights} was written anew; export it again"
         )

@@ -49,6 +49,10 @@ class Contract(Config):
     base: Base
     weights: str
     """Digest of the exported tensors."""
+    source: str | None = None
+    """Digest of the run's own tensors, which a merge or another precision changes; None in older
+    exports.
+    """
     dtype: str
     """Of the model while it was trained."""
     double_quantisation: bool | None = None
