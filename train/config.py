@@ -146,7 +146,9 @@ class BatchConfig(Config):
     sequences: Positive = 8
     """Not packed: examples of one micro-batch on one rank, padded to the longest."""
     accumulation: Positive = 1
-    """Micro-batches a rank sums before one optimizer step."""
+    """Micro-batches a rank sums before one optimizer step. A run that goes on keeps its sum over
+    all ranks, whatever this says; under another run.id it counts.
+    """
     sequence_parallel: Positive = 1
     """Neighbouring ranks that share each micro-batch, a part of its tokens each (Ulysses); it
     divides the ranks and the model's attention heads.
@@ -276,6 +278,7 @@ class TrainConfig(Config):
 
     seed: NotNegative = 0
     steps: Positive | None = None
+    """Counted from the start of training, also where a checkpoint is taken up."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     resume: str = "auto"
     """`auto` continues run.id if its folder holds a checkpoint, `never` refuses, else a checkpoint

@@ -38,8 +38,6 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
     world = distributed.start(timeout_seconds=collective_seconds(config.train.hang_seconds))
     import_all()
     config = distributed.broadcast_object(runs.with_id(config))
-    if config.debug:
-        config = debug.shortened(config)
     session = Session(config, world, launcher or {})
     try:
         session.prepare()
@@ -83,7 +81,7 @@ def loop(s: Session) -> Outcome:
             s.save()
         if s.due(config.checkpoint.memory_every):
             s.remember()
-        if s.ended_early or s.step == s.last_step:
+        if s.ended_early or 0 < s.last_step <= s.step:
             break
 
         # all micro-batches of the step, and what every rank agrees on

@@ -206,8 +206,10 @@ RESUMABLE = (
 )
 """Keys that a resumed run may change: none of them moves the loss curve."""
 INPUTS = {"base": "model.path", "dataset": "data.path"}
-KEPT = ("first_loss",)
-"""Keys of run.json that only the first attempt can know."""
+ADAPTER = ("kind", "rank", "alpha", "targets", "extra_modules", "dora", "rslora")
+"""Keys of `method` that decide what a checkpoint's weights are."""
+KEPT = ("first_loss", "weights_step")
+"""Keys of run.json that a later attempt cannot know: only the first one, or the last that ended."""
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -282,6 +284,20 @@ def refuse_other_inputs(
                 f"resume: the checkpoint was trained with a {part} of digest "
                 f"{str(digests[part])[:12]}, {key}={facts[part]['path']} has {str(now)[:12]}; give "
                 f"what it was trained with"
+            )
+
+
+def refuse_other_method(config: TrainConfig, other: Path) -> None:
+    """What the run in `other` trained must be what this one trains; raises ConfigError. A record
+    that is lost says nothing, and the shards are compared as they are loaded.
+    """
+    before = recorded(other).get("config", {}).get("method", {})
+    now = config.method.model_dump(mode="json")
+    for key in ADAPTER:
+        if key in before and before[key] != now[key]:
+            raise ConfigError(
+                f"method.{key}: {now[key]}, but the checkpoint of {other} was trained with "
+                f"{before[key]}; set it so, or choose resume=never"
             )
 
 

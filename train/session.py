@@ -26,6 +26,7 @@ from tuneloom.train import (
     checkpoint,
     compiled,
     copies,
+    debug,
     distributed,
     effects,
     evaluation,
@@ -88,7 +89,7 @@ class Session:
         self.folder = runs.folder_of(config)
         self.clock = Clock()
         self.step = 0
-        self.last_step = config.steps if config.steps is not None else -1
+        self.last_step = -1
         self.ended_early = False
         self.last_loss = math.nan
         self.named_step: int | None = None
@@ -125,6 +126,7 @@ class Session:
             else None
         )
         found = self._resume_point()
+        self.last_step = _last_step(config, found.step if found else 0)
         accumulation = self._accumulation(found)
         universal = self._universal(found)
         base = self.base = self._on_first(lambda: model.locate(config.model))
@@ -336,10 +338,12 @@ class Session:
 
     def _accumulation(self, found: checkpoint.Found | None) -> int:
         """Micro-batches of this rank a step; a resumed run keeps its global batch on any world
-        size, and however many ranks share a micro-batch.
+        size, and however many ranks share a micro-batch. A run that takes up another's checkpoint
+        has its own.
         """
-        if found is None:
-            return self.config.batch.accumulation
+        wanted = self.config.batch.accumulation
+        if found is None or not self._is_own(found):
+            return wanted
         group = int(found.trainer["group"])
         shares, sequence = self.world.data_size, self.world.sequence
         if group % shares:
@@ -348,7 +352,15 @@ class Session:
                 f"launch.workers: the run takes {group} micro-batches a step, which {shares} "
                 f"ranks cannot share evenly; use a divisor of {group}{times}"
             )
-        return group // shares
+        used, before = group // shares, int(found.manifest["world_size"]) // sequence
+        if used != wanted and wanted * before != group and self.world.first:
+            print(
+                f"batch.accumulation: {used} is used, not {wanted}, as {self.config.run.id} keeps "
+                f"its {group} micro-batches a step; for others take up its checkpoint under "
+                "another run.id, by resume=CHECKPOINT",
+                flush=True,
+            )
+        return used
 
     def _record_run(self, found: checkpoint.Found | None) -> str | None:
         """Write run.json; returns the base's digest."""
@@ -371,7 +383,11 @@ class Session:
             "accumulation": self.feed.accumulation, "sequence_parallel": self.world.sequence,
         }  # fmt: skip
         if found:
-            runs.refuse_other_inputs(config, facts, found.manifest["digests"], self._is_own(found))
+            own = self._is_own(found)
+            runs.refuse_other_inputs(config, facts, found.manifest["digests"], own)
+            if not own:
+                runs.refuse_other_method(config, found.folder.parent.parent)
+            self.feed.plan.refuse_other(found.trainer["feed"]["plan"])
             checkpoint.supersede(self.folder / "checkpoints", found.step)
         runs.record(config, facts)
         return base
@@ -383,7 +399,8 @@ class Session:
     def _restore(self, found: checkpoint.Found) -> None:
         self.step = self._saved_step = found.step
         self.feed.restore(found.trainer["feed"])
-        if self._is_own(found):  # another run's best may be of other rows
+        # another run's best may be of other rows
+        if self._is_own(found) and self.config.train.patience > 0:
             self._best, self._worse = found.trainer["best"], found.trainer["worse"]
             self._best_step = found.trainer.get("best_step", 0)  # not in checkpoints of before
             self._count_anew()
@@ -397,24 +414,31 @@ class Session:
 
     def _count_anew(self) -> None:
         """Where the weights of the best validation are gone, the next one is the best, but for a
-        run that has ended by it, and has them in weights/.
+        run that has ended, and has them in weights/.
         """
-        patience = self.config.train.patience
-        needed = self._worse < patience and math.isfinite(self._best)
-        if needed and not self._on_first(lambda: self._best_folder().is_dir()):
-            self._best, self._worse = math.inf, 0
+        kept = self._on_first(lambda: self._best_folder().is_dir() or self._ended_with_best())
+        if math.isfinite(self._best) and not kept:
+            self._best, self._worse, self._best_step = math.inf, 0, 0
             if self.world.first:
                 print(
-                    f"train.patience: {self._best_folder().name} is gone, with the weights of the "
-                    "best validation so far; counting anew",
+                    "train.patience: the weights of the best validation so far are not in "
+                    f"{self.folder}; counting anew",
                     flush=True,
                 )
+
+    def _ended_with_best(self) -> bool:
+        """That it stopped early, and weights/ holds those of the best validation; for rank 0."""
+        if self._worse < self.config.train.patience or not (self.folder / runs.WEIGHTS).is_dir():
+            return False
+        recorded = runs.recorded(self.folder).get("weights_step")
+        return self._best_step > 0 and recorded == self._best_step
 
     def _forget_later(self, found: checkpoint.Found | None) -> None:
         """What earlier attempts left of later steps goes, as these steps come again."""
         assert self.exposure is not None
         self.exposure.rewind(self.step)
-        if found and (found.folder / copies.EXPOSURE).exists():
+        # another run's rows are in its own exposure
+        if found and self._is_own(found) and (found.folder / copies.EXPOSURE).exists():
             self.exposure.adopt(found.folder / copies.EXPOSURE)
         samples.rewind(self.folder / samples.FILE, self.step)
 
@@ -592,16 +616,20 @@ class Session:
         self._evaluated_step = self.step
         with self.clock.phase("evaluation"):
             loss = self.validation.loss(self.engine)
-        better = loss < self._best
-        self._best, self._worse = (loss, 0) if better else (self._best, self._worse + 1)
-        patience = self.config.train.patience
-        self.ended_early = patience > 0 and self._worse >= patience
-        if better and patience > 0:
-            with self.clock.phase("checkpoint"):
-                self._keep_best()
+        if self.config.train.patience > 0:
+            self._count(loss)
         if self.metrics is not None:
             self.metrics.write({"step": self.step, "eval/loss": loss})
             print(f"step {self.step:>6}  validation loss {loss:.4f}", flush=True)
+
+    def _count(self, loss: float) -> None:
+        """One more validation towards `train.patience`."""
+        better = loss < self._best
+        self._best, self._worse = (loss, 0) if better else (self._best, self._worse + 1)
+        self.ended_early = self._worse >= self.config.train.patience
+        if better:
+            with self.clock.phase("checkpoint"):
+                self._keep_best()
 
     def _keep_best(self) -> None:
         """The weights of this validation: an early stop comes `train.patience` of them later."""
@@ -711,8 +739,8 @@ class Session:
         target, best = self.folder / runs.WEIGHTS, self._best_folder()
         stops_early = self.config.train.patience > 0
         there: bool = self._on_first(best.is_dir)
-        if self.ended_early and not there and self._on_first(target.is_dir):
-            return  # it had ended before, and its best weights were copied then
+        if stops_early and not there and self._on_first(self._ended_with_best):
+            return
         if not (stops_early and there):
             self._best_step = self.step
             weights.save(self.engine, self.tokenizer, target, self.world)
@@ -794,6 +822,21 @@ class Session:
             self._lock.close()
         if hasattr(self, "engine"):
             self.engine.destroy()  # its hooks on gradients keep it, and all weights, alive
+
+
+def _last_step(config: TrainConfig, begun: int) -> int:
+    """The step at which the run ends, -1 where only its rows end it; raises ConfigError where the
+    checkpoint of step `begun` is beyond it.
+    """
+    steps = config.steps or -1
+    if 0 < steps < begun:
+        raise ConfigError(
+            f"steps: {steps} counts from the start of training, and the checkpoint is of step "
+            f"{begun}; raise it"
+        )
+    if not config.debug:
+        return steps
+    return min(steps, begun + debug.STEPS) if steps > 0 else begun + debug.STEPS
 
 
 def _patch(network: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,20 @@ def test_a_sound_run_takes_20_steps_and_is_safe_to_scale(lab: Path, one: Gang) -
     assert verdict(lab / "runs/sound").startswith("safe to scale: 20 steps")
 
 
+def test_the_same_run_without_debug_goes_on_and_a_later_step_is_debugged_too(
+    lab: Path, one: Gang
+) -> None:
+    settings = small_config(lab, "scaled", steps=24, checkpoint__every=22, checkpoint__keep=9)
+    one.fit(settings | {"debug": True})
+    assert len(metrics(lab, "scaled")) == 20
+    one.fit(settings)
+    assert metrics(lab, "scaled", "step") == list(range(1, 25))
+    named = str(lab / "runs/scaled/checkpoints/step-000022")
+    fork = small_config(lab, "debugged-fork", steps=100, debug=True, resume=named)
+    one.fit(fork)
+    assert metrics(lab, "debugged-fork", "step") == list(range(23, 43))
+
+
 def test_a_nan_in_the_base_is_named_by_its_operation(lab: Path, one: Gang, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file

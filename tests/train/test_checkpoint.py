@@ -14,10 +14,12 @@ import pytest
 
 from tests.train.test_damage import SHAPES
 from tuneloom.config import build
-from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError
+from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.testing import Gang, cut_back, free_port, metrics, small_config, tiny_model, went_on
-from tuneloom.train import checkpoint, runs, samples
+from tuneloom.train import checkpoint, copies, runs, samples
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.distributed import ALONE
+from tuneloom.train.session import Session
 
 STEPS = 8
 
@@ -310,6 +312,63 @@ def test_another_runs_checkpoint_is_converted_in_the_run_that_takes_it_up(
     assert {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))} == before
     assert [f.name for f in (lab / "runs/taker/checkpoints").iterdir()] == [checkpoint.name(STEPS)]
     assert metrics(lab, "taker") == pytest.approx(metrics(lab, "source")[4:], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def forked(lab: Path, one: Gang) -> Path:
+    """A run's checkpoint of step 4, for others to take up."""
+    one.fit(config(lab, "forked", checkpoint__every=4))
+    return lab / "runs/forked/checkpoints" / checkpoint.name(4)
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "steps": ({"steps": 3}, r"steps: 3 counts from the start .* is of step 4"),
+    "seed": ({"seed": 7}, r"made with seed=0, this run has 7"),
+    "tokens": ({"batch__tokens": 256}, r"made with tokens=512, this run has 256"),
+    "rank": ({"method__rank": 4}, r"method\.rank: 4, but the checkpoint of .*/forked .* with 8"),
+    "length": ({"batch__max_length": 64}, r"other tokens of its rows.*batch\.max_length"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_checkpoint_that_a_run_cannot_take_up_does_not_use_up_its_name(
+    lab: Path, one: Gang, forked: Path, key: str
+) -> None:
+    changes, message = REFUSED[key]
+    run_id = f"refused-{key}"
+    with pytest.raises(TuneloomError, match=message):
+        one.fit(config(lab, run_id, resume=str(forked), **changes))
+    assert not (lab / "runs" / run_id / "run.json").exists()
+    one.fit(config(lab, run_id, resume=str(forked)))
+    assert metrics(lab, run_id, "step") == [5, 6, 7, 8]
+
+
+def test_a_run_that_takes_up_a_checkpoint_has_its_own_batch_and_rows(
+    lab: Path, one: Gang, forked: Path, tmp_path: Path
+) -> None:
+    """Rows that lay in memory as the other run was lost are the other's, too."""
+    rescued = shutil.copytree(forked, tmp_path / forked.name)
+    shutil.copyfile(lab / "runs/forked/exposure.parquet", rescued / copies.EXPOSURE)
+    manifest = checkpoint.unsealed((rescued / checkpoint.MANIFEST).read_text())
+    manifest["files"][copies.EXPOSURE] = checkpoint.facts_of(rescued / copies.EXPOSURE)
+    (rescued / checkpoint.MANIFEST).write_text(checkpoint.sealed(manifest))
+    one.fit(config(lab, "own-batch", resume=str(rescued), batch__accumulation=4, steps=6))
+    facts = json.loads((lab / "runs/own-batch/run.json").read_text())
+    assert facts["accumulation"] == 4 and metrics(lab, "own-batch", "step") == [5, 6]
+    assert {step for step, *_ in exposures(lab, "own-batch")} == {5, 6}
+
+
+def test_a_resumed_run_says_that_it_keeps_its_batch(
+    lab: Path, forked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = checkpoint.opened(forked)
+    for asked, said in (
+        (2, ""),
+        (4, "batch.accumulation: 2 is used, not 4, as forked keeps its 2"),
+    ):
+        settings = build(TrainConfig, config(lab, "forked", batch__accumulation=asked))
+        assert Session(settings, ALONE, {})._accumulation(found) == 2
+        assert said in (line := capsys.readouterr().out) and bool(line) == bool(said)
 
 
 def test_a_refused_command_leaves_what_the_run_says_of_its_end(lab: Path, one: Gang) -> None:

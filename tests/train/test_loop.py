@@ -123,6 +123,24 @@ def test_patience_stops_a_run_whose_validation_gets_no_better(lab: Path, one: Ga
     assert run_json(lab, "patient")["weights_step"] > best
 
 
+def test_patience_that_is_set_at_a_resume_counts_from_there(lab: Path, one: Gang) -> None:
+    settings = small_config(
+        lab, "late-patience", steps=6, optim__lr=0.5, train__validate_every=1, checkpoint__every=1,
+        checkpoint__keep=99, data__validation=str(lab / "validation.jsonl"),
+    )  # fmt: skip
+    patient = settings | {"train": {**dict(settings["train"]), "patience": 2}}  # type: ignore[call-overload]
+    one.fit(settings)
+    assert len(metrics(lab, "late-patience")) == 6
+    one.fit(patient)  # it has ended, with the weights of its last step
+    assert run_json(lab, "late-patience")["weights_step"] == 6
+    cut_back(lab, "late-patience", 3)
+    one.fit(patient)
+    assert len(metrics(lab, "late-patience")) >= 5
+    best = run_json(lab, "late-patience")["weights_step"]
+    losses = metrics(lab, "late-patience", "eval/loss")[3:]
+    assert best == losses.index(min(losses)) + 4
+
+
 def test_validation_loss_is_that_of_the_rows_whatever_the_ranks(
     lab: Path, one: Gang, two: Gang
 ) -> None:

@@ -146,11 +146,24 @@ class Plan:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; a DataError names what differs from the run that saved it.
+        """Continue from `state`; raises what `refuse_other` does.
 
         The global batch and the number of epochs may differ: the window that was open is finished
         as it was begun, and what follows is new.
         """
+        self.refuse_other(state)
+        self._window, self._next = state["index"], state["next"]
+        self._start, self._stop = state["start"], state["stop"]
+        self._width = state["width"]
+        self._waiting = np.asarray(state["waiting"], np.int64)
+        self._group, self._phase = state["group"], state["phase"]
+        self._bins = None
+        if state["opened"]:
+            self._open(last=state["last"])
+            self._next = state["next"]
+
+    def refuse_other(self, state: dict[str, Any]) -> None:
+        """A DataError names what differs from the run that saved `state`."""
         if state.get("version", 1) != VERSION:
             raise DataError(
                 f"resume: the checkpoint's order of rows is version {state.get('version', 1)}, "
@@ -162,17 +175,8 @@ class Plan:
                 raise DataError(
                     f"resume: the checkpoint was made with {key}={state.get(key)}, this run has "
                     f"{mine}, and the order of rows would differ; set it back, or choose another "
-                    "run.id"
+                    "run.id and resume=never"
                 )
-        self._window, self._next = state["index"], state["next"]
-        self._start, self._stop = state["start"], state["stop"]
-        self._width = state["width"]
-        self._waiting = np.asarray(state["waiting"], np.int64)
-        self._group, self._phase = state["group"], state["phase"]
-        self._bins = None
-        if state["opened"]:
-            self._open(last=state["last"])
-            self._next = state["next"]
 
     def _padded_step(self, passed: list[np.ndarray]) -> list[np.ndarray]:
         """The next G * sequences rows that are not dropped, `sequences` to a micro-batch."""
