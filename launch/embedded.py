@@ -19,6 +19,9 @@ AT_HOME = {
     CLIENT_PATIENCE: "300",
 }
 
+LONGEST_SOCKET = 107
+"""Characters of a socket's path; a batch job's temporary folder may have a long name."""
+
 
 @cache
 def keep_private() -> tempfile.TemporaryDirectory[str]:
@@ -35,5 +38,7 @@ def keep_private() -> tempfile.TemporaryDirectory[str]:
     path.write_text(secrets.token_hex(32), encoding="utf-8")
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ |= AT_HOME | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-    os.environ.setdefault("RAY_TMPDIR", str(own))
+    deepest = own / "ray/session_2026-11-28_02-17-39_123456_4194304/sockets/plasma_store.1"
+    short = own if len(str(deepest)) < LONGEST_SOCKET else own_folder(Path("/tmp"))
+    os.environ.setdefault("RAY_TMPDIR", str(short))
     return folder

@@ -16,11 +16,11 @@ def is_private(folder: Path) -> bool:
     return facts.st_uid == os.getuid() and facts.st_mode & 0o170077 == 0o040000
 
 
-def own_folder() -> Path:
-    """This user's folder beneath the temporary one, made when it is not there; raises RefusedError
-    where another user can have made it, or can write there.
+def own_folder(parent: Path | None = None) -> Path:
+    """This user's folder beneath `parent`, by default the temporary one, made when it is not there;
+    raises RefusedError where another user can have made it, or can write there.
     """
-    folder = Path(tempfile.gettempdir()) / f"tuneloom-user-{os.getuid()}"
+    folder = (parent or Path(tempfile.gettempdir())) / f"tuneloom-user-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if not is_private(folder):
         raise RefusedError(

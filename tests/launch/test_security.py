@@ -692,6 +692,30 @@ def session_of(pid: int) -> Path:
     return max(sessions, key=lambda path: path.stat().st_mtime)
 
 
+WHERE_RAY_WRITES = """
+import os
+from tuneloom.launch.embedded import keep_private
+keep_private()
+print(os.environ["RAY_TMPDIR"])
+"""
+
+
+def test_rays_sockets_have_short_paths_whatever_the_temporary_folder_is_called(
+    tmp_path: Path,
+) -> None:
+    """Linux allows 107 characters, and batch systems give long names."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"}
+    for folder in (tmp_path / ("scratch." * 9), tmp_path.parent):
+        folder.mkdir(exist_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-c", WHERE_RAY_WRITES], capture_output=True, text=True, check=True,
+            env=environment | {"TMPDIR": str(folder)},
+        )  # fmt: skip
+        written = Path(done.stdout.strip())
+        session = written / "ray/session_2026-11-28_02-17-39_123456_4194304/sockets/plasma_store.1"
+        assert len(str(session)) < 107 and is_private(written)
+
+
 def under_ray(lab: Path, folder: Path, *more: str) -> tuple[int, bytes]:
     """A `launch=local` run with the shapes in its environment and rows and one in its config; its
     exit code and every byte that it, W&B and Ray wrote or printed.
