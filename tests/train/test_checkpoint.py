@@ -15,8 +15,17 @@ import pytest
 from tests.train.test_damage import SHAPES
 from tuneloom.config import build
 from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError, TuneloomError
-from tuneloom.testing import Gang, cut_back, free_port, metrics, small_config, tiny_model, went_on
-from tuneloom.train import checkpoint, copies, runs, samples
+from tuneloom.testing import (
+    Gang,
+    cramped_files,
+    cut_back,
+    free_port,
+    metrics,
+    small_config,
+    tiny_model,
+    went_on,
+)
+from tuneloom.train import checkpoint, copies, runs, samples, universal, weights
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import ALONE
 from tuneloom.train.session import Session
@@ -545,6 +554,46 @@ def test_weights_that_cannot_be_written_end_the_run_on_all_ranks_and_leave_none(
     assert all("cramped-weights/weights: " in text for text in said), said
     left = sorted(path.name for path in (lab / "runs/cramped-weights").glob("*weights*"))
     assert left == []
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", ".effects.json.tmp"])
+def test_what_rank_0_alone_cannot_write_ends_the_run_on_all_ranks(
+    lab: Path, two: Gang, file: str
+) -> None:
+    run_id = f"unwritable-{file.strip('.')}"
+    (lab / "runs" / run_id / file).mkdir(parents=True)
+    with pytest.raises(TrainingError, match=f"{run_id}.*Is a directory"):
+        two.fit(config(lab, run_id, zero__stage=2), timeout_seconds=60)
+
+
+def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(forked: Path, tmp_path: Path) -> None:
+    found = checkpoint.opened(forked)
+    said = r"could not be converted to another layout in .*: (RuntimeError|disk full)"
+    with cramped_files(1000), pytest.raises(TrainingError, match=said):
+        universal.convert(found, tmp_path, world_size=2, stage=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_cannot_be_copied_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/model.safetensors").write_bytes(bytes(2000))
+    with cramped_files(1000), pytest.raises(OSError, match="File too large"):
+        weights.copy(tmp_path / "best", tmp_path / "weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_an_error_says_which_steps_go_with_the_copies_in_memory(
+    lab: Path, forked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class InMemory:
+        def forget(self) -> None:
+            print("forgotten")
+
+    session = Session(build(TrainConfig, config(lab, "forked")), ALONE, {})
+    session.step, session.copies = 11, InMemory()  # type: ignore[assignment]
+    session.abandon(TrainingError("checkpoint: step 11 could not be saved"))
+    said = capsys.readouterr().out
+    assert "the 3 steps after step-000008 are lost" in said and said.endswith("forgotten\n")
 
 
 def test_resuming_does_not_validate_the_same_step_twice(lab: Path, two: Gang) -> None:
