@@ -29,6 +29,7 @@ from tuneloom.train import checkpoint, copies, runs, samples, universal, weights
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import ALONE
 from tuneloom.train.session import Session
+from tuneloom.train.signals import StopFlag
 
 STEPS = 8
 
@@ -162,6 +163,24 @@ def test_a_stop_file_saves_the_step_on_all_ranks_and_the_same_command_goes_on(
     assert metrics(lab, "asked-to-stop") == metrics(lab, "never-asked")
 
 
+def test_a_request_to_stop_that_a_lost_rank_left_is_heard_by_the_next_attempt(
+    lab: Path, one: Gang
+) -> None:
+    settings = config(lab, "asked-and-lost")
+    folder = lab / "runs/asked-and-lost"
+    folder.mkdir(parents=True)
+    for error, left in ((TrainingError("of its own"), False), (RuntimeError("lost"), True)):
+        session = Session(build(TrainConfig, settings), ALONE, {})
+        session.stop = StopFlag(folder, first=True)
+        (folder / "stop").touch()
+        session.abandon(error)
+        session.close()
+        assert (folder / "stop").exists() == left
+    with pytest.raises(Stopped, match="after step 1"):
+        one.fit(settings)
+    assert not (folder / "stop").exists()
+
+
 def test_another_config_under_the_same_run_id_is_refused_by_key(lab: Path, one: Gang) -> None:
     one.fit(config(lab, "mine"))
     with pytest.raises(ConfigError, match=r"optim\.lr: 0.005 -> 0.1"):
@@ -221,6 +240,17 @@ def test_rows_that_changed_since_the_run_began_are_refused(
     cut_back(lab, "edited", 4)
     with pytest.raises(RefusedError, match=r"data\.path: .* has digest"):
         one.fit(config(lab, "edited", **settings))
+
+
+def test_a_chat_template_that_changed_since_the_run_began_is_refused(
+    lab: Path, tmp_path: Path, one: Gang
+) -> None:
+    base = shutil.copytree(lab / "base", tmp_path / "base")
+    interrupted(lab, one, "templated", model__path=str(base))
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", "<|end|>\n"))
+    with pytest.raises(RefusedError, match=r"other tokens of its rows.*batch\.max_length"):
+        one.fit(config(lab, "templated", checkpoint__every=4, model__path=str(base)))
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_run(lab: Path, one: Gang) -> None:

@@ -294,6 +294,16 @@ def test_a_failed_runs_weights_are_not_exported(
     assert "the run failed (train.drill: other)" in capsys.readouterr().err
 
 
+def test_a_run_of_another_chat_template_is_not_exported(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((run / "run.json").read_text()) | {"dataset": {"renderer": "0" * 64}}
+    (run / "run.json").write_text(json.dumps(facts))
+    assert main(["export", f"run={run}"]) == 4
+    assert "chat template is not the one that" in capsys.readouterr().err
+    assert not (run / "export").exists()
+
+
 @pytest.mark.parametrize("state", ["running", "stopped"])
 def test_weights_that_a_run_goes_on_from_are_not_exported(
     run: Path, state: str, capsys: pytest.CaptureFixture[str]
