@@ -66,6 +66,10 @@ class Found:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(int(facts["bytes"]) for facts in self.manifest["files"].values())
+
     def same_layout(self, world_size: int, stage: int) -> bool:
         """True when DeepSpeed can load the shards as they are."""
         saved = int(self.manifest["world_size"])
@@ -168,7 +172,7 @@ def _tried(work: Callable[[], Any], torn: Path, needs: Callable[[], int]) -> tup
     try:
         return work(), None
     except FAILURES as error:
-        return None, _why(error, torn, needs)
+        return None, why(error, torn, needs)
 
 
 def _raise(reasons: list[Any], torn: Path, step: int, world: World) -> None:
@@ -278,8 +282,11 @@ def _one_tag(tag: str) -> None:
     """Two collectives that a constant needs not."""
 
 
-def _why(error: Exception, torn: Path, needs: Callable[[], int]) -> str:
-    """torch reports a full disk as `unexpected pos`, with no errno (measured on 2.13)."""
+def why(error: Exception, torn: Path, needs: Callable[[], int]) -> str:
+    """Why `torn` could not be written, in words for a person.
+
+    torch reports a full disk as `unexpected pos`, with no errno (measured on 2.13).
+    """
     text = str(error).strip().splitlines()[0]
     full = "unexpected pos" in text or "No space left" in text
     if not full and getattr(error, "errno", None) != errno.ENOSPC:

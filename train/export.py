@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from tuneloom.config import Config, build
 from tuneloom.data.golden import goldens
 from tuneloom.data.render import Renderer
@@ -79,7 +81,7 @@ def export(
     """Write the run's adapter or model; returns its folder, which appears whole or not at all.
 
     Raises ConfigError for what is no finished run, RefusedError when the base has changed since the
-    run, TrainingError when a weight is not finite.
+    run, TrainingError when a weight is not finite or the folder cannot be written.
     """
     config, weights = read_run(run)
     refuse_unfinished(run)
@@ -91,7 +93,8 @@ def export(
     if broken:
         raise TrainingError(
             f"{weights}: {len(broken)} tensors hold NaN or infinity, {broken[0]} first; "
-            "export an earlier checkpoint of the run"
+            f"take up an earlier checkpoint under another run.id (resume=CHECKPOINT, from "
+            f"{run}/checkpoints) and export that run"
         )
     kind = "adapter" if is_adapter(weights) and not merge else "model"
     if kind == "adapter" and dtype != "trained":
@@ -103,7 +106,13 @@ def export(
     held = contract_of(run, config, base, digest=digest, kind=kind)
     if dtype != "trained":
         held = held.model_copy(update={"dtype": dtype})
-    write_whole(folder, lambda aside: _fill(aside, config, base, weights, held))
+    try:
+        write_whole(folder, lambda aside: _fill(aside, config, base, weights, held))
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"out: {folder} could not be written ({error}); free some space there, or set out to "
+            "another folder"
+        ) from error
     return folder
 
 
@@ -190,7 +199,11 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     for leftover in (aside, before):
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir()
-    fill(aside)
+    try:
+        fill(aside)
+    except BaseException:  # what fills the disk must not stay
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(before)
     aside.rename(folder)

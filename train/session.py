@@ -156,7 +156,7 @@ class Session:
         self._on_first(lambda: self._forget_later(found))
         self._begin_part()
         self.graphs = self._capture()  # once weights lie where the engine keeps them
-        self._open_metrics()
+        self._on_first(self._open_metrics)
         if self.step < config.train.effects_step:
             self.witness = effects.Witness(config, self.engine, self.world, self.graphs)
         if self.copies_at is not None:
@@ -443,8 +443,6 @@ class Session:
         samples.rewind(self.folder / samples.FILE, self.step)
 
     def _open_metrics(self) -> None:
-        if not self.world.first:
-            return
         tracker = Tracker(
             self.config.tracker,
             self.folder,
@@ -525,14 +523,13 @@ class Session:
     def _write_receipts(self, receipts: list[effects.Receipt]) -> None:
         """effects.json, and the end of the run when an option did nothing."""
         self.witness = None
-        if self.world.first:
-            extra = {
-                "step": self.step + 1, "kernels": self.patched,
-                "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
-                "layers_compiled": self.compiled,
-                "fp8": asdict(self.fp8) if self.fp8 else None,
-            }  # fmt: skip
-            runs.write_json(self.folder / "effects.json", effects.as_json(receipts, extra))
+        extra = {
+            "step": self.step + 1, "kernels": self.patched,
+            "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
+            "layers_compiled": self.compiled, "fp8": asdict(self.fp8) if self.fp8 else None,
+        }  # fmt: skip
+        content = effects.as_json(receipts, extra)
+        self._on_first(lambda: runs.write_json(self.folder / "effects.json", content))
         unknown = all(set(ops) == {"unpatched"} for ops in self.patched.values())
         # A model that kernels/ does not know was said to run unpatched when it was loaded.
         effects.refuse_idle(r for r in receipts if r.option != "model.kernels" or not unknown)
@@ -606,7 +603,13 @@ class Session:
         self.metrics.write(row | self.clock.row())
         if self.step == 1:
             # Exact: launchers that agree do so to the bit.
-            runs.update(self.folder, {"first_loss": loss.hex()})
+            try:
+                runs.update(self.folder, {"first_loss": loss.hex()})
+            except OSError as error:
+                raise TrainingError(
+                    f"{self.folder / runs.RECORD} cannot be written ({error.strerror}); free some "
+                    "space, and the same command goes on"
+                ) from error
         self.progress_line.show(row, self.progress())
 
     def validate(self) -> None:
@@ -787,6 +790,7 @@ class Session:
         """
         self._lost = not isinstance(error, TuneloomError)
         if self.copies is not None and not self._lost:
+            self._say_what_is_lost()
             self.copies.forget()
         ours = self.recorded or (
             # Of an attempt that was lost, as nobody else holds the lock.
@@ -799,6 +803,18 @@ class Session:
                 runs.update(self.folder, {"state": state, "error": str(error).splitlines()[0:1]})
             except (OSError, TrainingError) as why:  # a full disk must not hide what ended the run
                 print(f"how the run ended is not in its folder: {why}", flush=True)
+
+    def _say_what_is_lost(self) -> None:
+        """Steps that were in memory alone."""
+        saved = checkpoint.ordered(self.folder / "checkpoints")
+        last = saved[-1].name if saved else checkpoint.name(0)
+        lost = self.step - int(last.removeprefix("step-"))
+        if self.world.first and lost > 0:
+            print(
+                f"copies: the {lost} steps after {last} are lost, as copies in memory go with a "
+                "run that ends by an error of its own",
+                flush=True,
+            )
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""

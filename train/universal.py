@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from tuneloom.errors import TrainingError
+from tuneloom.errors import TrainingError, TuneloomError
 from tuneloom.train import masters
-from tuneloom.train.checkpoint import ENGINE, PARAMETERS, Found
+from tuneloom.train.checkpoint import ENGINE, FAILURES, PARAMETERS, Found, why
 from tuneloom.train.config import ZeroConfig
 from tuneloom.train.shards import load, load_mapped
 
@@ -32,10 +32,25 @@ def convert(found: Found, root: Path, *, world_size: int, stage: int) -> Path:
     """A folder in `root` that loads at `world_size` and `stage`; run on one rank. `root` is the
     run's own, where nobody else writes: `found` may be another run's.
 
-    Raises ConfigError where ZeRO-0 is on one side and the optimizer is not AdamW.
+    Raises ConfigError where ZeRO-0 is on one side and the optimizer is not AdamW, TrainingError
+    where the folder cannot be written; nothing of it stays then.
     """
     target = root / f".universal-{found.folder.name}"
     shutil.rmtree(target, ignore_errors=True)
+    try:
+        _fill(target, found, world_size, stage)
+    except BaseException as error:
+        reason = why(error, target, found.size) if isinstance(error, FAILURES) else ""
+        shutil.rmtree(target, ignore_errors=True)
+        if not reason or isinstance(error, TuneloomError):
+            raise
+        raise TrainingError(
+            f"resume: {found.folder} could not be converted to another layout in {root}: {reason}"
+        ) from error
+    return target
+
+
+def _fill(target: Path, found: Found, world_size: int, stage: int) -> None:
     if (found.folder / ENGINE / PARAMETERS).exists():
         shutil.copytree(found.folder / ENGINE, target / ENGINE)
     elif int(found.manifest["zero_stage"]) == 0:
@@ -43,7 +58,6 @@ def convert(found: Found, root: Path, *, world_size: int, stage: int) -> Path:
     else:
         _run_converter(found.folder / ENGINE, target / ENGINE)
     _mend(target / ENGINE, world_size, stage)
-    return target
 
 
 def own_loader(zero: ZeroConfig) -> Callable[[Any, Path], None] | None:

@@ -51,7 +51,11 @@ def copy(source: Path, folder: Path) -> None:
     """Put what `save` wrote elsewhere, too; it appears whole or not at all."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside)
+    try:
+        shutil.copytree(source, aside)
+    except BaseException:  # what fills the disk must not stay
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 

@@ -3,7 +3,8 @@
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,18 @@ def cut_back(folder: Path, run_id: str, step: int) -> None:
 def went_on(folder: Path, run_id: str, step: int) -> bool:
     """True for a run that took up the checkpoint of `step` that `cut_back` left."""
     return metrics(folder, run_id, "marked") == list(range(1, step + 1))
+
+
+@contextmanager
+def cramped_files(most: int) -> Iterator[None]:
+    """No file of this process may become larger, as on a disk that is full."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
 class Gang:

@@ -291,6 +291,21 @@ def test_a_field_that_the_template_never_reads_is_refused_not_lost(make_tokenize
             renderer.render(parse(row))
 
 
+@pytest.mark.parametrize("role", ["developer", "tool"])
+def test_a_turn_that_the_template_passes_over_is_refused_by_its_role(
+    make_tokenizer: Maker, role: str
+) -> None:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}<|im_start|>"
+        "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    record = chat(("user", "question"), (role, "some text 7"), ("assistant", "the answer."))
+    with pytest.raises(DataError, match=f"does not write message 1, of role '{role}' \\('7'\\)"):
+        Renderer(tokenizer).render(record)
+
+
 def test_bos_comes_exactly_once_whoever_adds_it(make_tokenizer: Maker) -> None:
     for shape in ("llama3", "chatml"):
         tokenizer = make_tokenizer(shape, bos=True)

@@ -1,5 +1,6 @@
 """The token cache: written once, read while it grows, taken up after a stop, mended if damaged."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -278,6 +279,37 @@ def test_two_runs_share_one_cache_and_write_each_row_once(
     written = [tokens.shards.read(path) for path in first.folder.glob("*.arrow")]
     held = np.concatenate([shard.rows for shard in written if shard is not None])
     assert sorted(held.tolist()) == order.tolist()
+
+
+def test_a_run_gets_its_rows_while_one_that_wanted_fewer_is_still_open(
+    tmp_path: Path, rows: Rows, renderer: Renderer
+) -> None:
+    order = np.arange(COUNT)
+    with TokenStore(tmp_path / "c", rows, renderer, order[:70]) as first:
+        first.lengths(order[:70])
+        with TokenStore(tmp_path / "c", rows, renderer, order) as second:
+            found: list[np.ndarray] = []
+            waiting = threading.Thread(
+                target=lambda: found.append(second.lengths(order)), daemon=True
+            )
+            waiting.start()
+            waiting.join(timeout=30)
+            assert found and found[0].all()
+
+
+def test_an_error_of_an_earlier_writer_does_not_end_readers_of_the_next(
+    tmp_path: Path, rows: Rows, renderer: Renderer
+) -> None:
+    order = np.arange(COUNT)
+    reader = TokenStore(tmp_path / "c", rows, renderer, order, writer=False)
+    reader.folder.mkdir(parents=True)
+    with (reader.folder / "lock").open("w") as earlier:
+        fcntl.flock(earlier, fcntl.LOCK_EX)
+        with TokenStore(tmp_path / "c", rows, renderer, order) as next_writer:
+            (reader.folder / "error.json").write_text('{"data": true, "message": "of before"}')
+            fcntl.flock(earlier, fcntl.LOCK_UN)
+            finish(next_writer)
+            finish(reader)
 
 
 def test_a_paced_writer_waits_to_be_asked_until_it_is_told_to_hurry(

@@ -506,6 +506,17 @@ def test_consent_for_a_mixture_is_known_wherever_it_lies(tmp_path: Path) -> None
     assert set(found[outer.name]["source"].to_pylist()) == {"m/d/crm.jsonl"}
 
 
+def test_a_source_is_found_in_mixtures_of_mixtures(tmp_path: Path) -> None:
+    root = tmp_path / "datasets"
+    made = make(root, write_raw(tmp_path / "raw"))
+    for name in ("m", "o"):
+        parts = [{"dataset": str(made)}]
+        made = mix(build(MixConfig, {"name": name, "parts": parts, "root": str(root)}))
+    found = Graph.load(root, tmp_path / "runs").find_rows("source", "crm.jsonl")
+    sources = {name.split("@")[0]: set(t["source"].to_pylist()) for name, t in found.items()}
+    assert sources == {"d": {"crm.jsonl"}, "m": {"d/crm.jsonl"}, "o": {"m/d/crm.jsonl"}}
+
+
 def test_a_mixture_that_does_not_say_its_terms_is_refused_without_its_parts(tmp_path: Path) -> None:
     made = make(tmp_path / "datasets", write_raw(tmp_path / "raw"))
     parts = [{"dataset": str(made)}]

@@ -130,6 +130,8 @@ def test_killed_while_it_is_written_the_one_before_stays_and_resumes_to_the_same
     assert torn.startswith(".torn-step-000004-") and whole == checkpoint.name(2)
     settings: dict[str, object] = {"zero__stage": 2, "checkpoint__every": 2, "steps": 40}
     two.fit(config(lab, "beside-killed", **settings))
+    record = json.loads((lab / "runs/beside-killed/run.json").read_text())
+    assert record["resumed_from"] == whole
     two.fit(config(lab, "beside-alive", **settings))
     assert metrics(lab, "beside-killed") == metrics(lab, "beside-alive")
 

@@ -15,11 +15,21 @@ import pytest
 from tests.train.test_damage import SHAPES
 from tuneloom.config import build
 from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError, TuneloomError
-from tuneloom.testing import Gang, cut_back, free_port, metrics, small_config, tiny_model, went_on
-from tuneloom.train import checkpoint, copies, runs, samples
+from tuneloom.testing import (
+    Gang,
+    cramped_files,
+    cut_back,
+    free_port,
+    metrics,
+    small_config,
+    tiny_model,
+    went_on,
+)
+from tuneloom.train import checkpoint, copies, runs, samples, universal, weights
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.distributed import ALONE
 from tuneloom.train.session import Session
+from tuneloom.train.signals import StopFlag
 
 STEPS = 8
 
@@ -153,6 +163,24 @@ def test_a_stop_file_saves_the_step_on_all_ranks_and_the_same_command_goes_on(
     assert metrics(lab, "asked-to-stop") == metrics(lab, "never-asked")
 
 
+def test_a_request_to_stop_that_a_lost_rank_left_is_heard_by_the_next_attempt(
+    lab: Path, one: Gang
+) -> None:
+    settings = config(lab, "asked-and-lost")
+    folder = lab / "runs/asked-and-lost"
+    folder.mkdir(parents=True)
+    for error, left in ((TrainingError("of its own"), False), (RuntimeError("lost"), True)):
+        session = Session(build(TrainConfig, settings), ALONE, {})
+        session.stop = StopFlag(folder, first=True)
+        (folder / "stop").touch()
+        session.abandon(error)
+        session.close()
+        assert (folder / "stop").exists() == left
+    with pytest.raises(Stopped, match="after step 1"):
+        one.fit(settings)
+    assert not (folder / "stop").exists()
+
+
 def test_another_config_under_the_same_run_id_is_refused_by_key(lab: Path, one: Gang) -> None:
     one.fit(config(lab, "mine"))
     with pytest.raises(ConfigError, match=r"optim\.lr: 0.005 -> 0.1"):
@@ -212,6 +240,17 @@ def test_rows_that_changed_since_the_run_began_are_refused(
     cut_back(lab, "edited", 4)
     with pytest.raises(RefusedError, match=r"data\.path: .* has digest"):
         one.fit(config(lab, "edited", **settings))
+
+
+def test_a_chat_template_that_changed_since_the_run_began_is_refused(
+    lab: Path, tmp_path: Path, one: Gang
+) -> None:
+    base = shutil.copytree(lab / "base", tmp_path / "base")
+    interrupted(lab, one, "templated", model__path=str(base))
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", "<|end|>\n"))
+    with pytest.raises(RefusedError, match=r"other tokens of its rows.*batch\.max_length"):
+        one.fit(config(lab, "templated", checkpoint__every=4, model__path=str(base)))
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_run(lab: Path, one: Gang) -> None:
@@ -545,6 +584,46 @@ def test_weights_that_cannot_be_written_end_the_run_on_all_ranks_and_leave_none(
     assert all("cramped-weights/weights: " in text for text in said), said
     left = sorted(path.name for path in (lab / "runs/cramped-weights").glob("*weights*"))
     assert left == []
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", ".effects.json.tmp"])
+def test_what_rank_0_alone_cannot_write_ends_the_run_on_all_ranks(
+    lab: Path, two: Gang, file: str
+) -> None:
+    run_id = f"unwritable-{file.strip('.')}"
+    (lab / "runs" / run_id / file).mkdir(parents=True)
+    with pytest.raises(TrainingError, match=f"{run_id}.*Is a directory"):
+        two.fit(config(lab, run_id, zero__stage=2), timeout_seconds=60)
+
+
+def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(forked: Path, tmp_path: Path) -> None:
+    found = checkpoint.opened(forked)
+    said = r"could not be converted to another layout in .*: (RuntimeError|disk full)"
+    with cramped_files(1000), pytest.raises(TrainingError, match=said):
+        universal.convert(found, tmp_path, world_size=2, stage=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_cannot_be_copied_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/model.safetensors").write_bytes(bytes(2000))
+    with cramped_files(1000), pytest.raises(OSError, match="File too large"):
+        weights.copy(tmp_path / "best", tmp_path / "weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_an_error_says_which_steps_go_with_the_copies_in_memory(
+    lab: Path, forked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class InMemory:
+        def forget(self) -> None:
+            print("forgotten")
+
+    session = Session(build(TrainConfig, config(lab, "forked")), ALONE, {})
+    session.step, session.copies = 11, InMemory()  # type: ignore[assignment]
+    session.abandon(TrainingError("checkpoint: step 11 could not be saved"))
+    said = capsys.readouterr().out
+    assert "the 3 steps after step-000008 are lost" in said and said.endswith("forgotten\n")
 
 
 def test_resuming_does_not_validate_the_same_step_twice(lab: Path, two: Gang) -> None:

@@ -19,7 +19,7 @@ from tuneloom.errors import RefusedError
 from tuneloom.evals.runs import weights_of
 from tuneloom.registry import contract as contracts
 from tuneloom.registry.digests import weights_digest
-from tuneloom.testing import tiny_model
+from tuneloom.testing import cramped_files, tiny_model
 from tuneloom.train import drill
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.export import export
@@ -177,8 +177,18 @@ def test_weights_that_are_not_finite_are_refused_with_exit_5(
     content[name][0, 0] = torch.nan
     save_file(content, file)
     assert main(["export", f"run={run}"]) == 5
-    assert name in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert name in message and "another run.id (resume=CHECKPOINT" in message
     assert not (run / "export").exists()
+
+
+def test_an_export_that_cannot_be_written_is_one_sentence_and_leaves_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cramped_files(1000):
+        assert main(["export", f"run={run}"]) == 5
+    assert "export/adapter could not be written" in capsys.readouterr().err
+    assert list((run / "export").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -283,6 +293,16 @@ def test_a_failed_runs_weights_are_not_exported(
     (run / "run.json").write_text(json.dumps({"state": "failed", "error": ["train.drill: other"]}))
     assert main(["export", f"run={run}"]) == 4
     assert "the run failed (train.drill: other)" in capsys.readouterr().err
+
+
+def test_a_run_of_another_chat_template_is_not_exported(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((run / "run.json").read_text()) | {"dataset": {"renderer": "0" * 64}}
+    (run / "run.json").write_text(json.dumps(facts))
+    assert main(["export", f"run={run}"]) == 4
+    assert "chat template is not the one that" in capsys.readouterr().err
+    assert not (run / "export").exists()
 
 
 @pytest.mark.parametrize("state", ["running", "stopped"])

@@ -18,7 +18,7 @@ from torch import nn
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
-from tuneloom.errors import TrainingError
+from tuneloom.errors import ConfigError, DataError, TrainingError
 from tuneloom.testing import Gang, chat_rows, cut_back, metrics, small_config, tiny_model
 from tuneloom.train import distributed
 from tuneloom.train.config import TrainConfig
@@ -242,6 +242,57 @@ def test_samples_are_written_with_what_was_expected(lab: Path, two: Gang) -> Non
     rows = [json.loads(r) for r in (lab / "runs/sampled/samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 2]
     assert all(row["expected"].startswith("answer") and row["prompt"] for row in rows)
+
+
+def validating(lab: Path, run_id: str, *rows: dict[str, Any]) -> dict[str, object]:
+    """A short run that validates on these rows."""
+    file = lab / f"{run_id}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return small_config(
+        lab,
+        run_id,
+        steps=2,
+        train__samples=9,
+        train__sample_tokens=2,
+        data__validation=str(file),
+        batch__max_lost_answer_tokens=1.0,
+    )
+
+
+def turns(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+
+
+def test_a_chat_that_ends_with_a_question_is_answered_and_one_too_long_is_not(
+    lab: Path, one: Gang
+) -> None:
+    rows = turns("question 1", "answer 1", "question 2"), turns("question 3", "answer 9 " * 99)
+    one.fit(validating(lab, "open-ended", *rows))
+    lines = (lab / "runs/open-ended/samples.jsonl").read_text().splitlines()
+    (row,) = map(json.loads, lines)
+    assert row["expected"] is None and "question 2" in row["prompt"]
+
+
+def test_a_validation_row_that_cannot_be_rendered_is_refused_before_the_first_step(
+    lab: Path, one: Gang
+) -> None:
+    with pytest.raises(DataError, match=r"bad-row\.jsonl:2: no token to train on"):
+        one.fit(validating(lab, "bad-row", turns("question", "answer"), turns("question")))
+    assert not (lab / "runs/bad-row/metrics.jsonl").exists()
+
+
+def test_a_dataset_whose_validation_split_has_no_rows_trains_without(
+    lab: Path, one: Gang, tmp_path: Path
+) -> None:
+    data = {"name": "whole", "split": {"train": 1, "validation": 0, "test": 0}}
+    mapping = {"data": data, "source": str(lab / "rows.jsonl"), "root": str(tmp_path)}
+    dataset = str(ingest(build(IngestConfig, mapping)))
+    settings = {"data__path": dataset, "data__validation": "validation", "steps": 2}
+    one.fit(small_config(lab, "unvalidated", **settings))
+    assert metrics(lab, "unvalidated", "eval/loss") == [] and len(metrics(lab, "unvalidated")) == 2
+    with pytest.raises(ConfigError, match=r"data\.validation: .* has no rows in such a split"):
+        one.fit(small_config(lab, "unvalidatable", train__validate_every=1, **settings))
 
 
 def test_time_is_accounted_for_to_the_last_second(lab: Path, one: Gang) -> None:

@@ -171,7 +171,11 @@ def test_resuming_after_a_death_in_a_save_gives_the_same_bits(
     for rank in (0, 1):
         death = rng.choice(sorted(deaths.glob(f"{kind}-{rank}-*")))
         shutil.copytree(death, lab / "runs" / death.name)
+        run = lab / "runs" / death.name
+        (before,) = steps_found([run])
         two.fit(settings(lab, death.name))
+        record = json.loads((run / "run.json").read_text())  # begun anew, the losses were the same
+        assert before and record["resumed_from"] == checkpoint.name(before), death.name
         assert metrics(lab, death.name) == whole, death.name
         kept = [path.name for path in (lab / "runs" / death.name / "checkpoints").iterdir()]
         assert kept == [checkpoint.name(5)], death.name
