@@ -14,16 +14,21 @@ Needs torch >= 2.11, triton >= 3.6, transformers >= 5.17, peft; peers are taken 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
 
 LIMIT_SECONDS = 600
+GRACE_SECONDS = 5
 BENCHMARKS = {
     "lora_step": ("B6", "benchmarks.gpu.lora_step:run_step"),
     "trainers": ("B6", "benchmarks.gpu.trainers:run"),
@@ -78,15 +83,34 @@ def done(name: str) -> bool:
 
 
 def child(name: str, dry: bool) -> int:
-    """One benchmark in its own process; killed past its limit."""
+    """One benchmark in its own process; past its limit it is ended with all that it started.
+
+    Its temporary files, a model among them, are removed here, since it may not live to do it.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name]
     command += ["--dry-run"] if dry else []
-    try:
-        root = Path(__file__).parents[2]
-        return subprocess.run(command, timeout=LIMIT_SECONDS, cwd=root).returncode
-    except subprocess.TimeoutExpired:
-        print(f"{name}: stopped after {LIMIT_SECONDS} s, no result")
-        return 1
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as temporary:
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], env={**os.environ, "TMPDIR": temporary},
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: stopped after {LIMIT_SECONDS} s, no result")
+            return 1
+        finally:
+            if process.returncode is None:  # Ctrl-C, too, does not reach a session of its own
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End its whole group, by force what does not end when asked."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
 
 
 def inside(name: str, dry: bool) -> int:

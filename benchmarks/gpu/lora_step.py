@@ -2,7 +2,8 @@
 
 A step is forward, summed token loss, backward and a fused AdamW over the adapters. All contenders
 train the same tokens, the same adapters and (through kernels/attention.py) the same attention; they
-differ in ops and in what they keep or recompute. The headline is against the best peer.
+differ in ops and in what they keep or recompute. Speeds are compared within one precision of the
+base; the headline is against the best peer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from benchmarks.gpu.timing import Plan, agreement, ceilings, device, interleave
+from benchmarks.gpu.timing import UNLIKE, Plan, agreement, ceilings, device, failure, interleave
 from tuneloom.kernels import nf4
+from tuneloom.kernels.attention import NAME
 from tuneloom.kernels.fp8 import CAPABILITY, hold_linears
 from tuneloom.train import graphed
 
@@ -69,6 +73,11 @@ class Way:
     fp8: bool = False
     exact: bool = False
     """fp32 throughout: the truth of the parity gate."""
+
+    @property
+    def base(self) -> str:
+        """Precision of the frozen base."""
+        return "NF4" if self.nf4 else "FP8" if self.fp8 else "bf16"
 
 
 STEP_WAYS = {
@@ -153,31 +162,34 @@ def run_low_precision(plan: Plan, dry: bool) -> dict[str, Any]:
 
 
 def _compare(shape: Shape, ways: dict[str, Way], plan: Plan) -> dict[str, Any]:
-    """One contender at a time holds the GPU; blocks are interleaved by building it again."""
+    """One contender at a time holds the GPU; blocks are interleaved by building it again. What
+    fails, or fails its gate, has no row.
+    """
     ceiling = ceilings(plan)
     truth = _first_step(shape, Way(exact=True))
-    calls: dict[str, list[dict[str, Any]]] = {}
+    calls: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     gates: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    for _ in range(plan.blocks):
-        for name, way in ways.items():
-            missing = _missing(way)
-            if missing:
-                skipped[name] = missing
-                continue
-            if name not in gates and not way.nf4:
-                least = 0.99 if way.fp8 else 0.999  # both operands of a product rounded by 2.6 %
-                gates[name] = agreement(_first_step(shape, way), truth, least=least)
-            try:
-                calls.setdefault(name, []).append(_block(shape, way, plan))
-            except torch.OutOfMemoryError:
-                skipped[name] = "out of memory"
-            _release()
+    not_run = {name: reason for name, way in ways.items() if (reason := _missing(way))}
+    for _, (name, way) in itertools.product(range(plan.blocks), ways.items()):
+        if name in not_run:
+            continue
+        try:
+            if name not in gates:
+                gates[name] = _gate(shape, way, truth)
+            if gates[name]["passed"]:
+                calls[name].append(_block(shape, way, plan))
+            else:
+                not_run[name] = UNLIKE
+        except Exception as error:
+            if way.ours and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            not_run[name] = failure(error)
+        _release()
     tokens = shape.rows * shape.length
     flops = flops_per_token(shape) * tokens
     rows = {}
     for name, blocks in calls.items():
-        if not blocks:
+        if name in not_run:
             continue
         ms = sorted(b["median_ms"] for b in blocks)[len(blocks) // 2]
         reached = flops / ms / 1e9
@@ -193,28 +205,47 @@ def _compare(shape: Shape, ways: dict[str, Way], plan: Plan) -> dict[str, Any]:
         "ceilings": ceiling,
         "parity": gates,
         "rows": rows,
-        "not_run": skipped,
-        "ratios": _ratios(rows),
+        "not_run": not_run,
+        "ratios": ratios({n: row["tokens_per_second"] for n, row in rows.items()}, ways),
     }
 
 
+def _gate(shape: Shape, way: Way, exact: dict[str, Tensor]) -> dict[str, float | bool]:
+    """Against float32, or with an NF4 base, which is another model, against PEFT's."""
+    truth = _first_step(shape, Way(nf4=True)) if way.nf4 else exact
+    least = 0.99 if way.fp8 else 0.999  # both operands of a product rounded by 2.6 %
+    return agreement(_first_step(shape, way), truth, least=least)
+
+
 def _block(shape: Shape, way: Way, plan: Plan) -> dict[str, Any]:
-    """One block of one contender, with the seconds its first step took."""
+    """One block of one contender, with the seconds its first step took and, of torch.compile, how
+    many graphs it made.
+    """
     with _built(shape, way) as step:
         ids = _ids(shape, shape.rows, shape.length)
         start = time.perf_counter()
         step(ids)
         cold = time.perf_counter() - start
         times = interleave({"step": lambda: step(ids)}, replace(plan, blocks=1))["step"]
-    return {**times.as_dict(), "first_step_s": round(cold, 2)}
+        graphs = {"graphs": counters["stats"]["unique_graphs"]} if way.compiled else {}
+    return {**times.as_dict(), "first_step_s": round(cold, 2), **graphs}
 
 
-def _ratios(rows: dict[str, Any]) -> dict[str, float]:
-    """The best of ours over each peer, in tokens a second."""
-    speeds = {name: row["tokens_per_second"] for name, row in rows.items()}
-    mine = [v for n, v in speeds.items() if n.startswith("ours")]
-    peers = {n: v for n, v in speeds.items() if not n.startswith("ours")}
-    return {f"ours / {n}": round(max(mine) / v, 3) for n, v in peers.items()} if mine else {}
+def ratios(speeds: dict[str, float], ways: dict[str, Way]) -> dict[str, float]:
+    """The best of ours over each peer of the same base, and over the best of ours in bf16."""
+    best: dict[str, float] = {}
+    for name, speed in speeds.items():
+        if ways[name].ours:
+            best[ways[name].base] = max(speed, best.get(ways[name].base, 0.0))
+    found = {
+        f"ours / {name}": round(best[ways[name].base] / speed, 3)
+        for name, speed in speeds.items()
+        if not ways[name].ours and ways[name].base in best
+    }
+    low = {base: speed for base, speed in best.items() if base != "bf16" and "bf16" in best}
+    return found | {
+        f"ours {base} / ours bf16": round(v / best["bf16"], 3) for base, v in low.items()
+    }
 
 
 def flops_per_token(shape: Shape) -> float:
@@ -315,13 +346,13 @@ def _quantise(model: Any) -> None:
 @contextlib.contextmanager
 def _built(shape: Shape, way: Way) -> Iterator[Step]:
     """A callable that takes one optimizer step on ids."""
-    with _own_llama():
+    with _own_llama(), _compiling():
         model = _model(shape, way)
         if way.graphs:
             graphed.capture(model, {"input_ids": _ids(shape, shape.rows, shape.length)})
         adapters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=torch.cuda.is_available() or None)
-        network = torch.compile(model) if way.compiled else model
+        network = _compiled(model) if way.compiled else model
 
         def step(ids: Tensor) -> None:
             optimizer.zero_grad()
@@ -329,6 +360,25 @@ def _built(shape: Shape, way: Way) -> Iterator[Step]:
             optimizer.step()
 
         yield step
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Past its limit of graphs Dynamo would go on uncompiled without a word."""
+    with torch._dynamo.config.patch(disable=False, fail_on_recompile_limit_hit=True):
+        yield
+
+
+def _compiled(model: Any) -> Any:
+    """Attention stays outside: Dynamo would guard on the count of its calls, and compile anew at
+    every step.
+    """
+    from transformers import AttentionInterface
+
+    torch.compiler.reset()
+    counters.clear()
+    AttentionInterface.register(NAME, torch.compiler.disable(AttentionInterface()[NAME]))
+    return torch.compile(model, dynamic=False)
 
 
 @contextlib.contextmanager
@@ -371,12 +421,12 @@ def _loss(network: Any, model: Any, ids: Tensor, way: Way) -> Tensor:
 def _first_step(shape: Shape, way: Way) -> dict[str, Tensor]:
     """Loss and adapter gradients of two layers and at most 256 tokens, for the parity gate."""
     small = replace(shape, layers=2)
-    with _own_llama():
+    with _own_llama(), _compiling():
         model = _model(small, way)
         ids = _ids(small, 1, min(shape.length, 256))
         if way.graphs:
             graphed.capture(model, {"input_ids": ids})
-        loss = _loss(model, model, ids, way)
+        loss = _loss(_compiled(model) if way.compiled else model, model, ids, way)
         loss.backward()
         named = model.named_parameters()
         found = {n: p.grad.detach().cpu() for n, p in named if p.grad is not None}

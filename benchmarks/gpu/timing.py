@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 BLOCKS, WARM_UP, TIMED = 3, 3, 10
+UNLIKE = "failed its parity gate"
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,11 @@ def agreement(
         "loss_error": round(loss, 6),
         "passed": cosine > least and loss < 1e-2,
     }
+
+
+def failure(error: Exception) -> str:
+    """Why a contender has no number, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or ["?"]
+    return f"failed: {type(error).__name__}: {lines[0][:300]}"

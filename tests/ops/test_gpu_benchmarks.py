@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +45,55 @@ def test_a_captured_step_passes_the_gate(monkeypatch: pytest.MonkeyPatch) -> Non
         step(lora_step._ids(lora_step.TINY, lora_step.TINY.rows, lora_step.TINY.length))
 
 
+def test_the_compiled_peer_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", eager)  # what Dynamo traces, without a C++ compiler
+    deep = replace(lora_step.TINY, layers=10)  # more than Dynamo's limit of 8 graphs
+    way = lora_step.SMALL_WAYS["PEFT, torch.compile"]
+    few = lora_step._block(deep, way, replace(ONCE, timed=1))["graphs"]
+    assert few == lora_step._block(deep, way, replace(ONCE, timed=9))["graphs"] > 0
+
+
+def test_what_fails_or_disagrees_has_no_row_and_a_peer_that_breaks_costs_only_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(loss: loss_head.Loss) -> loss_head.Loss:
+        return lambda *args: 1.1 * loss(*args)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no kernel\nfor this GPU")
+
+    found = loss_head.contenders
+    monkeypatch.setattr(
+        loss_head, "contenders",
+        lambda y: {n: wrong(x) for n, x in found(y).items()} | {"Liger": broken},
+    )  # fmt: skip
+    shape = loss_head.run(ONCE, dry=True)["shapes"][0]
+    assert set(shape["times"]) == {"limit: products alone"}
+    assert shape["not_run"]["ours"] == "failed its parity gate"
+    assert shape["not_run"]["Liger"] == "failed: RuntimeError: no kernel"
+
+    gate = lora_step._gate
+    ways = {"ours": lora_step.Way(ours=True), "a": lora_step.Way(), "b": lora_step.Way(liger=True)}
+    monkeypatch.setattr(lora_step, "_missing", lambda way: "")
+    monkeypatch.setattr(lora_step, "_gate", lambda s, w, t: gate(s, w, t) | {"passed": not w.ours})
+    step = lora_step._compare(lora_step.TINY, ways, ONCE)
+    assert set(step["rows"]) == {"a"} and step["ratios"] == {}
+    assert step["not_run"]["ours"] == "failed its parity gate"
+    assert step["not_run"]["b"].startswith("failed: ")  # Liger has nothing to run here
+
+
+def test_speeds_are_compared_within_a_precision() -> None:
+    speeds = {
+        "ours, bf16": 10.0, "ours, FP8": 30.0, "ours, NF4": 8.0, "ours, NF4, prefetch": 9.0,
+        "PEFT, NF4 (recompute)": 4.0, "PEFT, kept activations": 5.0,
+    }  # fmt: skip
+    assert lora_step.ratios(speeds, lora_step.LOW_WAYS | lora_step.STEP_WAYS) == {
+        "ours / PEFT, NF4 (recompute)": 2.25, "ours / PEFT, kept activations": 2.0,
+        "ours FP8 / ours bf16": 3.0, "ours NF4 / ours bf16": 0.9,
+    }  # fmt: skip
+
+
 def test_the_gate_fails_a_wrong_loss() -> None:
     truth = lora_step._first_step(lora_step.TINY, lora_step.Way(exact=True))
     wrong = {**truth, "loss": truth["loss"] * 1.02}
@@ -53,6 +106,7 @@ def test_every_loss_head_agrees_with_float32() -> None:
     for shape in loss_head.run(ONCE, dry=True)["shapes"]:
         assert all(gate["passed"] for gate in shape["parity"].values()), shape
         assert "limit: products alone" in shape["times"]
+        assert set(shape["not_run"]) == set(loss_head.PEERS) - {"transformers"}
 
 
 def test_the_lora_block_and_the_low_precision_step_run() -> None:
@@ -62,7 +116,8 @@ def test_the_lora_block_and_the_low_precision_step_run() -> None:
     assert set(block["elementwise"][0]["times"]) == {"rms_norm", "add_rms_norm", "rope", "swiglu"}
     low = lora_step.run_low_precision(ONCE, dry=True)
     assert {"ours, NF4", "ours, NF4, prefetch", "ours, FP8"} <= set(low["rows"])
-    assert low["parity"]["ours, FP8"]["passed"], low["parity"]
+    assert all(gate["passed"] for gate in low["parity"].values()), low["parity"]
+    assert "ours NF4 / ours bf16" in low["ratios"]
 
 
 def test_reach_finds_the_largest_micro_batch_that_fits() -> None:
@@ -115,3 +170,30 @@ def test_a_benchmark_runs_in_a_process_of_its_own_until_its_limit(
     assert command.child("loss_head", True) == 1
     assert "loss_head: stopped after 0.5 s, no result" in capfd.readouterr().out
     assert sorted(record.RESULTS.iterdir()) == before
+
+
+def test_past_its_limit_a_benchmark_leaves_neither_processes_nor_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\nsleep 60 & echo $! $TMPDIR > {tmp_path}/said\ntouch $TMPDIR/model\nwait\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(command, "LIMIT_SECONDS", 2)
+    assert command.child("trainers", True) == 1
+    pid, folder = (tmp_path / "said").read_text().split()
+    deadline = time.monotonic() + 10
+    while not ended(int(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not Path(folder).exists()
+
+
+def ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
