@@ -71,11 +71,14 @@ def place(
     filled one by one. Raises RefusedError when not even the smallest size finds room, Stopped once
     there is one in `signals`.
     """
-    placed = _placed(launch, gpus, launch.wait_seconds, admission, signals)
+    spread = "STRICT_SPREAD" if launch.nodes > 1 else "PACK"
+    placed = _placed(launch, spread, gpus, launch.wait_seconds, admission, signals)
     if placed is not None:
         return placed, launch
     for size in smaller(launch, group, sequence):
-        placed = _placed(size, gpus, SMALLER_SECONDS, admission, signals)
+        if size.nodes == 1 < launch.nodes:  # its ranks are bundles of one each
+            spread = "STRICT_PACK"
+        placed = _placed(size, spread, gpus, SMALLER_SECONDS, admission, signals)
         if placed is not None:
             print(
                 f"launch.min_workers: no room for {launch.workers} workers in "
@@ -88,12 +91,13 @@ def place(
 
 
 def _placed(
-    launch: LaunchConfig, gpus: int, seconds: float, admission: Admission, signals: list[int]
-) -> Any:
+    launch: LaunchConfig, strategy: str, gpus: int, seconds: float, admission: Admission,
+    signals: list[int],
+) -> Any:  # fmt: skip
     """A placement group that is ready within `seconds`, or None; raises Stopped on a signal."""
     from ray.util.placement_group import remove_placement_group
 
-    group = slots(bundles(launch, gpus), admission, spread=launch.nodes > 1)
+    group = slots(bundles(launch, gpus), admission, strategy=strategy)
     started, said = time.monotonic(), False
     while not group.wait(LOOK_SECONDS):
         waited = time.monotonic() - started
@@ -115,17 +119,14 @@ def _placed(
 
 
 def slots(
-    wanted: list[dict[str, float]], admission: Admission, *, spread: bool,
+    wanted: list[dict[str, float]], admission: Admission, *, strategy: str,
     apart: frozenset[str] = frozenset(),
 ) -> Any:  # fmt: skip
-    """A placement group of these bundles on nodes that are not left out, nor among `apart`;
-    `spread`: each on a node of its own.
-    """
+    """A placement group of these bundles on nodes that are not left out, nor among `apart`."""
     from ray.util.placement_group import placement_group
 
     selector = admission.selector(apart)
     chosen = [selector] * len(wanted) if selector else None
-    strategy = "STRICT_SPREAD" if spread else "PACK"
     return placement_group(wanted, strategy=strategy, bundle_label_selector=chosen)
 
 
@@ -172,9 +173,8 @@ class Growth:
     def _wish(self) -> None:
         lacking = (self._full.workers - self._now.workers) // ranks_a_bundle(self._full)
         wanted = bundles(self._full, self._gpus)[:lacking]
-        self._slots: Any = slots(
-            wanted, self._admission, spread=self._full.nodes > 1, apart=self._apart
-        )
+        strategy = "STRICT_SPREAD" if self._full.nodes > 1 else "PACK"
+        self._slots: Any = slots(wanted, self._admission, strategy=strategy, apart=self._apart)
         self._probes: Probes | None = None
 
     def look(self) -> None:

@@ -5,6 +5,7 @@ So ranks are asked to save and stop before that: their answers come to the launc
 """
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -12,8 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tuneloom.errors import STOPPED, TrainingError
+from tuneloom.errors import STOPPED, RefusedError, TrainingError
 from tuneloom.launch.embedded import CLIENT_PATIENCE
 
 SILENT_SECONDS = 10.0
@@ -94,9 +96,43 @@ class Head:
 
     def answers(self) -> bool:
         """Asked once, for at most two seconds."""
-        host, _, port = self.address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
-        except OSError:
-            return False
-        return True
+        return listens(self.address)
+
+
+def listens(address: str) -> bool:
+    """Whether somebody takes a connection at HOST:PORT within two seconds."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def join(address: str, **options: Any) -> None:
+    """`ray.init` on the cluster at RAY_ADDRESS; raises RefusedError where there is none.
+
+    Ray alone asks a head that is not there for minutes, without a word.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    if not re.fullmatch(r"[^/]+:\d{1,5}", address):
+        raise RefusedError(
+            f"RAY_ADDRESS: expected HOST:PORT as `ray start --address` takes it, got {address!r}; "
+            "the dashboard's address is for `ray job submit`"
+        )
+    started = time.monotonic()
+    while not listens(address):
+        if time.monotonic() - started > SILENT_SECONDS:
+            raise RefusedError(
+                f"RAY_ADDRESS: nobody answers at {address} for {SILENT_SECONDS:.0f} s; start Ray's "
+                "head there, or look at its port and at firewalls"
+            )
+        time.sleep(0.5)
+    try:
+        ray.init(address=address, **options)
+    except (ValueError, ConnectionError, RuntimeError, RayError) as error:
+        raise RefusedError(
+            f"RAY_ADDRESS: no Ray cluster could be joined at {address}: {error}"
+        ) from error

@@ -56,6 +56,7 @@ def cluster(config: IngestJob) -> Iterator[None]:
     """The Ray cluster of RAY_ADDRESS, or a Ray of this machine alone, with a token of its own."""
     # Imported here, for it brings torch: 3 s that launch=local does without.
     from tuneloom.launch.embedded import keep_private
+    from tuneloom.launch.head import join
     from tuneloom.launch.reaper import after_us
     from tuneloom.launch.supervise import READ_AT_IMPORT
 
@@ -67,7 +68,7 @@ def cluster(config: IngestJob) -> Iterator[None]:
 
     try:
         if address:
-            ray.init(address=address, logging_level=logging.ERROR)
+            join(address, logging_level=logging.ERROR)
         else:
             print("launch=ray: RAY_ADDRESS is unset, so a Ray is started here", flush=True)
             ray.init(

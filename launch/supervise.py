@@ -23,7 +23,7 @@ from tuneloom.launch import elastic
 from tuneloom.launch.admission import Admission
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.launch.embedded import keep_private
-from tuneloom.launch.head import Head
+from tuneloom.launch.head import Head, join
 from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.preflight import Facts, conduct
 from tuneloom.launch.reaper import after_us
@@ -75,27 +75,42 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(shm.forget_run, folder)
         stack.enter_context(signals_ask_to_stop(folder, signals))
         stack.callback(ray.shutdown)
-        connect(launch, run=folder)
+        try:
+            connect(launch, run=folder)
+        except SystemExit as ended:  # by the handler that ray.init puts in place of ours
+            if ended.code != signal.SIGTERM:
+                raise
+            raise Stopped(
+                "stopped on a signal while Ray started; no rank had started; the same command "
+                f"tries again with run.id={config.run.id}"
+            ) from None
+        stack.enter_context(signals_ask_to_stop(folder, signals))  # once more, for the same reason
         stack.callback(time.sleep, LAST_LINES_SECONDS)
         if launch.kind == "local":
             refuse_more_gpus(launch)
         if launch.kind == "ray" and config.checkpoint.memory_every:
             stack.callback(forget_elsewhere, folder)
         keeps_its_folder(config)
-        with signals_ask_to_stop(folder, signals):  # once more: ray.init puts its own handler
-            if launch.kind == "ray" and launch.min_workers is None:
-                wait_for_nodes(launch.nodes, signals)
-            attempts(config, launch, signals)
+        if launch.kind == "ray" and launch.min_workers is None:
+            wait_for_nodes(launch.nodes, signals)
+        attempts(config, launch, signals)
 
 
 def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> None:
     """Gang after gang until one is done; those that only grow or change nodes are no restarts."""
     restarts = grown = 0
+    # Once: a node that is gone at a restart may take the cluster's only GPUs with it.
+    gpus = gpus_per_worker(launch)
+    if launch.kind == "ray" and launch.gpus_per_worker == "auto" and not gpus:
+        print(
+            "launch.gpus_per_worker=auto: no GPU in this cluster; ranks train on processors",
+            flush=True,
+        )
     standby = Standby(launch.standby) if launch.standby is not None else None
-    admission = Admission(gpus_per_worker(launch))
+    admission = Admission(gpus)
     try:
         while (
-            ending := run_gang(config, launch, restarts + grown, signals, standby, admission)
+            ending := run_gang(config, launch, gpus, restarts + grown, signals, standby, admission)
         ) is not None:
             if ending in (GROWS, LEFT_OUT):
                 grown += 1
@@ -174,7 +189,7 @@ def connect(launch: LaunchConfig, *, run: Path | None = None) -> None:
         raise RefusedError(
             "launch=ray: RAY_ADDRESS is unset; use `ray job submit`, or launch=local"
         )
-    ray.init(address=address, **shared)
+    join(address, **shared)
 
 
 def refuse_more_gpus(launch: LaunchConfig) -> None:
@@ -239,7 +254,7 @@ def wait_for_nodes(count: int, signals: list[int]) -> None:
 
 
 def run_gang(
-    config: TrainConfig, launch: LaunchConfig, attempt: int, signals: list[int],
+    config: TrainConfig, launch: LaunchConfig, gpus: int, attempt: int, signals: list[int],
     standby: Standby | None, admission: Admission,
 ) -> str | None:  # fmt: skip
     """One attempt: place, start, wait. None when done, GROWS, LEFT_OUT, or a sentence when a
@@ -247,7 +262,7 @@ def run_gang(
     """
     from ray.exceptions import GetTimeoutError, OutOfMemoryError
 
-    gpus, started, folder = gpus_per_worker(launch), time.time(), folder_of(config)
+    started, folder = time.time(), folder_of(config)
     killed = killed_for_memory()
     # The first attempt's clock runs since the command was started.
     clock = {"TUNELOOM_ATTEMPT_STARTED": str(started)} if attempt else {}

@@ -90,6 +90,7 @@ def wait_until(true: Callable[[], bool], log: Path, seconds: float = 150.0) -> N
 
 PLACES = """
 import ray
+from tuneloom.errors import RefusedError
 from tuneloom.launch import elastic, supervise
 from tuneloom.launch.admission import Admission
 from tuneloom.launch.config import LaunchConfig
@@ -102,11 +103,21 @@ for nodes in (1, 2):
     placed = ray.util.placement_group_table(group)["bundles_to_node_id"]
     print("nodes taken:", len(set(placed.values())), flush=True)
     ray.util.remove_placement_group(group)
+held = ray.util.placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+ray.get(held.ready())
+elastic.SMALLER_SECONDS = 2.0
+launch = LaunchConfig(kind="ray", nodes=2, workers=4, min_workers=2, wait_seconds=1)
+try:
+    elastic.place(launch, 0, 4, 1, Admission(0), [])
+except RefusedError as error:
+    print(error)
 """
 
 
 def test_ranks_fill_a_node_first_and_stand_on_as_many_as_were_asked_for(cluster: Cluster) -> None:
-    """Both nodes have room for both ranks, so what decides is launch.nodes."""
+    """Both nodes have room for both ranks, so what decides is launch.nodes; with room for one rank
+    on each, two that belong on one node are not placed.
+    """
     with node(cluster, cpus=2):
         done = subprocess.run(
             [sys.executable, "-c", PLACES], cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -114,6 +125,7 @@ def test_ranks_fill_a_node_first_and_stand_on_as_many_as_were_asked_for(cluster:
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.findall(r"nodes taken: (\d)", done.stdout) == ["1", "2"]
+    assert "cannot be placed (nor 2 workers)" in done.stdout
 
 
 @pytest.mark.parametrize(

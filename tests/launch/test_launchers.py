@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
-from tuneloom.testing import free_port, metrics
+from tuneloom import cli
+from tuneloom.config import build
+from tuneloom.launch import supervise
+from tuneloom.launch.config import LaunchConfig
+from tuneloom.testing import free_port, metrics, small_config
 from tuneloom.train import shm
+from tuneloom.train.config import TrainConfig
 from tuneloom.train.metrics import PHASES
 
 STEPS = 8
@@ -147,6 +153,58 @@ def test_a_rank_that_asks_for_no_gpu_sees_none_of_a_host_that_has_some(
     keys = f"launch={launch}", f"launch.gpus_per_worker={gpus}"
     done = run("-c", script, "train", *overrides(lab, "hidden", *keys))
     assert f"seen {[seen]}" in done.stderr, done.stderr
+
+
+def test_whether_ranks_hold_a_gpu_is_decided_once(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The node with the GPUs goes with the first attempt."""
+    seen: list[int] = []
+
+    def run_gang(config: TrainConfig, launch: LaunchConfig, gpus: int, *more: object) -> str | None:
+        seen.append(gpus)
+        monkeypatch.setattr(ray, "cluster_resources", dict)
+        return "a worker was lost" if len(seen) == 1 else None
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr(supervise, "run_gang", run_gang)
+    config, launch = build(TrainConfig, small_config(lab, "x")), LaunchConfig(kind="ray")
+    supervise.attempts(config, launch, [])
+    assert seen == [1, 1] and "no GPU" not in capsys.readouterr().out
+    supervise.attempts(config, launch, [])
+    assert "launch.gpus_per_worker=auto: no GPU in this cluster" in capsys.readouterr().out
+
+
+def test_sigterm_while_ray_starts_ends_with_75(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray's does
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("tuneloom.launch.head.listens", lambda address: True)
+    monkeypatch.setattr(ray, "init", init)
+    assert cli.main(["train", *overrides(lab, "early", "launch=ray")]) == 75
+    assert "stopped on a signal while Ray started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:8265", "RAY_ADDRESS: expected HOST:PORT"),
+        ("localhost", "RAY_ADDRESS: expected HOST:PORT"),
+        ("127.0.0.1:1", "RAY_ADDRESS: nobody answers at 127.0.0.1:1"),
+    ],
+)
+def test_an_address_without_a_head_is_refused(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    address: str, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("tuneloom.launch.head.SILENT_SECONDS", 0.0)
+    assert cli.main(["train", *overrides(lab, "headless", "launch=ray")]) == 4
+    assert said in capsys.readouterr().err
 
 
 def wait_for_step(lab: Path, run_id: str, step: int, process: subprocess.Popen[bytes]) -> None:
