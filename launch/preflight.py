@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tuneloom.errors import RefusedError, TuneloomError
+from tuneloom.launch.machine import GIB
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import code_version, digest, environment, folder_of
 
-GIB = 2**30
 SKEW_SECONDS = 2.0
 """Lock files, run ids and metrics of hosts further apart tell a wrong order."""
 SHARED_MEMORY = GIB // 4
@@ -102,12 +102,14 @@ def unseen_by(config: TrainConfig, ranks: int) -> tuple[int, ...]:
 
 def inputs(config: TrainConfig) -> tuple[list[tuple[str, int]], dict[str, str] | None]:
     """The base's files, and why model or data cannot be opened here without a network."""
+    from huggingface_hub import constants
+
     from tuneloom.data.rows import open_rows
     from tuneloom.train.model import locate
 
     base: list[tuple[str, int]] = []
     try:
-        if Path(config.model.path).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1":
+        if Path(config.model.path).is_dir() or constants.HF_HUB_OFFLINE:
             folder = locate(config.model)
             base = sorted((p.name, p.stat().st_size) for p in folder.iterdir() if p.is_file())
         open_rows(config.data.path, config.data.split, config.data.format, verify=False)
@@ -201,7 +203,7 @@ def _best(work: Any, times: int, device: Any) -> float:
 
 def verdict(all_facts: list[Facts], *, gpus_per_rank: int, need_bytes: int) -> list[str]:
     """Every reason not to start, each naming its check, host and value; empty when all agree."""
-    first = all_facts[0]
+    first, alike = all_facts[0], all(facts.incomplete for facts in all_facts)
     reasons = []
     for facts in all_facts:
         here = f"rank {facts.rank} on {facts.host}"
@@ -237,9 +239,9 @@ def verdict(all_facts: list[Facts], *, gpus_per_rank: int, need_bytes: int) -> l
                            f"{'; '.join(facts.gpu_processes)} (pid, MiB)")  # fmt: skip
         if abs(facts.clock_skew) > SKEW_SECONDS:
             reasons.append(f"clock: {here} is {facts.clock_skew:+.1f} s off; start chrony or ntpd")
-        if facts.incomplete and not first.incomplete:
+        if facts.incomplete and not alike:
             reasons.append(f"inputs: {here}: {facts.incomplete['message']}")
-        elif facts.base != first.base:
+        elif facts.base != first.base and (alike or not first.incomplete):
             differ = sorted({name for name, _ in set(facts.base) ^ set(first.base)})
             reasons.append(f"inputs: {here} has another base than rank 0: {', '.join(differ)}")
     return reasons

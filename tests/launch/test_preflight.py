@@ -74,6 +74,23 @@ def test_each_fault_is_the_one_reason_given(
     assert reason.startswith(said)
 
 
+def test_inputs_that_only_rank_0_lacks_are_a_reason(pair: list[Facts]) -> None:
+    why = {"class": "DataError", "message": "data.path: no rows.jsonl"}
+    first, second = (dataclasses.replace(facts, incomplete=why) for facts in pair)
+    (reason,) = verdict([first, pair[1]], gpus_per_rank=0, need_bytes=1)
+    assert reason == "inputs: rank 0 on n1: data.path: no rows.jsonl"
+    assert verdict([first, second], gpus_per_rank=0, need_bytes=1) == []  # the run's own error
+
+
+def test_a_hub_that_is_offline_by_any_word_is_not_asked_for_a_base(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as from `true`
+    model = config.model.model_copy(update={"path": "nobody/nothing"})
+    facts = examine(config.model_copy(update={"model": model}), 0, "n1")
+    assert facts.incomplete is not None and "nobody/nothing" in facts.incomplete["message"]
+
+
 def test_a_missing_gpu_and_another_kind_of_gpu_are_told_apart(pair: list[Facts]) -> None:
     gpu = [dataclasses.replace(facts, gpus=[H100]) for facts in pair]
     assert reasons(gpu, gpus=1) == []
