@@ -129,10 +129,6 @@ class LaunchConfig(Config):
             )
         return self
 
-    @property
-    def asks_for_standby(self) -> bool:
-        return "standby" in self.model_fields_set and self.standby is not None
-
 
 def seconds_of(time: int | str) -> int:
     """A limit as `launch.time` writes it."""

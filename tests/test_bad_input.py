@@ -69,6 +69,11 @@ def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_befor
     assert not (lab / "runs-bad" / "after").exists()
 
 
+def test_what_prints_shows_no_sweep(lab: Path, capsys: Capture) -> None:
+    assert train(lab, "--cfg", "job", "--multirun") == 2
+    assert "--multirun: what prints shows one config" in capsys.readouterr().err
+
+
 def test_an_unknown_verb_lists_the_verbs(capsys: Capture) -> None:
     assert main(["trian"]) == 2
     assert "expected one of doctor, ingest" in capsys.readouterr().err

@@ -78,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         if verb not in VERBS:
             raise ConfigError(f"verb: expected one of {', '.join(VERBS)}, got {verb!r}")
         if any(a.split("=")[0] in PRINTING for a in rest):
+            if any(a in SWEEP for a in rest):
+                raise ConfigError(
+                    "--multirun: what prints shows one config; leave out --multirun and give each "
+                    "key one value"
+                )
             return run_under_hydra(verb, rest)
         if any(a in SWEEP for a in rest):
             return sweep(verb, [a for a in rest if a not in SWEEP])
@@ -122,7 +127,7 @@ def sweep(verb: str, rest: list[str]) -> int:
     where = ["--config-dir", config_dir] if config_dir else []
     keys = getattr(importlib.import_module(VERBS[verb][0]), "TEXT_KEYS", ())
     texts = [o for o in overrides if o.partition("=")[0] in keys]
-    swept = points([o for o in overrides if o not in texts])
+    swept = apart(points([o for o in overrides if o not in texts]))
     jobs = [config_of(verb, [*where, *texts, *point]) for point in swept]
     codes: list[int] = []
     for number, (module, config) in enumerate(jobs, 1):
@@ -136,6 +141,18 @@ def sweep(verb: str, rest: list[str]) -> int:
         except TuneloomError as error:
             codes.append(failed(verb, error))
     return worst(codes)
+
+
+def apart(swept: list[list[str]]) -> list[list[str]]:
+    """Each point with a run of its own: a run.id that they share gets the point's number, so the
+    same command finds the same runs again.
+    """
+    shared = set.intersection(*map(set, swept)) if len(swept) > 1 else set()
+    ids = [o for o in swept[0] if o in shared and o.startswith("run.id=") and o != "run.id=null"]
+    if not ids:
+        return swept
+    text = ids[-1].replace("'", "").replace('"', "")
+    return [[*point, f"{text}-{number}"] for number, point in enumerate(swept)]
 
 
 def names(some: list[list[str]], swept: list[list[str]]) -> str:
