@@ -91,7 +91,8 @@ class Head:
         """What to say of the run; `ranks` is what became of them."""
         return (
             f"launch: Ray's head at {self.address} answers no more; {ranks}; look at "
-            "gcs_server.out in Ray's logs, and give the same command again to resume"
+            "gcs_server.out in Ray's logs, and give the same command again with "
+            f"run.id={self._stop.parent.name} to resume"
         )
 
     def answers(self) -> bool:

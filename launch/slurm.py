@@ -7,6 +7,7 @@ what was validated on the login node is what runs, whatever is submitted after i
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,13 +27,16 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 FORGOTTEN = "FORGOTTEN"
 """Ours: slurmctld drops a job MinJobAge seconds (300 by default) after its end."""
 POLL_SECONDS = 2.0
+ANSWER_SECONDS = 120
+"""For sbatch and scontrol, which wait for a controller that is busy."""
 
 
 def launch_slurm(job: JobConfig) -> int:
     """Print the script, or submit it and, unless told otherwise, follow; returns the exit code."""
     script = render(job)
     if job.launch.dry_run:
-        print(script)
+        print(script, end="")
+        print(f"# Not submitted, so it has no {submission_of(job)}/local/job.yaml to read yet.")
         return 0
     folder, submission = folder_of(training_of(job)), submission_of(job)
     write_config(job, submission)
@@ -47,17 +51,20 @@ def render(job: JobConfig) -> str:
     """The batch script of a job."""
     folder = folder_of(training_of(job))
     python = job.launch.python or ("python" if job.launch.container else sys.executable)
-    setup = [f"cd {shlex.quote(os.getcwd())} || exit 4", f"TUNELOOM_PYTHON={shlex.quote(python)}"]
+    setup = [f"TUNELOOM_PYTHON={shlex.quote(python)}"]
     if job.launch.container:
         setup.append(f"TUNELOOM_CONTAINER={shlex.quote(' '.join(job.launch.container))}")
+    elif not job.launch.python:
+        setup = [f'[ -n "${{TUNELOOM_PYTHON:-}}${{TUNELOOM_CONTAINER:-}}" ] || {setup[0]}']
     # In place of the checkout's own `local`, which nothing comes after.
     arguments = [
         "--config-dir", str(submission_of(job).absolute()), "local=job",
-        f"run.id={job.run.id}", f"launch.workers={job.launch.workers}",
+        f"run.id='{job.run.id}'", f"launch.workers={job.launch.workers}",
     ]  # fmt: skip
     return _template().render(
         usage="runs/<id>/slurm/<digest>/finetune.sbatch",
         header=header(job.launch, name=job.run.name, output=str(output_of(folder, "%j"))),
+        folder=shlex.quote(os.getcwd()),
         setup=setup,
         arguments=shlex.join(arguments),
     )  # fmt: skip
@@ -70,6 +77,7 @@ def render_default() -> str:
         usage="[--nodes=2 --gpus-per-node=8 --cpus-per-task=64 ...] slurm/finetune.sbatch "
         "experiment=... key=value",
         header=header(launch, name="finetune", output="finetune-%j.out"),
+        folder=None,
         setup=[],
         arguments='"$@"',
     )
@@ -112,11 +120,26 @@ def output_of(folder: Path, number: str) -> Path:
 
 
 def config_text(job: JobConfig) -> str:
-    """The resolved config as a file of its own, without what only the submission reads."""
+    """The resolved config as a file of its own, without what only the submission reads. The job
+    composes it again, and gets the same values.
+    """
     content = job.model_dump(mode="json")
     content["launch"] = {k: v for k, v in content["launch"].items() if k not in SLURM_ONLY}
     content["launch"]["kind"] = "ray"
-    return "# @package _global_\n" + yaml.safe_dump(content, sort_keys=False)
+    return "# @package _global_\n" + yaml.dump(content, Dumper=Literally, sort_keys=False)
+
+
+class Literally(yaml.SafeDumper):
+    """Every text in quotes, since OmegaConf reads more of the bare ones as numbers than YAML does
+    (12e4567), and without interpolations.
+    """
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", data)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+
+Literally.add_representer(str, Literally.represent_str)
 
 
 def submission_of(job: JobConfig) -> Path:
@@ -143,12 +166,16 @@ def submit(path: Path) -> str:
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False,
-            timeout=120,
+            timeout=ANSWER_SECONDS,
         )  # fmt: skip
     except FileNotFoundError:
         raise RefusedError(
-            "launch=slurm: no sbatch on this machine; run it on a login node, or "
-            "launch.dry_run=true prints the script"
+            "launch=slurm: no sbatch on this machine; run it on a login node"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise RefusedError(
+            f"launch=slurm: sbatch did not answer in {ANSWER_SECONDS} s, and the job may be "
+            "submitted all the same; look at squeue before you give the command again"
         ) from None
     if done.returncode:
         raise RefusedError(f"launch=slurm: sbatch refused it: {done.stderr.strip()}")
@@ -191,8 +218,8 @@ def code_of_run(job: str, folder: Path) -> int:
     state = recorded(folder).get("state", "nothing")
     code = {"done": DONE, "stopped": STOPPED}.get(state, TRAINING)
     print(
-        f"slurm: {job}; {folder}/run.json says {state}, exit {code}; the same command resumes what "
-        "is not done",
+        f"slurm: {job}; {folder}/run.json says {state}, exit {code}; the same command with "
+        f"run.id={folder.name} resumes what is not done",
         flush=True,
     )
     return code
@@ -200,10 +227,13 @@ def code_of_run(job: str, folder: Path) -> int:
 
 def state_of(number: str) -> tuple[str, int]:
     """A job's state and exit code, as scontrol tells; a controller that is away says UNKNOWN."""
-    done = subprocess.run(
-        ["scontrol", "show", "job", "-o", number], capture_output=True, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "job", "-o", number], capture_output=True, text=True,
+            check=False, timeout=ANSWER_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "UNKNOWN", 0
     if "Invalid job id" in done.stderr:
         return FORGOTTEN, 0
     facts = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)

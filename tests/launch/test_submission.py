@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tuneloom import cli
 from tuneloom.config import Config, build
 from tuneloom.errors import ConfigError
+from tuneloom.launch import slurm
 from tuneloom.launch.config import JobConfig, LaunchConfig
 from tuneloom.launch.slurm import header, write_config
 from tuneloom.testing import small_config
@@ -30,6 +32,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(
     assert cli.main([*command, "launch.dry_run=true"]) == 0
     script = capsys.readouterr().out
     assert script.startswith("#!/bin/bash\n#SBATCH --requeue\n")
+    assert "# Not submitted, so it has no" in script
     assert f"#SBATCH --output={tmp_path}/runs/printed/slurm/%j.out\n" in script
     assert list(tmp_path.iterdir()) == []
     assert cli.main(command) == 4
@@ -100,8 +103,57 @@ def test_jobs_of_one_run_that_wait_in_the_queue_keep_the_config_they_were_submit
                "run.id=first", "launch=slurm", "launch.gpus_per_worker=0", "launch.follow=false",
                "optim.lr=0.001,0.002"]  # fmt: skip
     assert cli.main(command) == 0
-    rates = [read_by(script)[1].optim.lr for script in queue.iterdir()]  # type: ignore[attr-defined]
-    assert sorted(rates) == [0.001, 0.002]
+    jobs = [read_by(script)[1] for script in queue.iterdir()]
+    points = [(job.run.id, job.optim.lr) for job in jobs]  # type: ignore[attr-defined]
+    assert sorted(points) == [("first-0", 0.001), ("first-1", 0.002)]
+
+
+@pytest.mark.parametrize("name", ["20261128", "1e5", "null"])
+def test_a_job_reads_the_values_that_were_asked_for(tmp_path: Path, queue: Path, name: str) -> None:
+    command = ["experiment=demo", f"run.root={tmp_path}/runs", f"run.id='{name}'",
+               "model.revision='12e4567'", r"tracker.project='a\${b} \\\${c} 1:00:00 ä'",
+               "launch=slurm", "launch.gpus_per_worker=0", "launch.follow=false"]  # fmt: skip
+    assert cli.main(["train", *command]) == 0
+    (script,) = queue.iterdir()
+    job, asked = read_by(script)[1], cli.config_of("train", command)[1]
+    assert "${b}" in asked.tracker.project  # type: ignore[attr-defined]
+    assert job.model_dump(exclude={"launch"}) == asked.model_dump(exclude={"launch"})
+
+
+def test_an_sbatch_that_does_not_answer_may_have_submitted_the_job(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("sbatch", "scontrol"):
+        program(tmp_path / "bin", name, "exec sleep 5")
+    monkeypatch.setattr(slurm, "ANSWER_SECONDS", 0.1)
+    command = ["experiment=demo", f"run.root={tmp_path}/runs", "launch=slurm"]
+    assert cli.main(["train", *command]) == 4
+    assert "look at squeue" in capsys.readouterr().err
+    assert slurm.state_of("1") == ("UNKNOWN", 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "interpreter"),
+    [
+        ({}, "image /theirs"),
+        ({"python": "/mine"}, "image /mine"),
+        ({"container": ["env", "other"]}, "other python"),
+    ],
+)
+def test_the_config_of_a_job_wins_over_env_sh(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any],
+    interpreter: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    content = small_config(lab, "x") | {"launch": {"kind": "slurm", "gpus_per_worker": 0} | keys}
+    script = slurm.render(build(JobConfig, content)).split("set -- ")[0]
+    program(tmp_path / "slurm", "env.sh", "TUNELOOM_CONTAINER='env image' TUNELOOM_PYTHON=/theirs")
+    done = subprocess.run(
+        ["bash", "-c", script + 'echo "${python[@]}"'], cwd="/", text=True, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == f"env {interpreter}\n"
 
 
 def test_a_job_runs_with_what_was_validated_whatever_conf_local_says(
