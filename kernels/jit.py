@@ -67,3 +67,8 @@ def jit(function: Callable[..., None]) -> Kernel:
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least n: Triton's block sizes."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What plain PyTorch computes numbers of `dtype` in, where the kernels take fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

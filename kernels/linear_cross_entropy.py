@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tuneloom.kernels.jit import CALLS, jit, runs_triton, tl
+from tuneloom.kernels.jit import CALLS, jit, plain_dtype, runs_triton, tl
 
 IGNORED = -100
 CHUNK_BYTES = 256 * 2**20  # 1,024 rows at V = 128,256 in bf16: large enough for full-speed GEMMs
@@ -81,9 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wants_gradient = need_hidden or need_weight or need_bias
         used = weight.to(hidden.dtype)
-        loss = hidden.new_zeros((), dtype=_accurate(hidden.dtype))
+        loss = hidden.new_zeros((), dtype=plain_dtype(hidden.dtype))
         dhidden = torch.zeros_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(used) if need_weight else None
+        # A sum over all tokens, which the loss scale comes after, may pass fp16's 65504.
+        sums = torch.float32 if used.dtype == torch.float16 else used.dtype
+        dweight = torch.zeros_like(used, dtype=sums) if need_weight else None
         dbias = torch.zeros_like(bias) if bias is not None and need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             for index in kept.split(rows):
@@ -95,7 +97,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dhidden is not None:
                     dhidden.index_copy_(0, index, logits @ used)
                 if dweight is not None:
-                    dweight.addmm_(logits.t(), part)  # rounds once a chunk, in the weight's dtype
+                    # Rounds once a chunk, in the weight's dtype; fp16 not at all.
+                    dweight.addmm_(logits.t().to(sums), part.to(sums))
                 if dbias is not None:
                     dbias += logits.sum(0)
         ctx.weight_dtype = weight.dtype
@@ -106,12 +109,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight, dbias = ctx.saved_tensors
+        # Of one dimension: beside a 0-dim factor a GPU rounds that to the gradient's dtype first.
+        factor = dloss.reshape(1)
         if dhidden is not None:
-            dhidden = dhidden * dloss.to(dhidden.dtype)
+            dhidden = torch.mul(dhidden, factor, out=torch.empty_like(dhidden))
         if dweight is not None:  # in place: it is gigabytes. Autograd refuses a second
-            dweight = dweight.mul_(dloss.to(dweight.dtype)).to(ctx.weight_dtype)
+            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
         if dbias is not None:
-            dbias = dbias * dloss.to(dbias.dtype)
+            dbias = torch.mul(dbias, factor, out=torch.empty_like(dbias))
         return dhidden, dweight, dbias, None, None, None, None
 
 
@@ -140,7 +145,7 @@ def cross_entropy_(
 def _plain_cross_entropy_(
     logits: Tensor, labels: Tensor, softcap: float | None, wants_gradient: bool
 ) -> Tensor:
-    scores = logits.to(_accurate(logits.dtype))
+    scores = logits.to(plain_dtype(logits.dtype))
     tanh = None
     if softcap is not None:
         tanh = torch.tanh(scores / softcap)
@@ -155,10 +160,6 @@ def _plain_cross_entropy_(
             softmax *= 1 - tanh.square_()
         logits.copy_(softmax)
     return losses
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @jit

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tuneloom.kernels.jit import CALLS, jit, next_power_of_2, runs_triton, tl
+from tuneloom.kernels.jit import CALLS, jit, next_power_of_2, plain_dtype, runs_triton, tl
 
 TILE = 4096  # numbers a program passes over: several rows of a head's norm, one hidden size
 
@@ -86,7 +86,7 @@ def normalise(
     y = torch.empty_like(x) if out is None else out
     if not runs_triton(x):
         total = x if residual is None else x + residual
-        accurate = total.to(_accurate(x.dtype))
+        accurate = total.to(plain_dtype(x.dtype))
         scale = torch.rsqrt(accurate.square().mean(-1) + eps)  # (...,)
         result = accurate * scale.unsqueeze(-1) * (offset + weight.to(accurate.dtype))
         y.copy_(result.view(y.shape))
@@ -140,7 +140,7 @@ def _plain_backward(
     dtotal: Tensor | None,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    accurate, gradient = (t.to(_accurate(total.dtype)) for t in (total, dy))
+    accurate, gradient = (t.to(plain_dtype(total.dtype)) for t in (total, dy))
     r = scale.view(*total.shape[:-1], 1)
     unit = accurate * r
     v = gradient * (offset + weight.to(accurate.dtype))
@@ -162,10 +162,6 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tuneloom.kernels.jit import CALLS, jit, runs_triton, tl
+from tuneloom.kernels.jit import CALLS, jit, plain_dtype, runs_triton, tl
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 BLOCK = 2048
@@ -58,7 +58,7 @@ def gate_forward(
     """h outside autograd; `out`: (rows, F) with any row stride."""
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     if not runs_triton(gate):
-        act, _ = _plain_activation(gate.to(_accurate(gate.dtype)), activation, slope=False)
+        act, _ = _plain_activation(gate.to(plain_dtype(gate.dtype)), activation, slope=False)
         h.copy_((act * up).view(h.shape))
         return h
     gate, up = (_rows(t) for t in (gate, up))
@@ -75,7 +75,7 @@ def gate_backward(
 ) -> None:
     """Write de and dg outside autograd; they may be column ranges of one wider buffer."""
     if not runs_triton(gate):
-        gradient, e = dh.to(_accurate(dh.dtype)), gate.to(_accurate(gate.dtype))
+        gradient, e = dh.to(plain_dtype(dh.dtype)), gate.to(plain_dtype(gate.dtype))
         act, slope = _plain_activation(e, activation, slope=True)
         assert slope is not None
         dgate.copy_((gradient * up * slope).view(dgate.shape))
@@ -114,10 +114,6 @@ def _rows(t: Tensor) -> Tensor:
 
 def _row_stride(t: Tensor) -> int:
     return t.stride(-2) if t.dim() > 1 else t.shape[-1]
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @jit

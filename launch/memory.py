@@ -245,7 +245,9 @@ def loss_head_bytes(config: TrainConfig, anatomy: Anatomy, saved: Saved, *, cuda
     rows = min(tokens, max(128, budget // (vocabulary * width) // 128 * 128))
     chunk = rows * vocabulary * (width if cuda else width + 2 * 4)
     trained = config.method.kind == "full" or "lm_head" in config.method.extra_modules
-    head = width * vocabulary * anatomy.hidden if trained else 0
+    summed = width if config.model.dtype != "fp16" else 4  # a trained fp16 head's sums are fp32
+    chunk += rows * vocabulary * summed if trained and summed != width else 0
+    head = summed * vocabulary * anatomy.hidden if trained else 0
     kept = width * tokens * anatomy.hidden + head
     if fused:
         return max(0, chunk + kept - working_bytes(config, anatomy, cuda=cuda))
