@@ -4,7 +4,8 @@ Ours, inline and under Ray, beside TRL's SFTTrainer at its defaults, packed like
 streaming (benchmarks/peers/trl_first_step.py), on the same raw texts, tokenizer and tiny base, by
 LoRA. CPU-seconds of the process and all its children, read when the file that says `step 1`
 appears; contenders take turns, so that a busy machine weighs on all alike. No token cache is there
-beforehand. Writes benchmarks/results/first_step.json.
+beforehand. Ray alone, with an actor that does nothing, is what no code of ours can save under Ray.
+Writes benchmarks/results/first_step.json.
 """
 
 import argparse
@@ -27,10 +28,26 @@ from benchmarks.record import RESULTS, commit, write
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "examples" / "tiny-base"
 OURS = ("tuneloom inline", "tuneloom with Ray")
+RAY = "Ray alone"
 PEERS = ("defaults", "packed", "streaming")
 LAUNCH = dict(zip(OURS, ("inline", "local"), strict=True))
 TARGETS = {20_000: 0.35, 200_000: 0.06}
 """Of TRL's CPU-seconds, packed like ours."""
+AN_EMPTY_ACTOR = """
+import pathlib, ray, sys, time
+
+@ray.remote
+class Empty:
+    def answer(self):
+        return None
+
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20)
+empty = Empty.remote()
+ray.get(empty.answer.remote())
+pathlib.Path(sys.argv[1], "step").touch()
+time.sleep(60)
+"""
+"""As `launch.supervise` starts Ray for one rank."""
 
 
 def write_rows(path: Path, count: int, seed: int) -> Path:
@@ -56,6 +73,8 @@ def command(who: str, rows: Path, folder: Path) -> tuple[list[str], Path]:
         ]  # fmt: skip
         told = folder / "first" / "metrics.jsonl"
         return [sys.executable, "-m", "tuneloom", "train", *keys], told
+    if who == RAY:
+        return [sys.executable, "-c", AN_EMPTY_ACTOR, str(folder)], folder / "step"
     script = ROOT / "benchmarks" / "peers" / "trl_first_step.py"
     return [sys.executable, str(script), who, str(BASE), str(rows), str(folder)], folder / "step"
 
@@ -108,7 +127,7 @@ def end(process: psutil.Process) -> None:
 
 def contenders(count: int) -> tuple[str, ...]:
     """All, but at 200,000 rows TRL's defaults, which tokenise as `packed` does."""
-    return (*OURS, *PEERS) if count <= 20_000 else (*OURS, "packed", "streaming")
+    return (*OURS, RAY, *PEERS) if count <= 20_000 else (*OURS, RAY, "packed", "streaming")
 
 
 def compare(count: int, trials: int, seed: int, who: tuple[str, ...]) -> dict[str, Any]:
