@@ -286,9 +286,9 @@ def _takes_loss(causal: Any, head: Any) -> bool:
 
 
 def _layers(network: Any) -> list[Any]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from tuneloom.train.text import decoder_layers
 
-    found = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    found = decoder_layers(network)
     if not found:
         raise ConfigError(f"model.path: {type(network).__name__} has no decoder layers to plan for")
     return found

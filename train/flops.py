@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tuneloom.train.text import causal_of, modules_aside
+
 # Dense bf16 TFLOP/s, vendor data sheets, without sparsity.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
                "L4": 121,
@@ -24,7 +26,7 @@ class Shape:
     """What the formula needs of a model."""
 
     linear: int
-    """Parameters of base linears that a token meets, head and embeddings left out."""
+    """Parameters of base linears that a token meets, head, embeddings and towers left out."""
     adapter: int
     """Trainable parameters beside the base."""
     head: int
@@ -45,12 +47,15 @@ class Shape:
 def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
     """Count parameters by the module that holds them; works on ZeRO-3 shards and NF4 weights."""
     linear = adapter = 0
-    text = _causal(network).config.get_text_config()
+    causal = causal_of(network)
+    text, other = causal.config.get_text_config(), modules_aside(network)
     experts, met = experts_of(text), getattr(text, "num_experts_per_tok", 1)
     # Of PEFT's wrapper around a module that is trained whole: that of its copy.
-    head_weight = getattr(_causal(network).get_output_embeddings(), "weight", None)
+    head_weight = getattr(causal.get_output_embeddings(), "weight", None)
     for path, module in network.named_modules():
         if isinstance(module, nn.Embedding) or "original_module" in path.split("."):
+            continue
+        if module in other:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             size = true_numel(parameter)
@@ -91,11 +96,6 @@ def true_numel(parameter: nn.Parameter) -> int:
         return int(parameter.ds_numel)
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel()) if state is not None else parameter.numel()
-
-
-def _causal(network: nn.Module) -> Any:
-    inner: Any = network
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def peak_flops(device: torch.device) -> float | None:

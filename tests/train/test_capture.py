@@ -19,6 +19,7 @@ from tuneloom.kernels import attention
 from tuneloom.train import graphed
 from tuneloom.train.batches import MicroBatch
 from tuneloom.train.loss import loss_sum
+from tuneloom.train.text import decoder_layers
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique", "unique_dim")
 Op = tuple[Any, ...]
@@ -183,7 +184,7 @@ def test_the_check_finds_a_number_that_is_read(
 ) -> None:
     monkeypatch.setattr(attention, "_by_document", cpu_graphs.dense)
     network = build()
-    norm = graphed.layers_of(network)[1].input_layernorm
+    norm = decoder_layers(network)[1].input_layernorm
     plain = norm.forward
     norm.__dict__["forward"] = lambda x: read(plain(x))
     _, waits = captured_ops(network, pack(PACKS[0]), monkeypatch)

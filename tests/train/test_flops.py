@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import pytest
+
+from tuneloom.errors import ConfigError
 from tuneloom.train import method as methods
 from tuneloom.train.config import MethodConfig
 from tuneloom.train.flops import Shape, shape_of
+from tuneloom.train.text import decoder_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -53,3 +57,29 @@ def test_a_module_that_is_trained_whole_counts_once_and_its_frozen_original_neve
     own = 4 * (48 + 32)  # the adapter of that projection, which the copy goes without
     assert down.linear == plain.linear - 2 * 32 * 48
     assert down.adapter == plain.adapter + 2 * (32 * 48 - own)
+
+
+def gemma3(*, images: bool) -> Any:
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig
+
+    text = SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    return AutoModelForCausalLM.from_config(config if images else Gemma3TextConfig(**text))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_vision_tower_beside_the_language_model_is_neither_counted_nor_trained(kind: Any) -> None:
+    method = MethodConfig(kind=kind, rank=4)
+    both, text = (methods.apply(gemma3(images=images), method) for images in (True, False))
+    assert shape_of(both, frozen=kind == "lora") == shape_of(text, frozen=kind == "lora")
+    assert len(decoder_layers(both)) == len(decoder_layers(text)) == 2
+    trained = [name for name, p in both.named_parameters() if p.requires_grad]
+    assert trained and not [n for n in trained if "language_model" not in n]
+
+
+def test_a_target_that_stands_in_the_vision_tower_alone_is_refused() -> None:
+    for targets in (["fc1"], ["q_proj", "out_proj"]):
+        with pytest.raises(ConfigError, match=r"method\.targets: the model has no module"):
+            methods.apply(gemma3(images=True), MethodConfig(kind="lora", targets=targets))
