@@ -7,6 +7,7 @@ of stacked experts those that a token is sent to. Padding and recomputation are 
 arXiv 2204.02311, app. B).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,14 @@ from torch import nn
 
 from tuneloom.train.text import causal_of, modules_aside
 
-# Dense bf16 TFLOP/s, vendor data sheets, without sparsity.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
-               "L4": 121,
-               "B200": 2250, "GB200": 2500, "4090": 165, "3090": 71, "V100": 125}  # fmt: skip
+# Dense bf16 TFLOP/s (V100: fp16), vendor data sheets, without sparsity. Keys are words of the names
+# that CUDA gives; what shares a chip at other clocks has a key of its own.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "GH200": 989.4, "H200": 989.4, "H200 NVL": 835.5,
+    "H100": 989.4, "H100 PCIe": 756, "H100 NVL": 835.5, "H800": 989.4, "H800 PCIe": 756,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71,
+    "V100": 125,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,5 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for key, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0])):
-        if key in name:
-            return tflops * 1e12
-    return None
+    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None

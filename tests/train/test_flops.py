@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
 
 from tuneloom.errors import ConfigError
 from tuneloom.train import method as methods
 from tuneloom.train.config import MethodConfig
-from tuneloom.train.flops import Shape, shape_of
+from tuneloom.train.flops import Shape, peak_flops, shape_of
 from tuneloom.train.text import decoder_layers
 
 SIZES: dict[str, Any] = {
@@ -83,3 +84,21 @@ def test_a_target_that_stands_in_the_vision_tower_alone_is_refused() -> None:
     for targets in (["fc1"], ["q_proj", "out_proj"]):
         with pytest.raises(ConfigError, match=r"method\.targets: the model has no module"):
             methods.apply(gemma3(images=True), MethodConfig(kind="lora", targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4), ("NVIDIA H200 NVL", 835.5), ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
+        ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA H20", None),
+    ],
+)  # fmt: skip
+def test_a_gpus_peak_is_that_of_its_own_data_sheet(
+    monkeypatch: pytest.MonkeyPatch, name: str, tflops: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None
