@@ -13,14 +13,16 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tuneloom.errors import ConfigError
 
@@ -56,6 +58,8 @@ class Flash:
     """Compute capabilities that it is taken on."""
     widest: int
     """Head."""
+    multiple: int = 8
+    """Head widths that it takes; flash-attn 2 pads the others itself."""
 
 
 # The newest that has kernels of its own for the GPU first. flash-attn 2 ships a `flash_attn.cute`,
@@ -64,7 +68,7 @@ class Flash:
 GENERATIONS = (
     Flash("flash-attn-4", "flash_attn.cute", (10, 11), 128),
     Flash("flash-attn-3", "flash_attn_interface", (9,), 256),
-    Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12), 256),
+    Flash("flash-attn", "flash_attn", (8, 9, 10, 11, 12), 256, multiple=1),
 )
 
 
@@ -79,6 +83,7 @@ def flash(head_dim: int) -> Flash | None:
             for generation in GENERATIONS
             if major in generation.majors
             and head_dim <= generation.widest
+            and head_dim % generation.multiple == 0
             and version(generation.distribution)
         ),
         None,
@@ -144,6 +149,8 @@ def _lacks_varlen(dtype: torch.dtype, head_dim: int, softcap: float | None) -> s
         return lack
     if not has_varlen():
         return f"needs torch 2.12 (this is {torch.__version__})"
+    if head_dim % 8:
+        return "needs heads whose width 8 divides"
     return "cannot soft-cap logits" if softcap else None
 
 
@@ -249,7 +256,7 @@ def attend(
     plain = functools.partial(_sdpa if backend == "sdpa" else _eager, dropout)
     if cu_seqlens is None:
         return plain(query, key, value, scale, window, softcap).transpose(1, 2)
-    return _by_document(query, key, value, cu_seqlens, max_length, scale, window, softcap, plain)
+    return _by_document(query, key, value, cu_seqlens, scale, window, softcap, plain)
 
 
 def _fused_varlen(
@@ -293,33 +300,75 @@ def _flash(
 
 
 def _by_document(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int | None,
-    scale: float | None, window: int | None, softcap: float | None, plain: Any,
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None,
+    window: int | None, softcap: float | None, plain: Any,
 ) -> Tensor:  # fmt: skip
-    """Unpack (1, H, T, C) into (N, H, L, C) padded documents, attend causally, pack again.
-
-    Costs N * L^2 in place of the T^2 of a block mask: a pack of 16 documents of 64 tokens is 16
-    times less.
+    """Unpack (1, H, T, C) into groups of (N, H, L, C) padded documents, attend causally, pack
+    again; padding behind the last document attends to nothing.
     """
-    starts = cu_seqlens[:-1].long()  # (N,)
-    lengths = cu_seqlens[1:].long() - starts  # (N,)
-    longest = max_length if max_length is not None else int(lengths.max())
-    steps = torch.arange(longest, device=query.device)
-    index = starts[:, None] + steps  # (N, L)
-    real = steps < lengths[:, None]
-    gather = index.clamp(max=query.shape[2] - 1).flatten()  # (N * L,)
+    layout = LAYOUTS.get(cu_seqlens)
+    if layout is None:
+        layout = LAYOUTS[cu_seqlens] = _layout(cu_seqlens.tolist(), query.device)
+    tokens, rows = query.shape[2], []
+    for longest, gather in layout.groups:
 
-    def unpack(t: Tensor) -> Tensor:  # (1, H, T, C) -> (N, H, L, C)
-        return (
-            t[0].index_select(1, gather).view(t.shape[1], -1, longest, t.shape[3]).transpose(0, 1)
-        )
+        def unpack(t: Tensor, gather: Tensor = gather, longest: int = longest) -> Tensor:
+            """(1, H, T, C) -> (N, H, L, C)"""
+            taken = t[0].index_select(1, gather)
+            return taken.view(t.shape[1], -1, longest, t.shape[3]).transpose(0, 1)
 
-    out = plain(unpack(query), unpack(key), unpack(value), scale, window, softcap)  # (N, H, L, C)
-    packed = out.transpose(1, 2)[real]  # (T', H, C), T' = tokens in documents
-    rest = query.shape[2] - packed.shape[0]
-    if rest:  # padding behind the last document attends to nothing
-        packed = F.pad(packed, (0, 0, 0, 0, 0, rest))
-    return packed[None]
+        attended = plain(unpack(query), unpack(key), unpack(value), scale, window, softcap)
+        rows.append(attended.transpose(1, 2).flatten(0, 1))  # (N * L, H, C)
+    padded = rows[0] if len(rows) == 1 else torch.cat(rows)
+    packed = padded.index_select(0, layout.back)  # (T', H, C), T' = tokens in documents
+    rest = tokens - packed.shape[0]
+    return (F.pad(packed, (0, 0, 0, 0, 0, rest)) if rest else packed)[None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A pack's documents as groups of padded ones, on the device that attends to them."""
+
+    groups: list[tuple[int, Tensor]]
+    """L, and (N * L,) int64: each document's tokens, then those behind it, which none sees."""
+    back: Tensor
+    """(T',) int64: of each token in documents, the row of all groups' that is its own."""
+
+
+LAYOUTS: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
+"""Of the packs that live, by their cu_seqlens, which nobody writes to: all layers of a pack share
+one, and a GPU is waited for once a pack, since the documents' lengths decide the shapes."""
+
+
+def _layout(bounds: list[int], device: torch.device) -> Layout:
+    """Of documents with these offsets."""
+    groups, own, row = [], {}, 0
+    for group in _alike(bounds):
+        starts, lengths = (torch.tensor(each)[:, None] for each in zip(*group, strict=True))
+        longest = max(1, int(lengths.max()))  # a pack without documents keeps its graph
+        index = (starts + torch.arange(longest)).clamp(max=max(0, bounds[-1] - 1))  # (N, L)
+        groups.append((longest, index.flatten().to(device)))
+        for start, length in group:
+            own[start] = torch.arange(row, row + length)
+            row += longest
+    back = torch.cat([own[start] for start in sorted(own)])
+    return Layout(groups, back.to(device))
+
+
+def _alike(bounds: list[int]) -> list[list[tuple[int, int]]]:
+    """Starts and lengths of the documents in groups that, padded, have at most twice their tokens:
+    one group where that will do, else each of documents longer than half of its longest.
+    """
+    spans = [(start, stop - start) for start, stop in itertools.pairwise(bounds) if stop > start]
+    longest = max((length for _, length in spans), default=0)
+    if len(spans) * longest <= 2 * bounds[-1]:
+        return [spans or [(0, 0)]]
+    groups: list[list[tuple[int, int]]] = []
+    for span in sorted(spans, key=lambda span: -span[1]):
+        if not groups or 2 * span[1] <= groups[-1][0][1]:
+            groups.append([])
+        groups[-1].append(span)
+    return groups
 
 
 def _sdpa(

@@ -1,14 +1,14 @@
 """Block-augmented LoRA: linears that share an input, and their adapters, as one matrix product.
 
     M = [[W_1, s_1 B_1, 0], [W_2, 0, s_2 B_2], [A_1, 0, 0], [A_2, 0, 0]]    (O + R, D + R)
-    S = x A^T, written into the spare columns of x's buffer:    [y_1 | y_2] = [x | S] M[:O]^T
-    dS = dy (sB), written into dy's spare columns:              dx = [dy | dS] M[:, :D]
+    S = x A^T, in the spare columns of a copy of x:    [y_1 | y_2] = [x | S] M[:O]^T
+    dS = dy (sB), in those of a copy of the dy_i:      dx = [dy | dS] M[:, :D]
     dA_i = dS_i^T x    dB_i = s_i dy_i^T S_i
 
-One library product forward and one for dx, for q, k and v together as for gate and up; no second
-pass over y or dx, which is what adapters cost elsewhere (K1 of the anchors: 188 KiB a token and
-layer of side traffic against 848 in Unsloth and 1,900 in PEFT, from reading their code). R, the sum
-of ranks, is padded to a multiple of 64 so that rows stay 128-byte aligned.
+One large library product forward and one for dx, for q, k and v together as for gate and up, and
+no second pass over y or dx, which is what adapters cost elsewhere; a pass over x and one over dy,
+their copies, are the price. R, the sum of ranks, is padded to a multiple of 64 so that rows stay
+128-byte aligned.
 
 `augment(model)` lays the frozen weights of every patched layer out so: W_i becomes a view into M,
 so the weight is held once. `separate(model)` gives each weight its own memory back, which saving

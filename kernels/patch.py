@@ -47,7 +47,10 @@ NORMS = {f"{family}RMSNorm": 1.0 if family in GEMMA else 0.0 for family in FAMIL
 MLPS = {f"{family}MLP" for family in FAMILIES}
 EXPERTS = {f"{family}Experts" for family in MOE}
 ATTENTIONS = {f"{family}Attention" for family in (*FAMILIES, "Phi")}
-HEADS = {f"{family}ForCausalLM" for family in (*FAMILIES, "Phi")}
+HEADS = {
+    *(f"{family}ForCausalLM" for family in (*FAMILIES, "Phi")),
+    "Gemma3ForConditionalGeneration",
+}
 LAYERS = {f"{family}DecoderLayer" for family in LLAMA_LIKE}
 
 # transformers' activation modules and functions, by the name in its configs.
@@ -87,7 +90,21 @@ def patch(model: nn.Module) -> Patched:
             "model.kernels: no module of %s is known to kernels/patch.py; it runs unpatched",
             type(model).__name__,
         )
+    elif not any(type(module).__name__ in HEADS for module in model.modules()):
+        _say_head(model, patched)
     return patched
+
+
+def _say_head(model: Any, patched: Patched) -> None:
+    """Report a head that nothing here knows, under the name of its model."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return
+    patched.count(model, "unpatched")
+    logging.getLogger(__name__).warning(
+        "model.kernels: the head of %s is not known to kernels/patch.py; its loss is taken from "
+        "logits",
+        type(model).__name__,
+    )
 
 
 def patch_head(model: nn.Module) -> bool:

@@ -78,18 +78,17 @@ def normalise(
     offset: float,
     *,
     residual: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s, r) of contiguous x, outside autograd; `out`: (rows, D) with any row stride for y."""
+    """(y, s, r) of contiguous x, outside autograd."""
     width = x.shape[-1]
     rows = x.numel() // width
-    y = torch.empty_like(x) if out is None else out
+    y = torch.empty_like(x)
     if not runs_triton(x):
         total = x if residual is None else x + residual
         accurate = total.to(plain_dtype(x.dtype))
         scale = torch.rsqrt(accurate.square().mean(-1) + eps)  # (...,)
         result = accurate * scale.unsqueeze(-1) * (offset + weight.to(accurate.dtype))
-        y.copy_(result.view(y.shape))
+        y.copy_(result)
         return y, total, scale.reshape(rows)
     total = x if residual is None else torch.empty_like(x)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -97,7 +96,7 @@ def normalise(
     tile_rows = min(16, max(1, TILE // block))
     _forward_kernel[(-(-rows // tile_rows),)](
         x, residual, weight, y, total, scale,
-        rows, width, y.stride(-2) if y.dim() > 1 else width, eps, offset,
+        rows, width, eps, offset,
         RESIDUAL=residual is not None, ROWS=tile_rows, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return y, total, scale
@@ -169,12 +168,11 @@ def _forward_kernel(
     x: tl.tensor,  # (rows, width)
     residual: tl.tensor,  # (rows, width) or None
     weight: tl.tensor,  # (width,)
-    y: tl.tensor,  # (rows, width), row stride `y_stride`
+    y: tl.tensor,  # (rows, width)
     total: tl.tensor,  # (rows, width); written only with a residual
     scale: tl.tensor,  # (rows,) fp32
     rows: tl.tensor,
     width: tl.tensor,
-    y_stride: tl.tensor,
     eps: tl.tensor,
     offset: tl.tensor,
     RESIDUAL: tl.constexpr,
@@ -195,7 +193,7 @@ def _forward_kernel(
                 tl.store(total + row * width + column, rounded, mask=inside)
                 s = rounded.to(tl.float32)
             r = tl.rsqrt(tl.sum(s * s, 0) / width + eps)
-            tl.store(y + row * y_stride + column, (s * r * w).to(y.dtype.element_ty), mask=inside)
+            tl.store(y + row * width + column, (s * r * w).to(y.dtype.element_ty), mask=inside)
             tl.store(scale + row, r)
 
 

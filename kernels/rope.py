@@ -6,9 +6,7 @@
 q: (B, H, T, C), k: (B, K, T, C) fp32, bf16, fp16, any strides with the last one 1; cos, sin:
 (B or 1, T, R), R <= C, whose second half repeats the first, as transformers builds them; columns
 from R on pass through (Phi). Nothing but cos and sin is saved for backward. RoPE: arXiv 2104.09864.
-
-`rope` gives new tensors: the unrotated ones are kept by nobody, so nothing is lost. `rotate_` works
-in place, for a caller that owns the buffer (the fused attention block).
+The result is new tensors: the unrotated ones are kept by nobody, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -31,11 +29,6 @@ def rope(
         return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
     rotated_q, rotated_k = _Rope.apply(q, k, cos, sin)
     return rotated_q, rotated_k
-
-
-def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> None:
-    """Rotate q and k in place, outside autograd; `backward` turns the other way."""
-    _rotate(q, k, q, k, cos, sin, backward)
 
 
 class _Rope(torch.autograd.Function):
@@ -96,11 +89,9 @@ def _plain_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, backward: bo
     half = cos.shape[-1] // 2
     cos, sin = (t[..., :half].unsqueeze(1) for t in (cos, -sin if backward else sin))
     first, second = x[..., :half], x[..., half : 2 * half]
-    turned = first * cos - second * sin
+    out[..., :half] = first * cos - second * sin
     out[..., half : 2 * half] = second * cos + first * sin
-    out[..., :half] = turned
-    if out is not x:
-        out[..., 2 * half :] = x[..., 2 * half :]
+    out[..., 2 * half :] = x[..., 2 * half :]
 
 
 @jit

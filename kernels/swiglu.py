@@ -52,19 +52,17 @@ class _Gated(torch.autograd.Function):
         return dgate, dup, None
 
 
-def gate_forward(
-    gate: Tensor, up: Tensor, activation: Activation, *, out: Tensor | None = None
-) -> Tensor:
-    """h outside autograd; `out`: (rows, F) with any row stride."""
-    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+def gate_forward(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """h outside autograd."""
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if not runs_triton(gate):
         act, _ = _plain_activation(gate.to(plain_dtype(gate.dtype)), activation, slope=False)
-        h.copy_((act * up).view(h.shape))
+        h.copy_(act * up)
         return h
     gate, up = (_rows(t) for t in (gate, up))
     rows, width = gate.shape
     _forward_kernel[(rows, -(-width // BLOCK))](
-        gate, up, h, gate.stride(0), up.stride(0), _row_stride(h), width,
+        gate, up, h, gate.stride(0), up.stride(0), width,
         ACTIVATION=_CODE[activation], BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return h
@@ -73,19 +71,19 @@ def gate_forward(
 def gate_backward(
     dh: Tensor, gate: Tensor, up: Tensor, activation: Activation, dgate: Tensor, dup: Tensor
 ) -> None:
-    """Write de and dg outside autograd; they may be column ranges of one wider buffer."""
+    """Write de and dg, contiguous, outside autograd."""
     if not runs_triton(gate):
         gradient, e = dh.to(plain_dtype(dh.dtype)), gate.to(plain_dtype(gate.dtype))
         act, slope = _plain_activation(e, activation, slope=True)
         assert slope is not None
-        dgate.copy_((gradient * up * slope).view(dgate.shape))
-        dup.copy_((gradient * act).view(dup.shape))
+        dgate.copy_(gradient * up * slope)
+        dup.copy_(gradient * act)
         return
     dh, gate, up = (_rows(t) for t in (dh, gate, up))
     rows, width = gate.shape
     _backward_kernel[(rows, -(-width // BLOCK))](
         dh, gate, up, dgate, dup,
-        dh.stride(0), gate.stride(0), up.stride(0), _row_stride(dgate), _row_stride(dup), width,
+        dh.stride(0), gate.stride(0), up.stride(0), width,
         ACTIVATION=_CODE[activation], BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
@@ -112,10 +110,6 @@ def _rows(t: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _row_stride(t: Tensor) -> int:
-    return t.stride(-2) if t.dim() > 1 else t.shape[-1]
-
-
 @jit
 def _forward_kernel(
     gate: tl.tensor,  # (rows, width)
@@ -123,7 +117,6 @@ def _forward_kernel(
     h: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
-    h_stride: tl.tensor,
     width: tl.tensor,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -140,7 +133,7 @@ def _forward_kernel(
     else:
         inner = 0.7978845608028654 * (e + 0.044715 * e * e * e)
         act = e * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh(u)) = sigmoid(2 u)
-    tl.store(h + row * h_stride + column, (act * g).to(h.dtype.element_ty), mask=inside)
+    tl.store(h + row * width + column, (act * g).to(h.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -153,8 +146,6 @@ def _backward_kernel(
     dh_stride: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
-    dgate_stride: tl.tensor,
-    dup_stride: tl.tensor,
     width: tl.tensor,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -178,5 +169,5 @@ def _backward_kernel(
         slope = share + 2.0 * e * share * (1.0 - share) * steep
     de = gradient * g * slope
     dg = gradient * e * share
-    tl.store(dgate + row * dgate_stride + column, de.to(dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + row * dup_stride + column, dg.to(dup.dtype.element_ty), mask=inside)
+    tl.store(dgate + row * width + column, de.to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + row * width + column, dg.to(dup.dtype.element_ty), mask=inside)

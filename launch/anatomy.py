@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,14 +105,18 @@ def _in_tiles(config: TrainConfig, whole: Saved, tiles: int) -> Saved:
 def _whole(config: TrainConfig, *, mlps: bool = True) -> Saved:
     """Of a whole micro-batch; without `mlps` what their insides save is left out."""
     rows, length = micro_batch(config.batch)
-    backend = "eager" if config.model.attention == "eager" else "sdpa"
-    if (
-        backend == "sdpa"
-    ):  # fused kernels keep the same bytes for one long row, in the packed layout
-        rows, length = 1, rows * length
     shape, method = _key(config.model), _frozen(config.method)
     kernels, dtype = _patches(config), config.model.dtype
-    return _saved(shape, method, kernels, dtype, backend, rows, length, mlps)
+    # Fused kernels keep the same bytes for one long row, in the packed layout.
+    fused = _saved(shape, method, kernels, dtype, "sdpa", 1, rows * length, mlps)
+    if config.model.attention != "eager":
+        return fused
+    eager = _saved(shape, method, kernels, dtype, "eager", rows, length, mlps)
+    if not config.batch.packing:
+        return eager
+    # Documents just over half of the longest are padded to it: scores of twice the tokens.
+    layers = zip(eager.per_layer, fused.per_layer, strict=True)
+    return replace(eager, per_layer=tuple(2 * scores - rest for scores, rest in layers))
 
 
 def _patches(config: TrainConfig) -> Patches:
@@ -282,9 +286,9 @@ def _takes_loss(causal: Any, head: Any) -> bool:
 
 
 def _layers(network: Any) -> list[Any]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from tuneloom.train.text import decoder_layers
 
-    found = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    found = decoder_layers(network)
     if not found:
         raise ConfigError(f"model.path: {type(network).__name__} has no decoder layers to plan for")
     return found

@@ -209,7 +209,7 @@ def surely_fits(job: JobConfig, device: Device) -> bool:
     rows, length = micro_batch(job.batch)
     layer = 32 * text["hidden_size"] + 8 * text.get("intermediate_size", 0)
     if job.model.attention == "eager":
-        layer += 3 * text["num_attention_heads"] * length
+        layer += 6 * text["num_attention_heads"] * length
     batch = 4 * rows * length * (text["num_hidden_layers"] * layer + 3 * text["vocab_size"])
     context = GPU_CONTEXT if device.cuda else PROCESS
     checkpoints = 16 * parameters * (job.checkpoint.keep + 1)

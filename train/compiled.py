@@ -20,6 +20,7 @@ from tuneloom.kernels.attention import NAME
 from tuneloom.private import own_folder
 from tuneloom.train.config import ModelConfig
 from tuneloom.train.model import moe_blocks
+from tuneloom.train.text import decoder_layers
 
 SEEN: Counter[str] = Counter()
 """Compiled layer forwards since `SEEN.clear()`; effects.json is written from it."""
@@ -45,9 +46,8 @@ def install(network: nn.Module, model: ModelConfig, device: torch.device) -> int
         return 0
     from torch._dynamo import utils
     from transformers import AttentionInterface
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = decoder_layers(network)
     if not layers or moe_blocks(network):
         raise ConfigError(
             f"model.compile: {type(network).__name__} has no decoder layers of one kind, or routes "

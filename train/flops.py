@@ -7,16 +7,23 @@ of stacked experts those that a token is sent to. Padding and recomputation are 
 arXiv 2204.02311, app. B).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-# Dense bf16 TFLOP/s, vendor data sheets, without sparsity.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
-               "L4": 121,
-               "B200": 2250, "GB200": 2500, "4090": 165, "3090": 71, "V100": 125}  # fmt: skip
+from tuneloom.train.text import causal_of, modules_aside
+
+# Dense bf16 TFLOP/s (V100: fp16), vendor data sheets, without sparsity. Keys are words of the names
+# that CUDA gives; what shares a chip at other clocks has a key of its own.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "GH200": 989.4, "H200": 989.4, "H200 NVL": 835.5,
+    "H100": 989.4, "H100 PCIe": 756, "H100 NVL": 835.5, "H800": 989.4, "H800 PCIe": 756,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71,
+    "V100": 125,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Shape:
     """What the formula needs of a model."""
 
     linear: int
-    """Parameters of base linears that a token meets, head and embeddings left out."""
+    """Parameters of base linears that a token meets, head, embeddings and towers left out."""
     adapter: int
     """Trainable parameters beside the base."""
     head: int
@@ -45,12 +52,15 @@ class Shape:
 def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
     """Count parameters by the module that holds them; works on ZeRO-3 shards and NF4 weights."""
     linear = adapter = 0
-    text = _causal(network).config.get_text_config()
+    causal = causal_of(network)
+    text, other = causal.config.get_text_config(), modules_aside(network)
     experts, met = experts_of(text), getattr(text, "num_experts_per_tok", 1)
     # Of PEFT's wrapper around a module that is trained whole: that of its copy.
-    head_weight = getattr(_causal(network).get_output_embeddings(), "weight", None)
+    head_weight = getattr(causal.get_output_embeddings(), "weight", None)
     for path, module in network.named_modules():
         if isinstance(module, nn.Embedding) or "original_module" in path.split("."):
+            continue
+        if module in other:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             size = true_numel(parameter)
@@ -93,17 +103,10 @@ def true_numel(parameter: nn.Parameter) -> int:
     return int(state.shape.numel()) if state is not None else parameter.numel()
 
 
-def _causal(network: nn.Module) -> Any:
-    inner: Any = network
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-
-
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of this GPU; None where it is not known, and then no MFU is reported."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for key, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0])):
-        if key in name:
-            return tflops * 1e12
-    return None
+    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None

@@ -26,6 +26,7 @@ from tuneloom.errors import ConfigError, RefusedError
 from tuneloom.kernels import attention, jit
 from tuneloom.train.config import ModelConfig
 from tuneloom.train.model import choose_attention, moe_blocks
+from tuneloom.train.text import decoder_layers
 
 SEEN: Counter[str] = Counter()
 """Replays of a layer's forward since `SEEN.clear()`; effects.json is written from it."""
@@ -49,7 +50,7 @@ def refuse(network: nn.Module, model: ModelConfig, device: torch.device) -> None
             "follow the documents of a pack; set model.dtype=bf16 and model.attention=varlen, or "
             "model.cuda_graphs=false"
         )
-    layers = layers_of(network)
+    layers = decoder_layers(network)
     if not layers or moe_blocks(network):
         raise ConfigError(
             f"model.cuda_graphs: {type(network).__name__} has no decoder layers that are known, or "
@@ -60,13 +61,6 @@ def refuse(network: nn.Module, model: ModelConfig, device: torch.device) -> None
             f"model.cuda_graphs: the layers of {type(network).__name__} drop activations out, and "
             "the masks of a resumed run would be others; set model.cuda_graphs=false"
         )
-
-
-def layers_of(network: nn.Module) -> list[nn.Module]:
-    """Decoder layers, in the order in which they run."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 @dataclass(frozen=True)
@@ -251,7 +245,7 @@ def _rehearse(network: nn.Module, inputs: dict[str, Any]) -> tuple[list[Captured
         trained = hidden.requires_grad or any(p.requires_grad for p in layer.parameters())
         return out.detach().requires_grad_(trained)
 
-    with _listened(layers_of(network), note):
+    with _listened(decoder_layers(network), note):
         network(**inputs, logits_to_keep=1)
     assert found, "a forward pass that reached no layer"
     return found, list(buffers.values())

@@ -19,6 +19,7 @@ from tuneloom.kernels import attention
 from tuneloom.registry.digests import weight_files
 from tuneloom.train.config import MethodConfig, ModelConfig
 from tuneloom.train.offload import checkpoint_on_host
+from tuneloom.train.text import decoder_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RECOMPUTED: Counter[str] = Counter()
@@ -202,11 +203,9 @@ def checkpoint_activations(network: nn.Module, model: ModelConfig) -> int:
     """
     if model.checkpointing == "off":
         return 0
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     causal: Any = network
     causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers: list[Any] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = decoder_layers(network)
     if not layers:
         raise ConfigError(
             f"model.checkpointing: {type(network).__name__} has no layers that recompute; "

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tuneloom.errors import ConfigError
 from tuneloom.kernels.patch import MLPS, patch_head
 from tuneloom.train.config import BatchConfig, ModelConfig
+from tuneloom.train.text import decoder_layers
 
 SEEN: Counter[str] = Counter()
 """Tiled forward passes and tiles since `SEEN.clear()`; effects.json is written from it."""
@@ -29,10 +30,7 @@ def install(network: nn.Module, model: ModelConfig, batch: BatchConfig) -> int:
     """
     if model.tile_tokens is None:
         return 0
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers: list[Any] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
-    blocks = [getattr(layer, "mlp", layer) for layer in layers]
+    blocks = [getattr(layer, "mlp", layer) for layer in decoder_layers(network)]
     unknown = sorted({type(b).__name__ for b in blocks if type(b).__name__ not in MLPS})
     if unknown or not blocks or not patch_head(network):
         what = ", ".join(unknown) or type(network).__name__

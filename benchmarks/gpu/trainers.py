@@ -3,7 +3,9 @@
 One random model in a folder, the same documents, LoRA r=16 on all linears. Each contender is a
 process of its own, since Unsloth and Liger patch what they find: `benchmarks.gpu.trainers NAME
 FOLDER STEPS`. Counted are tokens of documents a second, padding left out, in steps after the first
-ones; what is done before step 1 (tokenising, packing) is not in it.
+ones; what is done before step 1 (tokenising, packing) is not in it. Each row says which attention
+ran: TRL packs on flash-attn where it is installed, else on SDPA under a mask of documents (T^2),
+beside which stands TRL without packing, whose SDPA needs no mask.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from benchmarks.gpu.timing import Plan, device
 TRL: dict[str, dict[str, Any]] = {
     "TRL, its defaults": {},
     "TRL at its best": {"packing": True, "gradient_checkpointing": False, "use_liger_kernel": True},
+    "TRL at its best, no packing": {"gradient_checkpointing": False, "use_liger_kernel": True},
     "Unsloth, its defaults": {"unsloth": "unsloth"},
     "Unsloth at its best": {"packing": True, "gradient_checkpointing": False, "unsloth": False},
 }
 """What each sets in SFTConfig; `unsloth` is its own use_gradient_checkpointing."""
 OURS = "ours"
+FLASH = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+"""transformers' names, and the modules behind them."""
 
 
 def run(plan: Plan, dry: bool) -> dict[str, Any]:
@@ -52,9 +57,11 @@ def run(plan: Plan, dry: bool) -> dict[str, Any]:
             if ran.returncode:
                 missing[name] = f"failed: {(ran.stderr.strip() or '?').splitlines()[-1][:300]}"
                 continue
-            speeds = json.loads(ran.stdout.splitlines()[-1])[plan.warm_up :]
+            said = json.loads(ran.stdout.splitlines()[-1])
+            speeds = said["speeds"][plan.warm_up :]
             rows[name] = {"tokens_per_second": round(statistics.median(speeds), 1),
-                          "range": [round(min(speeds), 1), round(max(speeds), 1)]}  # fmt: skip
+                          "range": [round(min(speeds), 1), round(max(speeds), 1)],
+                          "attention": said["attention"]}  # fmt: skip
     mine = rows.get(OURS, {}).get("tokens_per_second")
     ratios = {f"ours / {name}": round(mine / row["tokens_per_second"], 3)
               for name, row in rows.items() if mine and name != OURS}  # fmt: skip
@@ -103,9 +110,10 @@ def write_documents(path: Path, shape: Shape, *, count: int) -> None:
             file.write(json.dumps({"text": " ".join(draws.choices(words, k=size))}) + "\n")
 
 
-def ours(folder: Path, shape: Shape, steps: int) -> list[float]:
-    """Tokens a second of each step, as metrics.jsonl has them."""
+def ours(folder: Path, shape: Shape, steps: int) -> dict[str, Any]:
+    """Tokens a second of each step, as metrics.jsonl has them, and the attention that ran."""
     from tuneloom.config import build, compose
+    from tuneloom.kernels import attention
     from tuneloom.train.config import TrainConfig
     from tuneloom.train.loop import fit
 
@@ -122,10 +130,18 @@ def ours(folder: Path, shape: Shape, steps: int) -> list[float]:
     fit(build(TrainConfig, mapping))
     lines = (folder / "runs" / "ours" / "metrics.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [r["speed/tokens_per_second"] for r in rows if "speed/tokens_per_second" in r]
+    speeds = [r["speed/tokens_per_second"] for r in rows if "speed/tokens_per_second" in r]
+    return {"speeds": speeds, "attention": " ".join(attention.CALLS)}
 
 
-def theirs(name: str, folder: Path, shape: Shape, steps: int) -> list[float]:
+def attention_of(keys: dict[str, Any]) -> str:
+    """What TRL's model attends with: documents of a pack need flash-attn, or a mask."""
+    there = (name for name, module in FLASH.items() if importlib.util.find_spec(module))
+    usable = keys.get("packing") and torch.cuda.is_available()
+    return next(there, "sdpa") if usable else "sdpa"
+
+
+def theirs(name: str, folder: Path, shape: Shape, steps: int) -> dict[str, Any]:
     """The same of an SFTTrainer, with Unsloth's model where the name says so."""
     keys = dict(TRL[name])
     unsloth = keys.pop("unsloth", None)
@@ -138,11 +154,13 @@ def theirs(name: str, folder: Path, shape: Shape, steps: int) -> list[float]:
 
     if unsloth is None:
         half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=half)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "base", dtype=half, attn_implementation=attention_of(keys)
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     adapter = LoraConfig(task_type="CAUSAL_LM", r=shape.rank, lora_alpha=2 * shape.rank,
                          target_modules="all-linear")  # fmt: skip
-    if keys.get("packing"):
+    if keys:  # defaults keep TRL's own size of a batch
         keys["per_device_train_batch_size"] = shape.rows
     settings = SFTConfig(
         output_dir=str(folder / "peer"), max_steps=steps, max_length=shape.length, report_to=[],
@@ -155,7 +173,7 @@ def theirs(name: str, folder: Path, shape: Shape, steps: int) -> list[float]:
         model=model, args=settings, train_dataset=read, processing_class=tokenizer,
         peft_config=adapter if unsloth is None else None,
     )  # fmt: skip
-    return _timed(trainer)
+    return {"speeds": _timed(trainer), "attention": model.config._attn_implementation}
 
 
 def _unsloth(base: Path, shape: Shape, checkpointing: Any) -> tuple[Any, Any]:

@@ -486,6 +486,18 @@ def test_a_job_that_fits_this_machine_passes_and_a_huge_one_is_refused(lab: Path
         check(huge)
 
 
+def test_eager_scores_of_a_pack_are_counted_for_documents_padded_to_twice_their_tokens(
+    lab: Path,
+) -> None:
+    def layer(**changes: object) -> int:
+        job = local(lab, batch__max_length=128, batch__tokens=512, **changes)
+        return saved_activations(job).per_layer[0]
+
+    fused, packed = layer(), layer(model__attention="eager")
+    rows = layer(model__attention="eager", batch__packing=False, batch__sequences=4)
+    assert packed - fused == 2 * (rows - fused) > 0
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 def test_the_bound_that_spares_a_plan_is_above_the_plan(

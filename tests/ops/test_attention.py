@@ -18,6 +18,7 @@ from tuneloom.kernels.attention import attend, choose
 HEADS, KEY_HEADS, WIDTH = 6, 2, 8
 DOCUMENTS = [0, 5, 6, 6, 17, 19]  # one of a single token, one of none
 TOKENS = 22  # three of padding behind the last document
+Monkey = pytest.MonkeyPatch
 TOLERANCE = {"sdpa": 1e-12, "eager": 2e-6}
 """eager's softmax is fp32, whatever comes in."""
 
@@ -92,6 +93,68 @@ def test_the_longest_document_need_not_be_told() -> None:
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_short_documents_beside_a_long_one_are_not_padded_to_it(
+    monkeypatch: Monkey, backend: str
+) -> None:
+    sizes = [64, 40, *[3] * 100, 2, 1]
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    seen: list[int] = []
+    run = getattr(attention, f"_{backend}")
+
+    def counted(dropout: float, query: Tensor, *rest: Any) -> Tensor:
+        seen.append(query.shape[0] * query.shape[2])
+        attended: Tensor = run(dropout, query, *rest)
+        return attended
+
+    monkeypatch.setattr(attention, f"_{backend}", counted)
+    q, k, v = (torch.randn(1, h, sum(sizes), WIDTH) for h in (HEADS, KEY_HEADS, KEY_HEADS))
+    out = attend(q, k, v, backend=backend, cu_seqlens=offsets, max_length=64)
+    assert 2 < len(seen) < 7 and sum(seen) <= 2 * sum(sizes)  # padded to 64 they were 6656 of 407
+    for start, stop in itertools.pairwise(offsets.tolist()):
+        alone = attend(*(t[:, :, start:stop] for t in (q, k, v)), backend=backend)
+        torch.testing.assert_close(out[:, start:stop], alone)
+
+
+@pytest.mark.parametrize("sizes", [[64, *[3] * 100], [9, 5, 5, 9]])
+def test_the_layers_of_a_pack_share_its_layout(monkeypatch: Monkey, sizes: list[int]) -> None:
+    laid: list[list[int]] = []
+    plain = attention._layout
+    monkeypatch.setattr(
+        attention, "_layout", lambda bounds, _: laid.append(bounds) or plain(bounds, _)
+    )
+    inputs = [torch.randn(1, h, sum(sizes), WIDTH) for h in (HEADS, KEY_HEADS, KEY_HEADS)]
+    for _ in range(2):
+        offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+        for _ in range(3):
+            attend(*inputs, backend="sdpa", cu_seqlens=offsets)
+    assert len(laid) == 2
+    del offsets
+    assert not len(attention.LAYOUTS)
+
+
+def test_a_pack_of_like_documents_is_one_group_in_its_own_order(monkeypatch: Monkey) -> None:
+    sizes, seen = [5, 9, 7, 5, 9], []
+    plain = attention._sdpa
+
+    def noted(dropout: float, query: Tensor, *rest: Any) -> Tensor:
+        seen.append(query.detach())
+        return plain(dropout, query, *rest)
+
+    monkeypatch.setattr(attention, "_sdpa", noted)
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    q = torch.arange(sum(sizes), dtype=torch.float32).expand(1, HEADS, WIDTH, -1).transpose(2, 3)
+    attend(q, q, q, backend="sdpa", cu_seqlens=offsets)
+    assert len(seen) == 1 and seen[0][:, 0, 0, 0].tolist() == offsets[:-1].tolist()
+
+
+def test_a_pack_without_documents_attends_to_nothing_and_keeps_its_graph() -> None:
+    inputs = leaves(1)
+    out = attend(*inputs, backend="sdpa", cu_seqlens=torch.zeros(3, dtype=torch.int32))
+    out.sum().backward()
+    assert not out.any() and all(t.grad is not None and not t.grad.any() for t in inputs)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_share_of_attention_that_is_asked_for_is_dropped(
     backend: str, window: int | None
@@ -125,9 +188,6 @@ def test_a_model_drops_attention_out_in_training_alone(backend: str) -> None:
 def test_a_backend_that_cannot_drop_attention_out_does_not_pass_over_it(backend: str) -> None:
     with pytest.raises(ConfigError, match=rf"{backend} cannot drop attention out.*drops 0\.1"):
         attend(*leaves(1), backend=backend, dropout=0.1)
-
-
-Monkey = pytest.MonkeyPatch
 
 
 def varlen_of_torch_2_10(
@@ -168,6 +228,8 @@ TWO, THREE, FOUR = {"flash_attn": "2.8.3"}, {"flash_attn_3": "3.0.0"}, {"flash_a
         (10, TWO | THREE | FOUR, {}, "flash", "flash-attn-4 4.0.0"),
         (9, TWO, {"dropout": True}, "sdpa", "flash cannot drop attention out; varlen cannot drop"),
         (10, TWO | FOUR, {"head_dim": 256}, "flash", "flash-attn 2.8.3"),
+        (9, {}, {"head_dim": 100}, "sdpa", "varlen needs heads whose width 8 divides"),
+        (9, TWO | THREE, {"head_dim": 100}, "flash", "flash-attn 2.8.3"),
         (9, FOUR, {}, "varlen", "flash needs a flash-attn for this GPU"),
         (8, THREE, {}, "varlen", "flash needs a flash-attn for this GPU"),
     ],

@@ -130,6 +130,35 @@ def test_whole_trainers_run_and_name_those_that_cannot() -> None:
     assert all(row["range"][0] > 0 for row in found["rows"].values())
     assert found["ratios"].keys() == {"ours / TRL, its defaults"}
     assert found["not_run"].keys() == trainers.TRL.keys() - {"TRL, its defaults"}
+    assert {row["attention"] for row in found["rows"].values()} == {"sdpa"}
+
+
+@pytest.mark.parametrize("name", ["TRL at its best", "TRL at its best, no packing"])
+def test_trl_at_its_best_runs_without_flash_attn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    keys = trainers.TRL[name] | {"use_liger_kernel": False}  # Liger needs a GPU
+    monkeypatch.setitem(trainers.TRL, name, keys)
+    trainers.write_model(tmp_path / "base", lora_step.TINY)
+    trainers.write_documents(tmp_path / "rows.jsonl", lora_step.TINY, count=64)
+    found = trainers.theirs(name, tmp_path, lora_step.TINY, 2)
+    assert len(found["speeds"]) == 2 and min(found["speeds"]) > 0
+    assert found["attention"] == "sdpa"
+
+
+def test_trl_packs_on_the_newest_flash_attn_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there: set[str] = set()
+    monkeypatch.setattr(trainers.importlib.util, "find_spec", lambda name: name in there)
+    packed = {"packing": True}
+    assert trainers.attention_of(packed) == "sdpa"
+    there.add("flash_attn")
+    assert trainers.attention_of(packed) == "flash_attention_2"
+    there.add("flash_attn_interface")
+    assert trainers.attention_of(packed) == "flash_attention_3"
+    assert trainers.attention_of({}) == "sdpa"
 
 
 def test_what_has_a_result_of_this_commit_is_not_run_again(

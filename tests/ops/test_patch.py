@@ -123,6 +123,36 @@ def test_another_model_in_the_process_keeps_its_own_code() -> None:
     assert not any("forward" in module.__dict__ for module in tiny("Llama").modules())
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+def test_the_head_of_a_model_that_takes_images_too_gives_the_loss() -> None:
+    config = transformers.Gemma3Config(text_config=GEMMA, vision_config=VISION)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = copy.deepcopy(model)
+    report = patch(model).report
+    assert report["Gemma3ForConditionalGeneration"] == {"linear_cross_entropy": 1}
+    CALLS.clear()
+    same(model, plain)
+    with loss_from_head(model, ids().flatten()) as fused:
+        loss = model(input_ids=ids()).logits
+    assert fused and CALLS["linear_cross_entropy"] == 1
+    logits = plain(input_ids=ids()).logits.flatten(0, 1)
+    torch.testing.assert_close(
+        loss, functional.cross_entropy(logits, ids().flatten(), reduction="sum")
+    )
+
+
+def test_a_head_that_is_not_known_is_said_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    class LlamaForTwo(transformers.LlamaForCausalLM):
+        pass
+
+    report = patch(LlamaForTwo(transformers.LlamaConfig(**SIZES))).report
+    assert report["LlamaForTwo"] == {"unpatched": 1} and report["LlamaMLP"] == {"gated": 2}
+    assert "the head of LlamaForTwo is not known" in caplog.text
+
+
 def test_an_unknown_model_runs_unpatched_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=61)
     model = transformers.GPT2LMHeadModel(config).eval()

@@ -76,11 +76,11 @@ def _graphed(function: Callable[..., Tensor], static: tuple[Tensor, ...]) -> Any
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int | None,
-    scale: float | None, window: int | None, softcap: float | None, plain: Any,
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None,
+    window: int | None, softcap: float | None, plain: Any,
 ) -> Tensor:  # fmt: skip
     """Attention under a (T, T) mask made from cu_seqlens on the device, of one shape always."""
-    assert max_length is not None and window is None and softcap is None
+    assert window is None and softcap is None
     at = torch.arange(query.shape[2], device=query.device)
     document = torch.searchsorted(cu_seqlens, at, right=True)
     seen = (document[:, None] == document) & (at[:, None] >= at)  # (T, T)

@@ -2,9 +2,14 @@
 
 from typing import Any
 
+import pytest
+import torch
+
+from tuneloom.errors import ConfigError
 from tuneloom.train import method as methods
 from tuneloom.train.config import MethodConfig
-from tuneloom.train.flops import Shape, shape_of
+from tuneloom.train.flops import Shape, peak_flops, shape_of
+from tuneloom.train.text import decoder_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -53,3 +58,47 @@ def test_a_module_that_is_trained_whole_counts_once_and_its_frozen_original_neve
     own = 4 * (48 + 32)  # the adapter of that projection, which the copy goes without
     assert down.linear == plain.linear - 2 * 32 * 48
     assert down.adapter == plain.adapter + 2 * (32 * 48 - own)
+
+
+def gemma3(*, images: bool) -> Any:
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig
+
+    text = SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    return AutoModelForCausalLM.from_config(config if images else Gemma3TextConfig(**text))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_vision_tower_beside_the_language_model_is_neither_counted_nor_trained(kind: Any) -> None:
+    method = MethodConfig(kind=kind, rank=4)
+    both, text = (methods.apply(gemma3(images=images), method) for images in (True, False))
+    assert shape_of(both, frozen=kind == "lora") == shape_of(text, frozen=kind == "lora")
+    assert len(decoder_layers(both)) == len(decoder_layers(text)) == 2
+    trained = [name for name, p in both.named_parameters() if p.requires_grad]
+    assert trained and not [n for n in trained if "language_model" not in n]
+
+
+def test_a_target_that_stands_in_the_vision_tower_alone_is_refused() -> None:
+    for targets in (["fc1"], ["q_proj", "out_proj"]):
+        with pytest.raises(ConfigError, match=r"method\.targets: the model has no module"):
+            methods.apply(gemma3(images=True), MethodConfig(kind="lora", targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4), ("NVIDIA H200 NVL", 835.5), ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
+        ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA H20", None),
+    ],
+)  # fmt: skip
+def test_a_gpus_peak_is_that_of_its_own_data_sheet(
+    monkeypatch: pytest.MonkeyPatch, name: str, tflops: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None

@@ -198,3 +198,34 @@ def test_mixture_of_experts_blocks_are_found_for_zero_3() -> None:
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     assert [kind.__name__ for kind in moe_blocks(MixtralForCausalLM(config))] != []
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_beside_a_vision_tower_the_language_model_alone_is_trained(
+    lab: Path, one: Gang, tmp_path: Path, kind: str
+) -> None:
+    import transformers
+
+    tiny_model(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_bytes((lab / "rows.jsonl").read_bytes())
+    sizes = json.loads((tmp_path / "base" / "config.json").read_text())
+    text = {key: sizes[key] for key in ("vocab_size", "hidden_size", "num_attention_heads")}
+    text |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 1,
+             "head_dim": 16, "query_pre_attn_scalar": 16}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    asked = {"method__kind": kind, "model__kernels": True, "optim__weight_decay": 0.1}
+    one.fit(small_config(tmp_path, kind, **asked))
+    losses = metrics(tmp_path, kind)
+    assert losses[-1] < losses[0]
+    found = json.loads((tmp_path / "runs" / kind / "effects.json").read_text())
+    assert found["kernels"]["Gemma3ForConditionalGeneration"] == {"linear_cross_entropy": 1}
+    assert receipts(tmp_path, kind)[f"method={kind}"]["without_gradient"] == []
+    (file,) = (tmp_path / "runs" / kind / "weights").glob("*.safetensors")
+    after, before = load_file(file), load_file(tmp_path / "base" / "model.safetensors")
+    assert not [name for name in after if "lora" in name and "language_model" not in name]
+    if kind == "full":
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved and not [name for name in moved if "language_model" not in name]
