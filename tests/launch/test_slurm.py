@@ -459,7 +459,8 @@ def test_a_job_that_ignores_its_time_limit_is_killed_and_the_command_ends_with_5
     monkeypatch.setenv("SLURM_CONF", bed.environment()["SLURM_CONF"])
     assert follow(job, tmp_path) == 5
     assert bed.job(job)["ExitCode"] == "0:9"
-    assert f"job {job} is TIMEOUT; {tmp_path}/run.json says nothing of it" in capsys.readouterr().out
+    said = f"job {job} is TIMEOUT; {tmp_path}/run.json says nothing of it, exit 5"
+    assert said in capsys.readouterr().out
 
 
 def image(folder: Path, *, shown: list[Path]) -> Path:
