@@ -25,6 +25,7 @@ from pydantic import Field
 from tuneloom.config import Config
 from tuneloom.errors import REFUSED
 from tuneloom.launch import machine
+from tuneloom.train import shm
 
 Verdict = Literal["ok", "note", "broken"]
 SHARED_MEMORY = 2 * 2**30
@@ -197,11 +198,11 @@ def nvcc(*, cuda: bool) -> Line:
     return Line("nvcc", "ok", release.group(1) if release else path)
 
 
-def shared_memory(path: str = "/dev/shm") -> Line:
+def shared_memory() -> Line:
     """Ranks and Ray exchange data there."""
-    if not Path(path).is_dir():
-        return Line("shared memory", "broken", f"no {path}", "mount a tmpfs there")
-    total = shutil.disk_usage(path).total
+    if not shm.ROOT.is_dir():
+        return Line("shared memory", "broken", f"no {shm.ROOT}", "mount a tmpfs there")
+    total = shutil.disk_usage(shm.ROOT).total
     size = f"{total / machine.GIB:.1f} GiB"
     if total < SHARED_MEMORY:
         return Line("shared memory", "note", size, "Ray falls back to disk; run with --shm-size=8g")

@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,7 +39,8 @@ REPORT = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
 HEADER = """\
 # What a fault costs
 
-Measured by `python -m tuneloom.launch.drill` on {machine}, shared with other
+Measured by `python -m tuneloom.launch.drill` on {machine}
+where a row names no other, shared with other
 work: a tiny Llama, LoRA, ZeRO-2, two gloo ranks, {steps} steps, a checkpoint every {every}, where
 the row says nothing else (F8: 30 steps; F16: 3,000). They run under `launch=local`; as bare
 processes, as torchrun starts them, under F8, F10, F11, F13, F14, the clock of F20 and the rows of
@@ -114,15 +116,25 @@ def drill(names: list[str], seed: int) -> Iterator[Figures]:
 
 
 def book(out: Path, figure: Figures, seed: int) -> None:
-    """Put a figure in place of the last one of its kind, beside the table and in it."""
+    """Put a figure in place of the last one of its kind and seed, beside the table and in it."""
     store = out.with_suffix(".json")
     kept: list[dict[str, Any]] = json.loads(store.read_text("utf-8")) if store.exists() else []
-    kept = [k for k in kept if (k["fault"], kind(k["what"])) != (figure.fault, kind(figure.what))]
-    date = time.strftime("%d %b %Y %H:%M", time.gmtime())
-    kept.append({**asdict(figure), "seed": seed, "date": date})
-    kept.sort(key=lambda k: (int(k["fault"][1:]), k["what"]))
+    new = {**asdict(figure), "seed": seed, "machine": this_machine(),
+           "date": time.strftime("%d %b %Y %H:%M", time.gmtime())}  # fmt: skip
+    kept = [k for k in kept if identity(k) != identity(new)] + [new]
+    kept.sort(key=lambda k: (int(k["fault"][1:]), kind(k["what"]), k["seed"]))
     store.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     out.write_text(table(kept), encoding="utf-8")
+
+
+def this_machine() -> str:
+    """As a row names it."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+
+
+def identity(k: dict[str, Any]) -> tuple[str, str, int]:
+    """Rows that share it are of the same fault, struck alike."""
+    return k["fault"], kind(k["what"]), k["seed"]
 
 
 def kind(what: str) -> str:
@@ -132,13 +144,14 @@ def kind(what: str) -> str:
 
 def table(kept: list[dict[str, Any]]) -> str:
     """docs/faults.md."""
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    machine = Counter(k["machine"] for k in kept).most_common(1)[0][0]
     head = HEADER.format(machine=machine, steps=STEPS, every=EVERY)
     bars = ", ".join(f"{fault} {seconds:.0f}" for fault, seconds in MOST_SECONDS.items())
     foot = FOOTER.format(most=EVERY - 1, every=EVERY, twice=2 * EVERY - 1, bars=bars)
     struck = {k["fault"] + counted for k in kept for counted in ("", _times(k["what"]))}
     absent = ", ".join(name for name in FAULTS if re.sub(r"x\d+", "x", name) not in struck)
-    return head + "".join(map(row, kept)) + foot + (f"\nNo row yet: {absent}.\n" if absent else "")
+    rows = "".join(row(k, machine) for k in kept)
+    return head + rows + foot + (f"\nNo row yet: {absent}.\n" if absent else "")
 
 
 def _times(what: str) -> str:
@@ -146,12 +159,13 @@ def _times(what: str) -> str:
     return "x" if re.search(r"\d of \d", what) else ""
 
 
-def row(k: dict[str, Any]) -> str:
-    """One line of the table."""
+def row(k: dict[str, Any], most: str) -> str:
+    """One line of the table, which names a machine that is not that of most."""
+    what = k["what"] + ("" if k["machine"] == most else f" (on {k['machine']})")
     lost = "" if k["steps_lost"] is None else k["steps_lost"]
     seconds = "" if k["seconds"] is None else f"{k['seconds']:.1f}"
     held = k["held"] and in_time(k["fault"], k["seconds"])
-    cells = [k["fault"], k["what"], k["exit_codes"], lost, seconds, k["differing_bits"],
+    cells = [k["fault"], what, k["exit_codes"], lost, seconds, k["differing_bits"],
              k["samples_off"], k["orphans"], "held" if held else "**missed**", k["seed"],
              k["date"]]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |\n"

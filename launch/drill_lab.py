@@ -22,6 +22,7 @@ from tuneloom.errors import TrainingError
 STEPS, EVERY = 120, 10
 """Ranks outlive their driver by 2 s, in which this model takes 17 to 40 steps (measured)."""
 PATIENCE = 400.0
+ENDING_SECONDS = 10.0
 TAIL_BYTES = 16_384
 MOST_LOST = {"F2": EVERY, "F5": 0, "F6": EVERY, "F7": 2 * EVERY - 1, "F18": 0, "F19": 3 * EVERY}
 """Steps that a fault may cost; the others at most what was done since the last save."""
@@ -170,9 +171,9 @@ class Lab:
             "launch.workers=2",
         ]  # fmt: skip
 
-    def orphans(self, after: float = 10.0) -> int:
-        """Processes of drilled runs that live `after` seconds from now; ends as none does."""
-        deadline = time.monotonic() + after
+    def orphans(self) -> int:
+        """Processes of drilled runs that live ENDING_SECONDS from now; ends as none does."""
+        deadline = time.monotonic() + ENDING_SECONDS
         while (left := standing_in(self.folder)) and time.monotonic() < deadline:
             time.sleep(0.1)
         return len(left)

@@ -67,7 +67,9 @@ class Hosts:
 
     def start(self, host: str) -> None:
         """Start Ray there: the head on `a`, a node that joins it on `b`."""
-        role = ["--head", f"--port={PORT}", "--include-dashboard=false"]
+        # A folder of its own: by the one in /tmp `ray start` takes other hosts' head for this one.
+        role = ["--head", f"--port={PORT}", "--include-dashboard=false",
+                f"--temp-dir={self.folder}/ray"]  # fmt: skip
         if host != "a":
             role = [f"--address={ADDRESSES['a']}:{PORT}"]
         with (self.folder / f"{host}.log").open("ab") as log:

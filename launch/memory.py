@@ -286,5 +286,15 @@ def checkpoint_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
     return BYTES[config.model.dtype] * anatomy.trainable + optimizer_bytes(config, anatomy)
 
 
+def best_bytes(config: TrainConfig, anatomy: Anatomy) -> int:
+    """Weights of the best validation so far, and of a better one while it is written; adapters in
+    fp32.
+    """
+    if config.train.patience == 0:
+        return 0
+    full = config.method.kind == "full"
+    return 2 * (BYTES[config.model.dtype] * anatomy.base if full else _fp32(anatomy.trainable))
+
+
 def _fp32(elements: int) -> int:
     return 4 * elements

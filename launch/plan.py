@@ -30,6 +30,7 @@ from tuneloom.launch.memory import (
     PROCESS,
     USABLE,
     Memory,
+    best_bytes,
     checkpoint_bytes,
     forecast,
 )
@@ -103,10 +104,12 @@ class Plan:
     speed: Speed | None
     checkpoint: int
     checkpoints: int
-    """Bytes on disk when most are there: those kept, and the one being written."""
+    """Bytes on disk when most are there: those kept, the one being written, and `best`."""
+    best: int
+    """Bytes of the best validation's weights (`train.patience`), twice while better ones come."""
     free_disk: int
     held_disk: int
-    """Bytes of those of this run that are there already."""
+    """Bytes of both of this run that are there already."""
     problems: list[str]
     advice: list[str]
 
@@ -137,7 +140,7 @@ def plan(
     config, ranks = training_of(job), ranks_of(job)
     device = device or device_of(job, target)
     parts, memory = _memory(job, device)
-    checkpoint = checkpoint_bytes(config, parts)
+    checkpoint, best = checkpoint_bytes(config, parts), best_bytes(config, parts)
     result = Plan(
         device=device,
         ranks=ranks,
@@ -148,7 +151,8 @@ def plan(
         workload=workload(config, ranks=ranks),
         speed=speed(config, given=target.tokens_per_second, ranks=ranks, device=device.name),
         checkpoint=checkpoint,
-        checkpoints=checkpoint * (config.checkpoint.keep + 1),
+        checkpoints=checkpoint * (config.checkpoint.keep + 1) + best,
+        best=best,
         free_disk=machine.free_disk(config.run.root),
         held_disk=held_disk(config),
         problems=[],
@@ -159,12 +163,13 @@ def plan(
 
 
 def held_disk(config: TrainConfig) -> int:
-    """Bytes of the checkpoints that earlier starts of this run left, which new ones take the place
-    of.
+    """Bytes of the checkpoints and best weights that earlier starts of this run left, which new
+    ones take the place of.
     """
     if config.run.id is None:
         return 0
-    files = (folder_of(config) / "checkpoints").glob("step-*/**/*")
+    folder = folder_of(config)
+    files = [*folder.glob("checkpoints/step-*/**/*"), *folder.glob("best-step-*/**/*")]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -212,7 +217,7 @@ def surely_fits(job: JobConfig, device: Device) -> bool:
         layer += 6 * text["num_attention_heads"] * length
     batch = 4 * rows * length * (text["num_hidden_layers"] * layer + 3 * text["vocab_size"])
     context = GPU_CONTEXT if device.cuda else PROCESS
-    checkpoints = 16 * parameters * (job.checkpoint.keep + 1)
+    checkpoints = 16 * parameters * (job.checkpoint.keep + (2 if job.train.patience else 1))
     fits = 48 * parameters + batch + context < device.bytes / 2
     return fits and checkpoints < machine.free_disk(job.run.root) / 2
 
@@ -293,11 +298,12 @@ def problems(job: JobConfig, result: Plan) -> list[str]:
         )
     if job.model.dtype == "fp16" and not result.device.cuda:
         found.append("model.dtype: fp16 needs a GPU; set model.dtype=bf16 or fp32")
-    held = min(result.held_disk, result.checkpoint * job.checkpoint.keep)
+    held = min(result.held_disk, result.checkpoint * job.checkpoint.keep + result.best // 2)
     if result.device.here and result.checkpoints - held > result.free_disk:
         there = f" beside the {gib(held)} of this run's own" if held else ""
+        best = ", with the best validation's weights," if result.best else ""
         found.append(
-            f"run.root: {job.checkpoint.keep} checkpoints and the one being written take "
+            f"run.root: {job.checkpoint.keep} checkpoints and the one being written{best} take "
             f"{gib(result.checkpoints)}, the disk has {gib(result.free_disk)} free{there}; lower "
             "checkpoint.keep, free some, or point run.root elsewhere"
         )

@@ -58,11 +58,12 @@ def facts(result: Plan) -> list[tuple[str, str]]:
     total = "unknown" if work.tokens is None else f"{work.tokens:,}"
     steps = "unknown" if work.steps is None else f"{work.steps:,}"
     where = "of disk free" if result.device.here else "free on this machine's disk"
+    best = f", {gib(result.best)} of it the best validation's weights" if result.best else ""
     lines = [
         ("data", f"{rows} rows{mean} ({work.why})"),
         ("run", f"{steps} steps of {work.tokens_per_step:,} tokens; {total} in all"),
         ("traffic", f"{result.traffic.this / 1e9:.2f} GB a step and rank"),
-        ("checkpoint", f"{gib(result.checkpoint)} each, {gib(result.checkpoints)} at most; "
+        ("checkpoint", f"{gib(result.checkpoint)} each, {gib(result.checkpoints)} at most{best}; "
                        f"{gib(result.free_disk)} {where}"),
         ("time", _time(result)),
     ]  # fmt: skip

@@ -32,6 +32,7 @@ LINK_FLOOR_SECONDS = 0.005
 PATIENCE_SECONDS = 60.0
 """For everything that all ranks are asked, together."""
 CLEARING_SECONDS = 2.0
+MESSAGES = 5
 GPU_QUERY = ("name", "ecc.errors.uncorrected.volatile.total")
 
 
@@ -143,9 +144,9 @@ def nvidia_smi(query: str) -> list[str]:
     )
 
 
-def links(*, timeout_seconds: int = 30, messages: int = 5) -> dict[str, float]:
+def links(*, timeout_seconds: int) -> dict[str, float]:
     """Join the group that the environment names; seconds for a message from the rank before this
-    one, and for an all-reduce, best of `messages`. Collective; raises RefusedError on a rank where
+    one, and for an all-reduce, best of MESSAGES. Collective; raises RefusedError on a rank where
     the sum is wrong, and gives up on a rank that does not come after `timeout_seconds`.
     """
     import torch
@@ -178,8 +179,8 @@ def links(*, timeout_seconds: int = 30, messages: int = 5) -> dict[str, float]:
         alone = world.size == 1
         return {
             "bytes": float(floats * 4),
-            "link": 0.0 if alone else _best(shift, messages, world.device),
-            "all_reduce": _best(lambda: dist.all_reduce(summed), messages, world.device),
+            "link": 0.0 if alone else _best(shift, MESSAGES, world.device),
+            "all_reduce": _best(lambda: dist.all_reduce(summed), MESSAGES, world.device),
         }
     finally:
         distributed.stop()

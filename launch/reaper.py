@@ -1,4 +1,5 @@
-"""`python -m tuneloom.launch.reaper PID [RUN]`: nothing of an embedded Ray outlives the driver PID.
+"""`python -m tuneloom.launch.reaper PID [RUN]`: nothing of an embedded Ray outlives the driver PID,
+nor what its run keeps in memory; on a cluster the PID is an actor's (`launch/keepers.py`).
 
 A driver that is killed takes its ranks with it within 4 s, but Ray's dashboard and runtime-env
 agents go on for more than 30 s (2.60.0), under names that say nothing of whose they are. So this
@@ -22,15 +23,23 @@ GRACE_SECONDS = 1.0
 """What Ray may take to end by itself; after `ray.shutdown` it has all but ended already."""
 ENDING_SECONDS = 10.0
 NOTE_SECONDS = 2.0
+HELD: list[subprocess.Popen[bytes]] = []
+"""Their standard input ends with this process."""
 
 
 def after_us(run: Path | None = None) -> None:
-    """Have what this process started reaped once it is gone, and what its run kept in memory."""
+    """Have what this process started reaped once it is gone, and what its run kept in memory.
+
+    By a grandchild, as an actor that Ray ends takes its children with it.
+    """
     folder = [] if run is None else [str(run.resolve())]
-    subprocess.Popen(
-        [sys.executable, "-m", "tuneloom.launch.reaper", str(os.getpid()), *folder],
+    shell = subprocess.Popen(
+        ["sh", "-c", 'exec 3<&0; "$@" <&3 &', "sh",
+         sys.executable, "-m", "tuneloom.launch.reaper", str(os.getpid()), *folder],
         stdin=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+    shell.wait()
+    HELD.append(shell)
 
 
 def main(driver: int, run: Path | None = None) -> int:
@@ -44,9 +53,9 @@ def main(driver: int, run: Path | None = None) -> int:
             process.kill()
         except psutil.NoSuchProcess:  # it ended by itself meanwhile
             continue
-    psutil.wait_procs(left, timeout=ENDING_SECONDS)  # or rank 0 holds the run's lock still
+    psutil.wait_procs(left, timeout=ENDING_SECONDS)
     if run is not None:
-        shm.forget_run(run)
+        shm.forget_when_ended(run)
     return 0
 
 

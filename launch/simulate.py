@@ -146,15 +146,14 @@ def traffic_bytes(work: Work, *, ranks: int, width: int = 2) -> float:
     return width * elements * (ranks - 1) / ranks
 
 
-def hidden_from(cluster: Cluster, rates: Rates, *, ranks: int, frozen: bool = False) -> float:
+def hidden_from(cluster: Cluster, rates: Rates, *, ranks: int) -> float:
     """Tokens a GPU and micro-batch from which ZeRO-3 traffic could hide, whatever the model's size.
 
     Both sides grow with the parameters: 6 T P / F against 6 P / B gives T = F / B (FSDP; DeepSpeed
     gathers up to 1e9 elements once less). A bound, reached by perfect overlap (`rates.weights` of
     0): fitted to published rows, weights are above 1.
     """
-    flops, moved = (4, 4) if frozen else (6, 6)
-    return cluster.peak * rates.matmul * moved / flops / cluster.link(ranks)
+    return cluster.peak * rates.matmul / cluster.link(ranks)
 
 
 def slowest(noise: float, ranks: int) -> float:

@@ -18,12 +18,24 @@ from typing import Any
 
 import yaml
 
-from tuneloom.errors import DONE, STOPPED, TRAINING, ConfigError, RefusedError
+from tuneloom.errors import (
+    CONFIGURATION,
+    DATA,
+    DONE,
+    GATE,
+    REFUSED,
+    STOPPED,
+    TRAINING,
+    ConfigError,
+    RefusedError,
+)
 from tuneloom.launch.config import SLURM_ONLY, JobConfig, LaunchConfig, training_of
 from tuneloom.train.runs import folder_of, recorded
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
         "BOOT_FAIL", "DEADLINE", "PREEMPTED")  # fmt: skip
+CODES = (CONFIGURATION, DATA, REFUSED, TRAINING, GATE, STOPPED)
+"""What a run that is not done ends with."""
 FORGOTTEN = "FORGOTTEN"
 """Ours: slurmctld drops a job MinJobAge seconds (300 by default) after its end."""
 POLL_SECONDS = 2.0
@@ -197,29 +209,32 @@ def follow(number: str, folder: Path) -> int:
                 shown += len(text)
                 sys.stdout.write(text.decode(errors="replace"))
                 sys.stdout.flush()
-            if state in OVER and (code or state == "COMPLETED"):
+            if (state, code) == ("COMPLETED", DONE) or (state == "FAILED" and code in CODES):
                 print(f"slurm: job {number} is {state}, exit {code}", flush=True)
                 return code
-            if state in OVER:  # ended by Slurm, which then tells a signal and no exit code
-                return code_of_run(f"job {number} is {state}", folder)
+            if state in OVER:  # by Slurm: a signal's number, or a code of the script's last moments
+                return code_of_run(number, f"is {state}", folder)
             if state == FORGOTTEN:
-                said = f"job {number} is over, and slurmctld has forgotten how it ended"
-                return code_of_run(said, folder)
+                said = "is over, and slurmctld has forgotten how it ended"
+                return code_of_run(number, said, folder)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         print(f"\nslurm: job {number} goes on; its output is in {output}", flush=True)
         raise
 
 
-def code_of_run(job: str, folder: Path) -> int:
-    """The exit code by run.json, where nobody knows one of the job's; `job` says what became of
-    that.
+def code_of_run(number: str, became: str, folder: Path) -> int:
+    """The exit code by run.json, where nobody knows one of the job's; `became` says how that ended.
+
+    What another job of the run has written there says nothing of this one.
     """
-    state = recorded(folder).get("state", "nothing")
+    facts = recorded(folder)
+    jobs = [attempt.get("job") for attempt in facts.get("attempts", [])]
+    state = facts["state"] if jobs[-1:] == [number] else "nothing of it"
     code = {"done": DONE, "stopped": STOPPED}.get(state, TRAINING)
     print(
-        f"slurm: {job}; {folder}/run.json says {state}, exit {code}; the same command with "
-        f"run.id={folder.name} resumes what is not done",
+        f"slurm: job {number} {became}; {folder}/run.json says {state}, exit {code}; the same "
+        f"command with run.id={folder.name} resumes what is not done",
         flush=True,
     )
     return code

@@ -287,7 +287,7 @@ class SlurmBed:
             time.sleep(0.3)
         raise TimeoutError(f"job {number} is {facts.get('JobState')} ({facts.get('Reason')})")
 
-    def wait_idle(self, *, timeout: float = 60.0) -> None:
+    def wait_idle(self) -> None:
         """Until every node of the bed is idle."""
 
         def idle() -> bool:
@@ -301,7 +301,7 @@ class SlurmBed:
             ).stdout  # fmt: skip
             return shown.split().count("idle") == len(self.addresses)
 
-        _until(idle, "all nodes are idle", seconds=timeout)
+        _until(idle, "all nodes are idle", seconds=60.0)
 
 
 def _subnet() -> tuple[IO[str], int]:

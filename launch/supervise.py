@@ -24,6 +24,7 @@ from tuneloom.launch.admission import Admission
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.launch.embedded import keep_private
 from tuneloom.launch.head import Head, join
+from tuneloom.launch.keepers import Keepers
 from tuneloom.launch.machine import killed_for_memory
 from tuneloom.launch.preflight import Facts, conduct
 from tuneloom.launch.reaper import after_us
@@ -88,15 +89,19 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         stack.callback(time.sleep, LAST_LINES_SECONDS)
         if launch.kind == "local":
             refuse_more_gpus(launch)
+        keepers = None
         if launch.kind == "ray" and config.checkpoint.memory_every:
-            stack.callback(forget_elsewhere, folder)
+            keepers = Keepers(folder)
+            stack.callback(forget_elsewhere, keepers, Head(folder / "stop"))
         keeps_its_folder(config)
         if launch.kind == "ray" and launch.min_workers is None:
             wait_for_nodes(launch.nodes, signals)
-        attempts(config, launch, signals)
+        attempts(config, launch, signals, keepers)
 
 
-def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> None:
+def attempts(
+    config: TrainConfig, launch: LaunchConfig, signals: list[int], keepers: Keepers | None
+) -> None:
     """Gang after gang until one is done; those that only grow or change nodes are no restarts."""
     restarts = grown = 0
     # Once: a node that is gone at a restart may take the cluster's only GPUs with it.
@@ -110,7 +115,9 @@ def attempts(config: TrainConfig, launch: LaunchConfig, signals: list[int]) -> N
     admission = Admission(gpus)
     try:
         while (
-            ending := run_gang(config, launch, gpus, restarts + grown, signals, standby, admission)
+            ending := run_gang(
+                config, launch, gpus, restarts + grown, signals, standby, admission, keepers
+            )
         ) is not None:
             if ending in (GROWS, LEFT_OUT):
                 grown += 1
@@ -205,22 +212,10 @@ def refuse_more_gpus(launch: LaunchConfig) -> None:
         )
 
 
-def forget_elsewhere(folder: Path) -> None:
+def forget_elsewhere(keepers: Keepers, head: Head) -> None:
     """Give back what ranks that did not end by themselves left in the memory of their hosts."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    if not Head(folder / "stop").answers():  # Ray's client ends this process soon, with 1
-        return
-    nodes = [str(node["NodeID"]) for node in ray.nodes() if node["Alive"]]
-    asked = [
-        ray.remote(shm.forget_when_ended).options(
-            num_cpus=0, max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        ).remote(folder)
-        for node in nodes
-    ]  # fmt: skip
-    ray.wait(asked, num_returns=len(asked), timeout=2 * shm.ENDING_SECONDS)
+    if head.answers():  # or Ray's client ends this process soon, with 1
+        keepers.forget()
 
 
 def wait_for_nodes(count: int, signals: list[int]) -> None:
@@ -255,7 +250,7 @@ def wait_for_nodes(count: int, signals: list[int]) -> None:
 
 def run_gang(
     config: TrainConfig, launch: LaunchConfig, gpus: int, attempt: int, signals: list[int],
-    standby: Standby | None, admission: Admission,
+    standby: Standby | None, admission: Admission, keepers: Keepers | None,
 ) -> str | None:  # fmt: skip
     """One attempt: place, start, wait. None when done, GROWS, LEFT_OUT, or a sentence when a
     worker was lost.
@@ -287,6 +282,8 @@ def run_gang(
                 places = places_of(actors)  # ports not used yet
             elif admission.started and not admission.admits(actors, places, config):
                 return LEFT_OUT
+            if keepers:
+                keepers.stand_on(place["node"] for place in places)
         if size.workers < launch.workers:
             nodes = frozenset(place["node"] for place in places)
             growth = elastic.Growth(

@@ -388,17 +388,21 @@ def ordered(root: Path) -> list[Path]:
 
 
 def supersede(root: Path, step: int) -> None:
-    """Set aside what lies after `step`: the run goes on from there, so what it saves is newer."""
-    for folder in ordered(root):
-        if int(folder.name.removeprefix("step-")) > step:
-            aside = folder.with_name(f"superseded-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-            print(
-                f"checkpoint {folder.name} lies after step {step}, from which the run goes on: set "
-                f"aside as {aside.name}",
-                flush=True,
-            )
+    """Set aside what lies after `step`: the run goes on from there, so what it saves is newer. It
+    takes the place of what was set aside before, or that would grow without end.
+    """
+    later = [f for f in ordered(root) if int(f.name.removeprefix("step-")) > step]
+    for old in root.glob("superseded-*") if later else ():
+        shutil.rmtree(old, ignore_errors=True)
+    for folder in later:
+        aside = folder.with_name(f"superseded-{folder.name}")
+        os.rename(folder, aside)
+        size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
+        print(
+            f"checkpoint {folder.name} lies after step {step}, from which the run goes on: set "
+            f"aside as {aside.name} ({size / 2**30:.1f} GiB)",
+            flush=True,
+        )
 
 
 def prune(root: Path, keep: int) -> None:

@@ -26,6 +26,8 @@ ONE_MACHINE = dict.fromkeys(
     ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo" if sys.platform == "linux" else "lo0"
 )
 """Groups ask nobody for a password, so ranks that share a machine listen on its loopback only."""
+_replaced: dict[str, str | None] = {}
+"""What the environment said of these before `start`."""
 
 FLIGHT = "flight_rank_"
 """How the files of NCCL's flight recorder begin, before the rank."""
@@ -90,6 +92,7 @@ def start(*, timeout_seconds: int = 3600) -> World:
         os.environ[name] = str(value)
     os.environ.setdefault("MASTER_ADDR", LOOPBACK)
     if os.environ["MASTER_ADDR"] == LOOPBACK:
+        _replaced.update({n: os.environ.get(n) for n in ONE_MACHINE.keys() - _replaced.keys()})
         os.environ |= ONE_MACHINE
     if "MASTER_PORT" not in os.environ:
         assert size == 1, "MASTER_PORT is unset with several ranks"
@@ -139,8 +142,21 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def restore_interfaces() -> None:
+    """Give the environment back what `start` replaced, once all groups are made: jobs that this
+    process starts later may be of several machines.
+    """
+    for name, value in _replaced.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _replaced.clear()
+
+
 def stop() -> None:
     """Leave the process group, with DeepSpeed's references to it where it was loaded."""
+    restore_interfaces()
     if not dist.is_initialized():
         return
     comm = sys.modules.get("deepspeed.comm")

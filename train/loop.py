@@ -53,6 +53,7 @@ def fit(config: TrainConfig, *, launcher: dict[str, Any] | None = None) -> Outco
         raise
     finally:
         session.close()
+        distributed.restore_interfaces()
         if joined_here and world.size > 1:  # a process alone may train again: sweeps, notebooks
             distributed.stop()
 

@@ -4,7 +4,8 @@
     /dev/shm/tuneloom-<token>/owner       the run folder; /dev/shm is memory (tmpfs) of one host
     /dev/shm/tuneloom-<token>/rank-00000/step-000041/      written by `train/copies.py`
 
-They outlive a rank that is killed, and go with the run, with its launcher, or with the host.
+They outlive a rank that is killed, and go with the run, with its launcher (also one that is killed:
+`launch/reaper.py`, on a cluster `launch/keepers.py`), or with the host.
 """
 
 import fcntl
@@ -24,7 +25,7 @@ OWNER = "owner"
 MEMORY = "memory"
 ENDING_SECONDS = 5.0
 STALE_SECONDS = 3600.0
-"""What nobody has written for so long, of a run that nobody runs, was left by a lost launcher."""
+"""What nobody has written for so long, of a run that nobody runs, was left where the reaper was killed too."""
 
 
 def name_of(run: Path) -> str:
@@ -83,7 +84,7 @@ def forget_when_ended(run: Path) -> None:
 
 
 def sweep() -> None:
-    """Remove what runs of ours left on this host whose launcher was lost with its host."""
+    """Remove what runs of ours left on this host whose launcher was lost, and reaper with it."""
     for base in ROOT.glob("tuneloom-*"):
         with suppress(FileNotFoundError):  # another process gives it back just now
             if is_private(base) and (base / OWNER).exists() and _is_stale(base):

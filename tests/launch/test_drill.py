@@ -1,9 +1,11 @@
 """The drills strike real runs; a gang whose worker died is restarted, whoever is heard first."""
 
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,31 @@ def test_a_fault_that_took_longer_than_its_bar_is_missed(
         assert drill.main([fault, "--out", str(table)]) == code
         assert f"| {seconds:.1f} | 0 | 0 | 0 | {said} |" in table.read_text()
     assert f"{fault} {bar}" in table.read_text().split("seconds: ")[1]
+
+
+def test_a_seed_and_a_kind_have_a_row_each_which_names_a_machine_that_is_not_that_of_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of soaks only the last one stayed, and the table bore the machine of the last row."""
+    table = tmp_path / "faults.md"
+    figure = Figures("F22", "soak of 20.0 min, 9 steps: 3 faults", "0", 0, 1.0, 0, 0, 0, True)
+    for minutes, seed, machine in [(20, 1, "ours"), (20, 2, "ours"), (5, 3, "theirs"),
+                                   (34, 2, "ours")]:  # fmt: skip
+        monkeypatch.setattr(drill, "this_machine", lambda machine=machine: machine)
+        what = f"soak of {minutes} min, {minutes * 7} steps: {minutes} faults"
+        drill.book(table, replace(figure, what=what), seed)
+    text = table.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| F22")]
+    assert [row.split("|")[2].strip() for row in rows] == [
+        "soak of 20 min, 140 steps: 20 faults", "soak of 34 min, 238 steps: 34 faults",
+        "soak of 5 min, 35 steps: 5 faults (on theirs)",
+    ]  # fmt: skip
+    assert "on ours\nwhere a row names no other" in text
+
+
+def test_the_table_of_the_repository_is_that_of_its_rows() -> None:
+    kept = json.loads(drill.REPORT.with_suffix(".json").read_text(encoding="utf-8"))
+    assert drill.table(kept) == drill.REPORT.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,14 +62,13 @@ def copies(hosts: Hosts, host: str) -> list[str]:
     return [p.name for p in Path(f"/proc/{raylet}/root/dev/shm").glob("tuneloom-*")]
 
 
-@pytest.mark.slurm
-def test_copies_on_another_host_go_with_a_run_that_has_no_restart_left(
-    lab: Path, hosts: Hosts
-) -> None:
-    words = arguments(lab, "crossed", "launch.kind=ray", "launch.nodes=2", "launch.workers=2",
+@contextmanager
+def copying(hosts: Hosts, lab: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A run on both hosts that has copies in the memory of each."""
+    words = arguments(lab, name, "launch.kind=ray", "launch.nodes=2", "launch.workers=2",
                       "launch.max_restarts=0", "checkpoint.memory_every=1", "steps=10000",
                       "epochs=100000")  # fmt: skip
-    log, rows = lab / "crossed.log", lab / "runs/crossed/metrics.jsonl"
+    log, rows = lab / f"{name}.log", lab / f"runs/{name}/metrics.jsonl"
     driver = on_hosts(hosts, lab, log, words)
     try:
         deadline = time.monotonic() + 120
@@ -75,12 +76,32 @@ def test_copies_on_another_host_go_with_a_run_that_has_no_restart_left(
             assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         assert copies(hosts, "a") and copies(hosts, "b")
+        yield driver
+    finally:
+        driver.kill()
+
+
+@pytest.mark.slurm
+def test_copies_on_another_host_go_with_a_run_that_has_no_restart_left(
+    lab: Path, hosts: Hosts
+) -> None:
+    with copying(hosts, lab, "crossed") as driver:
         for pid in hosts.pids("b"):
             if b"Worker.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
-        assert driver.wait(60) == 5, log.read_text()
-    finally:
+        assert driver.wait(60) == 5, (lab / "crossed.log").read_text()
+    assert copies(hosts, "a") == copies(hosts, "b") == []
+
+
+@pytest.mark.slurm
+def test_copies_on_all_hosts_go_with_a_driver_that_is_killed(lab: Path, hosts: Hosts) -> None:
+    with copying(hosts, lab, "driverless") as driver:
         driver.kill()
+        struck = time.monotonic()
+        while copies(hosts, "a") + copies(hosts, "b"):
+            assert time.monotonic() < struck + 20, (lab / "driverless.log").read_text()
+            time.sleep(0.1)
+    time.sleep(2.0)
     assert copies(hosts, "a") == copies(hosts, "b") == []
 
 

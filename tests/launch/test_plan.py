@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tuneloom import cli
 from tuneloom.config import build, compose
@@ -653,6 +654,28 @@ def test_checkpoints_of_the_run_itself_count_as_room_for_those_to_come(
     assert found is not None and found.fits
     monkeypatch.setattr(machine, "free_disk", lambda _: size - 1)
     with pytest.raises(RefusedError, match=r"free beside the .* of this run's own; lower"):
+        check(config)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_disk_holds_the_best_validations_weights_too(
+    lab: Path, tmp_path: Path, two: Gang, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Twice: while better ones are written the ones before are there. Against those of a run."""
+    patient = {"run__id": f"best-{method}", "method__kind": method, "train__patience": 2,
+               "train__validate_every": 2, "steps": 4,
+               "data__validation": str(lab / "validation.jsonl")}  # fmt: skip
+    config = local(lab, run__root=str(tmp_path), checkpoint__keep=2, **patient)
+    found = plan(config)
+    assert found.checkpoints == 3 * found.checkpoint + found.best
+    assert plan(local(lab, **patient | {"train__patience": 0})).best == 0
+    settings = small_config(lab, f"best-{method}", **patient)
+    two.fit(settings)
+    (best,) = (lab / f"runs/best-{method}").glob("best-step-*")
+    (file,) = best.glob("*.safetensors")
+    assert found.best == 2 * sum(tensor.nbytes for tensor in load_file(file).values())
+    monkeypatch.setattr(machine, "free_disk", lambda _: found.checkpoints - 1)
+    with pytest.raises(RefusedError, match="with the best validation's weights, take"):
         check(config)
 
 

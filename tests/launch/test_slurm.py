@@ -394,11 +394,73 @@ def test_a_job_that_slurm_has_forgotten_ends_with_what_its_run_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     part = {"digest": "", "path": ""}
-    facts = {"config_digest": "", "config": {}, "attempts": [], "base": part, "dataset": part}
-    (tmp_path / "run.json").write_text(json.dumps(facts | {"state": state}), encoding="utf-8")
+    facts = {"config_digest": "", "config": {}, "base": part, "dataset": part,
+             "attempts": [{"job": "999998"}, {"job": "999999"}], "state": state}  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     monkeypatch.setenv("SLURM_CONF", bed.environment()["SLURM_CONF"])
     assert follow("999999", tmp_path) == code
     assert f"{tmp_path}/run.json says {state}, exit {code}" in capsys.readouterr().out
+    assert follow("999998", tmp_path) == 5
+    assert f"{tmp_path}/run.json says nothing of it, exit 5" in capsys.readouterr().out
+
+
+def let_time_be_over(bed: SlurmBed, job: str) -> None:
+    """Now, so that the warning and Slurm's TERM come together, at slurmctld's next look (30 s)."""
+    bed.run("scontrol", "update", f"jobid={job}", "EndTime=now")
+
+
+def lose_n2(bed: SlurmBed, job: str) -> None:
+    """On a cluster that requeues nothing."""
+    bed.run("scontrol", "update", f"jobid={job}", "Requeue=0")
+    bed.kill_node("n2")
+    bed.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("end", "state", "says", "code"),
+    [(let_time_be_over, "TIMEOUT", "stopped", 75), (lose_n2, "NODE_FAIL", "running", 5)],
+)
+def test_the_command_ends_with_a_job_that_slurm_ends_and_says_how_to_resume(
+    bed: SlurmBed, end: Callable[[SlurmBed, str], None], state: str, says: str, code: int
+) -> None:
+    name = end.__name__
+    with subprocess.Popen(
+        [sys.executable, "-m", "tuneloom", "train", *RUN, "steps=100000", f"run.id={name}",
+         "launch=slurm", "launch.nodes=2", "launch.workers=2", "launch.gpus_per_worker=0",
+         "launch.memory=3000M"],
+        env=bed.environment() | {"PYTHONPATH": str(ROOT)}, cwd=bed.base, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as following:  # fmt: skip
+        assert following.stdout is not None
+        (job,) = re.findall(rf"slurm: job (\d+), run {name}", following.stdout.readline())
+        wait_for_steps(bed, job, name, 3)
+        end(bed, job)
+        said, _ = following.communicate(timeout=90)
+    if "host.n2" not in bed.processes:
+        bed.start_node("n2")
+    bed.wait_idle()
+    assert following.returncode == code, said
+    assert said.splitlines()[-1] == (
+        f"slurm: job {job} is {state}; runs/{name}/run.json says {says}, exit {code}; the same "
+        f"command with run.id={name} resumes what is not done"
+    )
+
+
+@pytest.mark.slurm
+def test_a_job_that_ignores_its_time_limit_is_killed_and_the_command_ends_with_5(
+    bed: SlurmBed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """After KillWait (30 s)."""
+    job = bed.run("sbatch", "--parsable", "--wrap", "trap '' TERM; sleep 1000", cwd=bed.base)
+    bed.wait_job(job, {"RUNNING"})
+    let_time_be_over(bed, job)
+    monkeypatch.setenv("SLURM_CONF", bed.environment()["SLURM_CONF"])
+    assert follow(job, tmp_path) == 5
+    assert bed.job(job)["ExitCode"] == "0:9"
+    said = f"job {job} is TIMEOUT; {tmp_path}/run.json says nothing of it, exit 5"
+    assert said in capsys.readouterr().out
 
 
 def image(folder: Path, *, shown: list[Path]) -> Path:

@@ -306,6 +306,21 @@ def test_a_checkpoint_named_by_resume_is_taken_up_once(lab: Path, one: Gang) -> 
     assert attempts[-1]["resumed_from"] == "step-000006" and metrics(lab, "back") == whole
 
 
+def test_going_back_twice_leaves_what_was_set_aside_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps, back in [((2, 4, 6), 2), ((3, 5), 2), ((), 2)]:
+        for step in steps:
+            (tmp_path / checkpoint.name(step) / "engine").mkdir(parents=True)
+            with (tmp_path / checkpoint.name(step) / "engine/shard.pt").open("wb") as file:
+                file.truncate(3 * 2**29)
+        checkpoint.supersede(tmp_path, back)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "step-000002", "superseded-step-000003", "superseded-step-000005"
+    ]  # fmt: skip
+    assert "set aside as superseded-step-000005 (1.5 GiB)" in capsys.readouterr().out
+
+
 def test_a_run_that_starts_anew_has_each_step_once(lab: Path, one: Gang) -> None:
     """It was lost before its first checkpoint, but after what a save writes before that."""
     settings: dict[str, object] = {

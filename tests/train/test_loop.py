@@ -23,6 +23,7 @@ from tuneloom.testing import Gang, chat_rows, cut_back, metrics, small_config, t
 from tuneloom.train import distributed
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.evaluation import Validation
+from tuneloom.train.loop import fit
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -197,6 +198,29 @@ def test_a_run_without_packs_validates_without_packs(lab: Path) -> None:
         distributed.stop()
     assert rows == [[1] * 8, [3, 3, 2]]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("before", [None, "eth7"])
+def test_a_run_in_this_process_leaves_no_interface_to_jobs_that_start_after_it(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """`lo` went to ranks on other machines, which then met nobody."""
+    for name in distributed.ONE_MACHINE:
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+    seen = []
+    start = Validation.__init__
+
+    def look(*arguments: Any) -> None:
+        seen.append({name: os.environ[name] for name in distributed.ONE_MACHINE})
+        start(*arguments)
+
+    monkeypatch.setattr(Validation, "__init__", look)
+    fit(build(TrainConfig, small_config(lab, f"after-{before or 0}", steps=1)))
+    assert seen == [distributed.ONE_MACHINE]
+    assert [os.environ.get(name) for name in distributed.ONE_MACHINE] == [before] * 2
 
 
 OPENED = """
