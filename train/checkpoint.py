@@ -34,7 +34,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tuneloom.errors import ConfigError, TrainingError
+from tuneloom.errors import ConfigError, DiskError, TrainingError
 from tuneloom.train import distributed, masters, runs, shards
 from tuneloom.train.distributed import ALONE, World
 
@@ -97,7 +97,7 @@ def save(
 ) -> Path:
     """Write checkpoints/step-NNNNNN; collective. Returns its folder.
 
-    Raises TrainingError on all ranks when any rank could not write; the torn folder is removed and
+    Raises DiskError on all ranks when any rank could not write; the torn folder is removed and
     older checkpoints stay as they were.
     """
     needs = partial(bytes_of, engine, world, adapters_only=adapters_only)
@@ -181,9 +181,7 @@ def _raise(reasons: list[Any], torn: Path, step: int, world: World) -> None:
         return
     if world.first:
         shutil.rmtree(torn, ignore_errors=True)
-    raise TrainingError(
-        f"checkpoint: step {step} could not be saved in {torn.parent}: {failures[0]}"
-    )
+    raise DiskError(f"checkpoint: step {step} could not be saved in {torn.parent}: {failures[0]}")
 
 
 def make_room(torn: Path, keep: int) -> Path:
