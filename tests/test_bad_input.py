@@ -14,6 +14,8 @@ import pytest
 
 from tuneloom.cli import main
 from tuneloom.errors import TrainingError
+from tuneloom.launch import run as launch_run
+from tuneloom.launch.config import JobConfig
 from tuneloom.testing import Gang, small_config
 
 Capture = pytest.CaptureFixture[str]
@@ -65,8 +67,42 @@ def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_befor
     assert train(lab, "--multirun", points, "steps=2", "train.drill=false") == 2
     said = capsys.readouterr().err
     assert "stopped after step 1 on a signal" in said
-    assert "not started: run.id=after; run.id=last\n" in said
+    lines = said.splitlines()[-4:]
+    assert lines[0].startswith("tuneloom train: run.id=failed: exit 2, ")
+    assert lines[1].startswith("tuneloom train: run.id=stopped: exit 75, stopped after step 1")
+    assert lines[2:] == [
+        f"tuneloom train: run.id={name}: not started" for name in ("after", "last")
+    ]
     assert not (lab / "runs-bad" / "after").exists()
+
+
+def test_points_that_fail_keep_none_from_running(
+    lab: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three: one holds a value that its method does not read, one meets a fault of ours."""
+    real, ran = launch_run.check, []
+
+    def faulty(job: JobConfig) -> None:
+        ran.append(job.method.kind)
+        if len(ran) == 1:
+            raise KeyError("ours")
+        real(job)
+
+    monkeypatch.setattr(launch_run, "check", faulty)
+    more = ("method.rank=2,4", "run.id=swept", "steps=2", "train.drill=false")
+    assert train(lab, "--multirun", "method=lora,full", *more) == 2
+    assert ran == ["lora", "lora"]
+    unread = "exit 2, method.rank: method=full trains every weight and has no adapter; "
+    unread += "set method=lora, or leave it out"
+    said = capsys.readouterr().err
+    assert "KeyError: 'ours'" in said
+    assert said.splitlines()[-4:] == [
+        "tuneloom train: method=lora method.rank=2 run.id=swept-0: exit 1, KeyError",
+        "tuneloom train: method=lora method.rank=4 run.id=swept-1: done",
+        f"tuneloom train: method=full method.rank=2 run.id=swept-2: {unread}",
+        f"tuneloom train: method=full method.rank=4 run.id=swept-3: {unread}",
+    ]
+    assert (lab / "runs-bad" / "swept-1" / "weights").is_dir()
 
 
 def test_what_prints_shows_no_sweep(lab: Path, capsys: Capture) -> None:
