@@ -50,6 +50,8 @@ DIGESTS: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": 
 """By their name in a manifest; those of before have the second."""
 NUMBERED = re.compile(r"(?:rank_|rng-)(\d+)")
 """Names of files with the number of the rank that wrote them."""
+Files = dict[str, dict[str, Any]]
+"""Facts by file name."""
 FAILURES = (OSError, RuntimeError, SafetensorError)
 """What writing raises when it fails; torch's own is a RuntimeError without an errno."""
 
@@ -333,7 +335,7 @@ def unsealed(text: str) -> dict[str, Any]:
     return manifest
 
 
-def _hash_share(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+def _hash_share(folder: Path, world: World) -> Files:
     """Fsync and hash every n-th file on this rank."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): durable_facts(p) for p in files[world.rank :: world.size]}

@@ -24,13 +24,12 @@ from torch import Tensor
 from tuneloom.errors import RefusedError, TrainingError
 from tuneloom.private import is_private
 from tuneloom.train import checkpoint, distributed, shm
+from tuneloom.train.checkpoint import Files
 from tuneloom.train.distributed import World
 
 KEPT = 2
 EXPOSURE = "exposure.parquet"
 """In rank 0's part: rows of the steps that no file of the run folder holds yet."""
-Files = dict[str, dict[str, Any]]
-"""Facts by file name."""
 Parts = dict[tuple[int, int], dict[str, Any]]
 """Manifests by rank and step."""
 

@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from tests.train.test_damage import SHAPES
@@ -26,6 +25,7 @@ from tuneloom.testing import (
     Gang,
     cramped_files,
     cut_back,
+    exposures,
     free_port,
     metrics,
     small_config,
@@ -55,13 +55,6 @@ def interrupted(lab: Path, gang: Gang, run_id: str, **dotted: object) -> None:
     """Run `run_id` to step 4 and no further: a copy of a whole run, cut back to its checkpoint."""
     gang.fit(config(lab, run_id, checkpoint__every=4, **dotted))
     cut_back(lab, run_id, 4)
-
-
-def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
-    table = pq.read_table(lab / "runs" / run_id / "exposure.parquet")
-    return sorted(
-        zip(*(table[c].to_pylist() for c in ("step", "record_id", "tokens")), strict=True)
-    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

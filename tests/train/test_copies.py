@@ -9,11 +9,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from tuneloom.errors import TRAINING, RefusedError
-from tuneloom.testing import Gang, free_port, metrics, small_config
+from tuneloom.testing import Gang, exposures, free_port, metrics, small_config
 from tuneloom.train import checkpoint, shm
 from tuneloom.train.copies import Parts, choose, neighbours
 
@@ -117,13 +116,6 @@ def ranks(settings: dict[str, object], kill: str = "", hosts: Path | None = None
 def resumed_from(lab: Path, run_id: str) -> str:
     record = json.loads((lab / "runs" / run_id / "run.json").read_text())
     return str(record["resumed_from"])
-
-
-def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
-    table = pq.read_table(lab / "runs" / run_id / "exposure.parquet")
-    return sorted(
-        zip(*(table[c].to_pylist() for c in ("step", "record_id", "tokens")), strict=True)
-    )
 
 
 def uninterrupted(lab: Path, gang: Gang, stage: int, sequence: int = 1) -> str:
