@@ -34,10 +34,15 @@ def train(lab: Path, *more: str) -> int:
     [
         (["optim.lrr=1"], 2, "optim.lrr: unknown key; did you mean 'optim.lr'?"),
         (["+model.flash=1"], 2, "model.flash: unknown key"),
+        (["optim.learning_rate=1"], 2, "unknown key; expected one of optim.name, optim.lr, "),
+        (["modle=folder"], 2, "modle: unknown key; did you mean 'model'?"),
+        (["method=lroa"], 2, "method: expected one of ['full', 'lora', 'qlora'], got 'lroa'; did"),
+        (["steps"], 2, "steps: not of the form key=value; "),
+        (["steps=[1"], 2, "steps=[1: not of the form key=value; "),
         (["optim.lr=fast"], 2, "optim.lr: input should be a valid number"),
         (["zero.stage=5"], 2, "zero.stage: expected one of [0, 1, 2, 3], got 5"),
         (["method=qlora", "zero=stage3"], 2, "zero.stage"),
-        (["experiment=demoo"], 2, "experiment/demoo"),
+        (["experiment=demoo"], 2, "got 'demoo'; did you mean 'demo'?"),
         (["batch.tokens=64"], 2, "batch.tokens: expected at least batch.max_length (128), got 64"),
         (["epochs=null"], 2, "steps, epochs: at least one must be set"),
         (["run.id=../x"], 2, "run.id"),
@@ -55,6 +60,11 @@ def test_a_mistake_is_one_sentence_with_the_right_exit_code(
     said = capsys.readouterr().err
     assert sentence in said
     assert "Traceback" not in said
+
+
+def test_a_mistyped_verb_is_named_with_its_neighbour(capsys: Capture) -> None:
+    assert main(["trian"]) == 2
+    assert "got 'trian'; did you mean 'train'?" in capsys.readouterr().err
 
 
 def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_before_it(

@@ -17,6 +17,7 @@ from tuneloom.config import (
     build,
     compose,
     composed,
+    did_you_mean,
     dotted_keys,
     points,
     unknown_override,
@@ -76,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         if verb in ("-sc", "--shell-completion"):
             return complete(rest)
         if verb not in VERBS:
-            raise ConfigError(f"verb: expected one of {', '.join(VERBS)}, got {verb!r}")
+            raise ConfigError(
+                f"verb: expected one of {', '.join(VERBS)}, got {verb!r}"
+                f"{did_you_mean(verb, list(VERBS))}"
+            )
         if any(a.split("=")[0] in PRINTING for a in rest):
             if any(a in SWEEP for a in rest):
                 raise ConfigError(
