@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 # B1; B2; B3; B4; B5; and what is beside them
 BENCHMARKS := activation_diet kernels packing first_step recovery checkpoint estimator \
-	ingest pii compile balance_parity roofline
+	ingest labels pii compile balance_parity roofline
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:

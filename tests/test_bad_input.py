@@ -14,6 +14,8 @@ import pytest
 
 from tuneloom.cli import main
 from tuneloom.errors import TrainingError
+from tuneloom.launch import run as launch_run
+from tuneloom.launch.config import JobConfig
 from tuneloom.testing import Gang, small_config
 
 Capture = pytest.CaptureFixture[str]
@@ -32,10 +34,15 @@ def train(lab: Path, *more: str) -> int:
     [
         (["optim.lrr=1"], 2, "optim.lrr: unknown key; did you mean 'optim.lr'?"),
         (["+model.flash=1"], 2, "model.flash: unknown key"),
+        (["optim.learning_rate=1"], 2, "unknown key; expected one of optim.name, optim.lr, "),
+        (["modle=folder"], 2, "modle: unknown key; did you mean 'model'?"),
+        (["method=lroa"], 2, "method: expected one of ['full', 'lora', 'qlora'], got 'lroa'; did"),
+        (["steps"], 2, "steps: not of the form key=value; "),
+        (["steps=[1"], 2, "steps=[1: not of the form key=value; "),
         (["optim.lr=fast"], 2, "optim.lr: input should be a valid number"),
         (["zero.stage=5"], 2, "zero.stage: expected one of [0, 1, 2, 3], got 5"),
         (["method=qlora", "zero=stage3"], 2, "zero.stage"),
-        (["experiment=demoo"], 2, "experiment/demoo"),
+        (["experiment=demoo"], 2, "got 'demoo'; did you mean 'demo'?"),
         (["batch.tokens=64"], 2, "batch.tokens: expected at least batch.max_length (128), got 64"),
         (["epochs=null"], 2, "steps, epochs: at least one must be set"),
         (["run.id=../x"], 2, "run.id"),
@@ -55,6 +62,11 @@ def test_a_mistake_is_one_sentence_with_the_right_exit_code(
     assert "Traceback" not in said
 
 
+def test_a_mistyped_verb_is_named_with_its_neighbour(capsys: Capture) -> None:
+    assert main(["trian"]) == 2
+    assert "got 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
 def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_before_it(
     lab: Path, capsys: Capture
 ) -> None:
@@ -65,8 +77,42 @@ def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_befor
     assert train(lab, "--multirun", points, "steps=2", "train.drill=false") == 2
     said = capsys.readouterr().err
     assert "stopped after step 1 on a signal" in said
-    assert "not started: run.id=after; run.id=last\n" in said
+    lines = said.splitlines()[-4:]
+    assert lines[0].startswith("tuneloom train: run.id=failed: exit 2, ")
+    assert lines[1].startswith("tuneloom train: run.id=stopped: exit 75, stopped after step 1")
+    assert lines[2:] == [
+        f"tuneloom train: run.id={name}: not started" for name in ("after", "last")
+    ]
     assert not (lab / "runs-bad" / "after").exists()
+
+
+def test_points_that_fail_keep_none_from_running(
+    lab: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three: one holds a value that its method does not read, one meets a fault of ours."""
+    real, ran = launch_run.check, []
+
+    def faulty(job: JobConfig) -> None:
+        ran.append(job.method.kind)
+        if len(ran) == 1:
+            raise KeyError("ours")
+        real(job)
+
+    monkeypatch.setattr(launch_run, "check", faulty)
+    more = ("method.rank=2,4", "run.id=swept", "steps=2", "train.drill=false")
+    assert train(lab, "--multirun", "method=lora,full", *more) == 2
+    assert ran == ["lora", "lora"]
+    unread = "exit 2, method.rank: method=full trains every weight and has no adapter; "
+    unread += "set method=lora, or leave it out"
+    said = capsys.readouterr().err
+    assert "KeyError: 'ours'" in said
+    assert said.splitlines()[-4:] == [
+        "tuneloom train: method=lora method.rank=2 run.id=swept-0: exit 1, KeyError",
+        "tuneloom train: method=lora method.rank=4 run.id=swept-1: done",
+        f"tuneloom train: method=full method.rank=2 run.id=swept-2: {unread}",
+        f"tuneloom train: method=full method.rank=4 run.id=swept-3: {unread}",
+    ]
+    assert (lab / "runs-bad" / "swept-1" / "weights").is_dir()
 
 
 def test_what_prints_shows_no_sweep(lab: Path, capsys: Capture) -> None:

@@ -24,12 +24,12 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 
 from tuneloom.train import checkpoint, distributed
+from tuneloom.train.checkpoint import Files
 from tuneloom.train.distributed import World
 from tuneloom.train.snapshot import Snapshot
 
 SLOTS = 2
 """Numbers that this adds to the sum of a step: ranks that are done, and that failed."""
-Files = dict[str, dict[str, Any]]
 
 
 class Background:

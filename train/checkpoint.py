@@ -34,7 +34,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tuneloom.errors import ConfigError, TrainingError
+from tuneloom.errors import ConfigError, DiskError, TrainingError
 from tuneloom.train import distributed, masters, runs, shards
 from tuneloom.train.distributed import ALONE, World
 
@@ -50,6 +50,8 @@ DIGESTS: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": 
 """By their name in a manifest; those of before have the second."""
 NUMBERED = re.compile(r"(?:rank_|rng-)(\d+)")
 """Names of files with the number of the rank that wrote them."""
+Files = dict[str, dict[str, Any]]
+"""Facts by file name."""
 FAILURES = (OSError, RuntimeError, SafetensorError)
 """What writing raises when it fails; torch's own is a RuntimeError without an errno."""
 
@@ -97,7 +99,7 @@ def save(
 ) -> Path:
     """Write checkpoints/step-NNNNNN; collective. Returns its folder.
 
-    Raises TrainingError on all ranks when any rank could not write; the torn folder is removed and
+    Raises DiskError on all ranks when any rank could not write; the torn folder is removed and
     older checkpoints stay as they were.
     """
     needs = partial(bytes_of, engine, world, adapters_only=adapters_only)
@@ -181,9 +183,7 @@ def _raise(reasons: list[Any], torn: Path, step: int, world: World) -> None:
         return
     if world.first:
         shutil.rmtree(torn, ignore_errors=True)
-    raise TrainingError(
-        f"checkpoint: step {step} could not be saved in {torn.parent}: {failures[0]}"
-    )
+    raise DiskError(f"checkpoint: step {step} could not be saved in {torn.parent}: {failures[0]}")
 
 
 def make_room(torn: Path, keep: int) -> Path:
@@ -335,7 +335,7 @@ def unsealed(text: str) -> dict[str, Any]:
     return manifest
 
 
-def _hash_share(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+def _hash_share(folder: Path, world: World) -> Files:
     """Fsync and hash every n-th file on this rank."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): durable_facts(p) for p in files[world.rank :: world.size]}

@@ -90,7 +90,6 @@ class MethodConfig(Config):
     """LoRA dropout. 0 by default: it costs a mask a linear and seldom helps."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear modules that get an adapter: all but the head, or names such as [q_proj, v_proj]."""
-
     extra_modules: list[str] = []
     """Modules trained whole beside the adapter, such as [embed_tokens, lm_head]."""
     dora: bool = False

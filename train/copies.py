@@ -24,13 +24,12 @@ from torch import Tensor
 from tuneloom.errors import RefusedError, TrainingError
 from tuneloom.private import is_private
 from tuneloom.train import checkpoint, distributed, shm
+from tuneloom.train.checkpoint import Files
 from tuneloom.train.distributed import World
 
 KEPT = 2
 EXPOSURE = "exposure.parquet"
 """In rank 0's part: rows of the steps that no file of the run folder holds yet."""
-Files = dict[str, dict[str, Any]]
-"""Facts by file name."""
 Parts = dict[tuple[int, int], dict[str, Any]]
 """Manifests by rank and step."""
 
@@ -56,6 +55,8 @@ class Copies:
     def __init__(self, base: Path, run: Path, world: World) -> None:
         self.base, self.world = base, world
         self.gang: str = distributed.broadcast_object(secrets.token_hex(8))
+        self.step = 0
+        """The newest that is held, the same on all ranks."""
         self._failure: str | None = None
         """Why the last exchange failed here; said on all ranks at the next copy."""
         shm.sweep()
@@ -96,9 +97,14 @@ class Copies:
         room = _failure_of(lambda: (torn / checkpoint.ENGINE).mkdir(parents=True))
         self._agree(self._failure or room, step)
         self._agree(_failure_of(write), step)
+        self.step = step
         self._failure = self._exchange(own / checkpoint.name(step))
         for rank in (self.world.rank, *self.sources):
             checkpoint.prune(self.base / _of(rank), KEPT)
+
+    def keep(self) -> None:
+        """For the same command: the launcher does not give the memory back."""
+        shm.keep(self.base)
 
     def forget(self) -> None:
         """The run is over: give the memory back."""

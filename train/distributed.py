@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tuneloom.errors import ConfigError, RefusedError, TrainingError, TuneloomError
+from tuneloom.errors import ConfigError, DiskError, RefusedError, TuneloomError
 from tuneloom.imports import unswept
 
 LOOPBACK = "127.0.0.1"
@@ -280,7 +280,7 @@ def on_first(work: Callable[[], Any], *, where: Path) -> Any:
         except TuneloomError as error:
             outcome = error
         except (OSError, SafetensorError) as error:  # a full disk: said on all, not waited for
-            outcome = TrainingError(f"{where}: {error}")
+            outcome = DiskError(f"{where}: {error}")
     outcome = broadcast_object(outcome)
     if isinstance(outcome, TuneloomError):
         raise outcome

@@ -22,6 +22,7 @@ from tuneloom.registry import contract as contracts
 from tuneloom.registry.adapters import ADAPTER_CONFIG, is_adapter, model_folder
 from tuneloom.registry.contract import Base, Contract
 from tuneloom.registry.digests import (
+    INDEX,
     non_finite,
     template_digest,
     tokenizer_digest,
@@ -44,7 +45,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-INDEX = "model.safetensors.index.json"
 SHARD = "5GB"
 
 

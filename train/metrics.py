@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tuneloom.errors import DONE, ConfigError, TrainingError, TuneloomError
+from tuneloom.errors import DONE, ConfigError, DiskError, TrainingError, TuneloomError
 from tuneloom.train import runs
 from tuneloom.train.config import TrackerConfig
 from tuneloom.train.tracker import Tracker, steps_written
@@ -157,12 +157,12 @@ class Metrics:
         return Kept(total, dropped, until)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; raises TrainingError where the disk does not take it."""
+        """Append a row; raises DiskError where the disk does not take it."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise TrainingError(
+            raise DiskError(
                 f"{self.path}: the row of step {row['step']} could not be written "
                 f"({error.strerror}); look at the disk that holds run.root"
             ) from error

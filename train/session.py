@@ -18,7 +18,7 @@ from torch import nn
 from tuneloom.data.consent import refuse_ended
 from tuneloom.data.guard import refuse_golden
 from tuneloom.data.tokenizer import load_tokenizer
-from tuneloom.errors import ConfigError, Stopped, TrainingError, TuneloomError
+from tuneloom.errors import ConfigError, DiskError, Stopped, TrainingError, TuneloomError
 from tuneloom.redact import redacted
 from tuneloom.registry.digests import weights_digest
 from tuneloom.train import (
@@ -606,7 +606,7 @@ class Session:
             try:
                 runs.update(self.folder, {"first_loss": loss.hex()})
             except OSError as error:
-                raise TrainingError(
+                raise DiskError(
                     f"{self.folder / runs.RECORD} cannot be written ({error.strerror}); free some "
                     "space, and the same command goes on"
                 ) from error
@@ -657,7 +657,17 @@ class Session:
             self.validation.sample(self.engine, self.folder / samples.FILE, self.step)
 
     def save(self) -> None:
-        """A checkpoint of this step, once; the first one is drilled."""
+        """A checkpoint of this step, once; the first one is drilled. What no disk takes is copied
+        in memory, where copies are kept.
+        """
+        try:
+            self._save()
+        except DiskError:
+            if self._on_first(lambda: runs.is_ours(self.folder)):
+                self.remember()
+            raise
+
+    def _save(self) -> None:
         if self._saved_step == self.step:
             return
         with self.clock.phase("checkpoint"):
@@ -675,9 +685,9 @@ class Session:
                 self.drill = FirstCheckpoint(self)
 
     def remember(self) -> None:
-        """Copy the state of this step in memory, unless it is a checkpoint already."""
+        """Copy the state of this step in memory, unless it is there or a checkpoint already."""
         saved = self._saved_step == self.step and self.background is None
-        if self.copies is not None and not saved:
+        if self.copies is not None and not saved and self.copies.step != self.step:
             with self.clock.phase("checkpoint"):
                 self.copies.save(self.engine, **self._content(), exposure=self.exposure)
 
@@ -785,13 +795,10 @@ class Session:
         print(f"time: {sum(self.clock.total.values()):.1f} s: {shares}", flush=True)
 
     def abandon(self, error: BaseException) -> None:
-        """Say in run.json how it ended, where that can still be said; an end of the run's own is no
-        loss of a rank, so copies in memory go.
-        """
+        """Say in run.json how it ended, where that can still be said."""
         self._lost = not isinstance(error, TuneloomError)
         if self.copies is not None and not self._lost:
-            self._say_what_is_lost()
-            self.copies.forget()
+            self._part_with(self.copies, kept=isinstance(error, DiskError))
         ours = self.recorded or (
             # Of an attempt that was lost, as nobody else holds the lock.
             self._lock is not None and runs.recorded(self.folder).get("state") == "running"
@@ -804,17 +811,28 @@ class Session:
             except (OSError, TrainingError) as why:  # a full disk must not hide what ended the run
                 print(f"how the run ended is not in its folder: {why}", flush=True)
 
-    def _say_what_is_lost(self) -> None:
-        """Steps that were in memory alone."""
+    def _part_with(self, held: copies.Copies, *, kept: bool) -> None:
+        """An end of the run's own is no loss of a rank, so copies in memory go, unless a full disk
+        ended it and they are newer than what is on it.
+        """
         saved = checkpoint.ordered(self.folder / "checkpoints")
-        last = saved[-1].name if saved else checkpoint.name(0)
-        lost = self.step - int(last.removeprefix("step-"))
-        if self.world.first and lost > 0:
-            print(
-                f"copies: the {lost} steps after {last} are lost, as copies in memory go with a "
-                "run that ends by an error of its own",
-                flush=True,
+        last = int(saved[-1].name.removeprefix("step-")) if saved else 0
+        if kept and held.step > last:
+            held.keep()
+            said = (
+                f"{checkpoint.name(held.step)} stays in memory, in {held.base}; with room on the "
+                "disk the same command goes on from it"
             )
+        else:
+            held.forget()
+            if self.step <= last:
+                return
+            said = (
+                f"the {self.step - last} steps after {checkpoint.name(last)} are lost, as copies "
+                "in memory go with a run that ends by an error of its own"
+            )
+        if self.world.first:
+            print(f"copies: {said}", flush=True)
 
     def close(self) -> None:
         """Give back files, signals and the tracker."""

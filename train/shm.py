@@ -5,7 +5,8 @@
     /dev/shm/tuneloom-<token>/rank-00000/step-000041/      written by `train/copies.py`
 
 They outlive a rank that is killed, and go with the run, with its launcher (also one that is killed:
-`launch/reaper.py`, on a cluster `launch/keepers.py`), or with the host.
+`launch/reaper.py`, on a cluster `launch/keepers.py`), or with the host. Those of a run that a full
+disk ended wait for the same command (`kept`), until `sweep` finds them stale.
 """
 
 import fcntl
@@ -23,9 +24,12 @@ ROOT = Path("/dev/shm")
 TOKEN = "copies"
 OWNER = "owner"
 MEMORY = "memory"
+KEPT = "kept"
 ENDING_SECONDS = 5.0
 STALE_SECONDS = 3600.0
-"""What nobody has written for so long, of a run that nobody runs, was left where the reaper was killed too."""
+"""What nobody has written for so long, of a run that nobody runs, goes: its reaper was killed too, or
+nobody came back for it.
+"""
 
 
 def name_of(run: Path) -> str:
@@ -67,12 +71,19 @@ def forget(base: Path) -> None:
     shutil.rmtree(base, ignore_errors=True)
 
 
+def keep(base: Path) -> None:
+    """Have `forget_run` leave them."""
+    (base / KEPT).touch()
+
+
 def forget_run(run: Path) -> None:
-    """The same by the run's folder, unless a rank 0 still writes there: a second launcher of a run
-    is refused, and ends without the first one's copies.
+    """The same by the run's folder, unless they are kept, or a rank 0 still writes there: a second
+    launcher of a run is refused, and ends without the first one's copies.
     """
     if (run / TOKEN).exists() and not _is_written(run):
-        forget(ROOT / name_of(run))
+        base = ROOT / name_of(run)
+        if not (base / KEPT).exists():
+            forget(base)
 
 
 def forget_when_ended(run: Path) -> None:

@@ -17,11 +17,12 @@ from tuneloom.config import (
     build,
     compose,
     composed,
+    did_you_mean,
     dotted_keys,
     points,
     unknown_override,
 )
-from tuneloom.errors import CONFIGURATION, DONE, STOPPED, ConfigError, Stopped, TuneloomError
+from tuneloom.errors import CONFIGURATION, DONE, STOPPED, ConfigError, TuneloomError
 from tuneloom.imports import unswept
 from tuneloom.redact import redact, redact_tracebacks
 
@@ -76,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         if verb in ("-sc", "--shell-completion"):
             return complete(rest)
         if verb not in VERBS:
-            raise ConfigError(f"verb: expected one of {', '.join(VERBS)}, got {verb!r}")
+            raise ConfigError(
+                f"verb: expected one of {', '.join(VERBS)}, got {verb!r}"
+                f"{did_you_mean(verb, list(VERBS))}"
+            )
         if any(a.split("=")[0] in PRINTING for a in rest):
             if any(a in SWEEP for a in rest):
                 raise ConfigError(
@@ -118,8 +122,8 @@ def run(verb: str, rest: list[str]) -> int:
 
 
 def sweep(verb: str, rest: list[str]) -> int:
-    """Every point, one after the other, once all are valid; returns the worst exit code. A point
-    that is stopped by a signal is the last to start.
+    """Every point, one after the other, once all are valid, then a line on each; returns the worst
+    exit code. A point that is stopped by a signal is the last to start.
 
     Not by Hydra's sweeper: it would call what a config names in hydra.callbacks or its logging.
     """
@@ -130,17 +134,31 @@ def sweep(verb: str, rest: list[str]) -> int:
     swept = apart(points([o for o in overrides if o not in texts]))
     jobs = [config_of(verb, [*where, *texts, *point]) for point in swept]
     codes: list[int] = []
-    for number, (module, config) in enumerate(jobs, 1):
-        try:
-            codes.append(int(module.main(config)))
-        except Stopped as error:
-            codes.append(failed(verb, error))
-            if left := swept[number:]:
-                print(f"tuneloom {verb}: not started: {names(left, swept)}", file=sys.stderr)
+    ends: list[str] = []
+    for module, config in jobs:
+        code, end = ended(verb, module, config)
+        codes.append(code)
+        ends.append(end)
+        if code == STOPPED:
             break
-        except TuneloomError as error:
-            codes.append(failed(verb, error))
+    ends += ["not started"] * (len(jobs) - len(ends))
+    for name, end in zip(names(swept), ends, strict=True):
+        print(f"tuneloom {verb}: {name}: {end}", file=sys.stderr)
     return worst(codes)
+
+
+def ended(verb: str, module: ModuleType, config: Config) -> tuple[int, str]:
+    """Run a point of a sweep; its exit code, and how it ended in words. No error of it keeps the
+    next one from running.
+    """
+    try:
+        code = int(module.main(config))
+    except TuneloomError as error:
+        return failed(verb, error), f"exit {error.exit_code}, {redact(str(error))}"
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1, f"exit 1, {type(error).__name__}"
+    return code, f"exit {code}" if code else "done"
 
 
 def apart(swept: list[list[str]]) -> list[list[str]]:
@@ -155,10 +173,10 @@ def apart(swept: list[list[str]]) -> list[list[str]]:
     return [[*point, f"{text}-{number}"] for number, point in enumerate(swept)]
 
 
-def names(some: list[list[str]], swept: list[list[str]]) -> str:
-    """These points of a sweep, each by the overrides that not all of its points share."""
+def names(swept: list[list[str]]) -> list[str]:
+    """The points of a sweep, each by the overrides that not all of its points share."""
     shared = set.intersection(*map(set, swept))
-    return redact("; ".join(" ".join(o for o in point if o not in shared) for point in some))
+    return [redact(" ".join(o for o in point if o not in shared) or "all") for point in swept]
 
 
 def worst(codes: list[int]) -> int:

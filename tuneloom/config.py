@@ -79,13 +79,17 @@ def _nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def did_you_mean(key: str, known: list[str]) -> str:
-    """`; did you mean 'optim.lr'?`, or nothing when no known key is near."""
-    known = [k for k in known if not any(other.startswith(k + ".") for other in known)]
+    """`; did you mean 'optim.lr'?`; where no known key is near, those beside it, if any."""
+    beside = [k for k in known if "." in key and k.rpartition(".")[0] == key.rpartition(".")[0]]
+    if "." in key:
+        known = [k for k in known if not any(other.startswith(k + ".") for other in known)]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not near:
         last = {k.rsplit(".", 1)[-1]: k for k in known}
         near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)]
-    return f"; did you mean {near[0]!r}?" if near else ""
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; expected one of {', '.join(beside)}" if beside else ""
 
 
 def build(model: type[C], mapping: Mapping[str, Any]) -> C:
@@ -302,6 +306,17 @@ def _is_open(key: str, known: list[str]) -> bool:
 
 def _hydra_sentence(error: Exception, known: list[str]) -> str:
     """Hydra's message without its advice to add unknown keys with `+`."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        near = did_you_mean(choice, list(error.options))
+        return f"{group}: expected one of {list(error.options)}, got {choice!r}{near}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: not of the form key=value; a value with brackets, commas or blanks "
+            "needs quotes of its own, inside those of the shell"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("To append", "full_key", "object_type"))]
     if kept[0].startswith("Could not override"):

@@ -48,6 +48,10 @@ class TrainingError(TuneloomError, RuntimeError):
     exit_code = TRAINING
 
 
+class DiskError(TrainingError):
+    """A disk did not take what the run writes; once it does, the same command goes on."""
+
+
 class GateError(TuneloomError, RuntimeError):
     """The tuned model did not pass the comparison it was asked to pass."""
 

@@ -125,6 +125,16 @@ def metrics(folder: Path, run_id: str, key: str = "train/loss") -> list[float]:
     return [row[key] for row in trained if key in row]
 
 
+def exposures(folder: Path, run_id: str) -> list[tuple[object, ...]]:
+    """Which row was in which step of a run that is done, and its tokens."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "runs" / run_id / "exposure.parquet")
+    return sorted(
+        zip(*(table[c].to_pylist() for c in ("step", "record_id", "tokens")), strict=True)
+    )
+
+
 def cut_back(folder: Path, run_id: str, step: int) -> None:
     """Leave a run at a checkpoint, with a mark in the rows up to there: `went_on` looks for it, as
     a run that began anew has the same losses.

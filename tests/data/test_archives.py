@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import random
 import struct
 import tarfile
@@ -16,6 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from tests.data.dirty import jsonl
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.readers import read_blocks
@@ -27,10 +27,6 @@ from tuneloom.errors import DataError
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(30)]
 CAP = 1 << 20
-
-
-def jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 FILES = {

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.dirty import chat
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
@@ -19,11 +20,6 @@ WORDS = [f"w{i}" for i in range(5000)]
 
 def words(count: int) -> str:
     return " ".join(RNG.choices(WORDS, k=count))
-
-
-def chat(question: str, answer: str) -> dict[str, Any]:
-    turns = [("user", question), ("assistant", answer)]
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.dirty import chat
 from tuneloom.config import build
 from tuneloom.data.curate import Golden, Row
 from tuneloom.data.ingest import ingest
@@ -19,11 +20,6 @@ from tuneloom.data.review import GoldenConfig, main
 from tuneloom.data.review_page import text_of
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError, RefusedError
-
-
-def chat(question: str, answer: str) -> dict[str, Any]:
-    turns = [("user", question), ("assistant", answer)]
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def golden(tmp_path: Path) -> Golden:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.dirty import chat
 from tuneloom.config import build
 from tuneloom.data.guard import refuse_golden
 from tuneloom.data.ingest import ingest
@@ -13,12 +14,6 @@ from tuneloom.data.recipe import IngestConfig
 from tuneloom.data.rows import open_rows
 from tuneloom.errors import ConfigError, DataError
 from tuneloom.testing import Gang, small_config
-
-
-def chat(question: str, answer: str) -> dict[str, Any]:
-    turns = [("user", question), ("assistant", answer)]
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
-
 
 LONG = " ".join(f"word{i}" for i in range(60))
 GOLDEN = [chat("which city is in Japan?", "Kyoto"), chat(f"sum up: {LONG}", "many words")]

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data import dirty
+from tests.data.dirty import chat
 from tuneloom.config import build
 from tuneloom.data import recognisers
 from tuneloom.data.ingest import ingest
@@ -40,15 +41,6 @@ def write(path: Path, lines: list[str | bytes | dict[str, Any]]) -> str:
     ]
     path.write_bytes(b"\n".join(encoded) + b"\n")
     return str(path)
-
-
-def chat(question: str, answer: str) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
 
 
 def manifest(folder: Path) -> dict[str, Any]:

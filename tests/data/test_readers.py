@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.dirty import jsonl
 from tuneloom.config import build
 from tuneloom.data.ingest import ingest
 from tuneloom.data.recipe import IngestConfig
@@ -37,10 +38,6 @@ def kept(tmp_path: Path, source: Any, **data: Any) -> list[str]:
         )
         + rejects
     )
-
-
-def jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def write_csv(path: Path, delimiter: str) -> None:

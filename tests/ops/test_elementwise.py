@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,18 +13,9 @@ from tuneloom.kernels.rms_norm import add_rms_norm, rms_norm
 from tuneloom.kernels.rope import rope
 from tuneloom.kernels.swiglu import Activation, gated
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 Outputs = tuple[Tensor, ...]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Memory that an op allocates holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def agrees(op: Callable[..., Outputs], formula: Callable[..., Outputs], *inputs: Tensor) -> None:

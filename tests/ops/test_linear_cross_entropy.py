@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,17 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tuneloom.kernels.jit import INTERPRETING
 from tuneloom.kernels.linear_cross_entropy import linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Memory that an op allocates holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def reference(

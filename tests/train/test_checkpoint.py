@@ -9,16 +9,23 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from tests.train.test_damage import SHAPES
 from tuneloom.config import build
-from tuneloom.errors import ConfigError, RefusedError, Stopped, TrainingError, TuneloomError
+from tuneloom.errors import (
+    ConfigError,
+    DiskError,
+    RefusedError,
+    Stopped,
+    TrainingError,
+    TuneloomError,
+)
 from tuneloom.testing import (
     Gang,
     cramped_files,
     cut_back,
+    exposures,
     free_port,
     metrics,
     small_config,
@@ -48,13 +55,6 @@ def interrupted(lab: Path, gang: Gang, run_id: str, **dotted: object) -> None:
     """Run `run_id` to step 4 and no further: a copy of a whole run, cut back to its checkpoint."""
     gang.fit(config(lab, run_id, checkpoint__every=4, **dotted))
     cut_back(lab, run_id, 4)
-
-
-def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
-    table = pq.read_table(lab / "runs" / run_id / "exposure.parquet")
-    return sorted(
-        zip(*(table[c].to_pylist() for c in ("step", "record_id", "tokens")), strict=True)
-    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -631,14 +631,22 @@ def test_an_error_says_which_steps_go_with_the_copies_in_memory(
     lab: Path, forked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class InMemory:
+        step, base = 11, Path("memory")
+
         def forget(self) -> None:
             print("forgotten")
 
+        def keep(self) -> None:
+            print("kept")
+
     session = Session(build(TrainConfig, config(lab, "forked")), ALONE, {})
     session.step, session.copies = 11, InMemory()  # type: ignore[assignment]
-    session.abandon(TrainingError("checkpoint: step 11 could not be saved"))
+    session.abandon(TrainingError("train.max_bad_steps: 4 steps in a row were not finite"))
     said = capsys.readouterr().out
-    assert "the 3 steps after step-000008 are lost" in said and said.endswith("forgotten\n")
+    assert said.startswith("forgotten\n") and "the 3 steps after step-000008 are lost" in said
+    session.abandon(DiskError("checkpoint: step 11 could not be saved"))
+    said = capsys.readouterr().out
+    assert said.startswith("kept\ncopies: step-000011 stays in memory, in memory; with room on")
 
 
 def test_resuming_does_not_validate_the_same_step_twice(lab: Path, two: Gang) -> None:

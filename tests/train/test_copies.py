@@ -9,23 +9,26 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from tuneloom.errors import RefusedError
-from tuneloom.testing import Gang, free_port, metrics, small_config
+from tuneloom.errors import TRAINING, RefusedError
+from tuneloom.testing import Gang, exposures, free_port, metrics, small_config
 from tuneloom.train import checkpoint, shm
 from tuneloom.train.copies import Parts, choose, neighbours
 
 STEPS = 8
 
 # Rank 1 is killed in step 6: before it, half-way through its copy of step 5, or while step 6 is
-# saved to disk. Each rank may have a memory of its own, as on two hosts.
+# saved to disk; or its disk is full under that save, beside training as well, under the row of step
+# 5, or when copies become a checkpoint. Each rank may have a memory of its own, as on two hosts.
 CHILD = """
 import json, os, signal, sys
+from contextlib import nullcontext
 from pathlib import Path
 from tuneloom.config import build
-from tuneloom.train import checkpoint, copies, shm
+from tuneloom.errors import TuneloomError
+from tuneloom.testing import cramped_files
+from tuneloom.train import background, checkpoint, copies, metrics, shm
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.loop import fit
 from tuneloom.train.session import Session
@@ -34,6 +37,8 @@ rank = os.environ["RANK"]
 if hosts:
     shm.ROOT = Path(hosts) / rank
 agree, facts_of, write_share = Session.agree, copies.part_facts, checkpoint.write_share
+write_row, write_beside = metrics.Metrics.write, background.Background._write
+copied = copies._copied
 def struck_between(self, micros):
     if self.step == 5 and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,6 +51,21 @@ def struck_saving(engine, torn, *more):
     if torn.parent.name == "checkpoints" and "-000006-" in torn.name and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return write_share(engine, torn, *more)
+def full(root, step):
+    there = root.name == "checkpoints" and "-000006-" in step and rank == "1"
+    return cramped_files(1000) if there else nullcontext()
+def full_saving(engine, torn, *more):
+    with full(torn.parent, torn.name):
+        return write_share(engine, torn, *more)
+def full_beside(self, writes):
+    with full(self.root, self._torn.name):
+        return write_beside(self, writes)
+def full_rescue(part, torn, known):
+    with full(torn.parent, torn.name):
+        return copied(part, torn, known)
+def full_row(self, row):
+    with cramped_files(0) if row["step"] == 5 else nullcontext():
+        return write_row(self, row)
 def struck_loading(self, found):
     if rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -57,7 +77,16 @@ if kill == "inside":
     copies.part_facts = struck_inside
 if kill == "saving":
     checkpoint.write_share = struck_saving
-fit(build(TrainConfig, config))
+if kill == "full":
+    checkpoint.write_share, background.Background._write = full_saving, full_beside
+if kill == "rescue":
+    copies._copied = full_rescue
+if kill == "row":
+    metrics.Metrics.write = full_row
+try:
+    fit(build(TrainConfig, config))
+except TuneloomError as error:
+    os._exit(error.exit_code)  # as train/__main__.py leaves
 """
 
 
@@ -89,13 +118,6 @@ def resumed_from(lab: Path, run_id: str) -> str:
     return str(record["resumed_from"])
 
 
-def exposures(lab: Path, run_id: str) -> list[tuple[object, ...]]:
-    table = pq.read_table(lab / "runs" / run_id / "exposure.parquet")
-    return sorted(
-        zip(*(table[c].to_pylist() for c in ("step", "record_id", "tokens")), strict=True)
-    )
-
-
 def uninterrupted(lab: Path, gang: Gang, stage: int, sequence: int = 1) -> str:
     """The run that the others must equal, trained once."""
     run_id = f"remembered-{stage}-{sequence}"
@@ -124,6 +146,30 @@ def test_a_killed_rank_costs_the_step_it_was_in_and_no_bit(
     assert resumed_from(lab, run_id) == checkpoint.name(kept)
     assert metrics(lab, run_id) == metrics(lab, whole)
     assert exposures(lab, run_id) == exposures(lab, whole)
+    assert not base.exists()
+
+
+@pytest.mark.parametrize(
+    ("kill", "more", "kept"),
+    [("full", {}, 6), ("full", {"checkpoint__asynchronous": True}, 6), ("row", {}, 4)],
+)
+def test_a_full_disk_costs_a_step_at_most_and_no_bit(
+    lab: Path, two: Gang, kill: str, more: dict[str, object], kept: int
+) -> None:
+    """A save every 3 steps: without the copies it costs 3, and 2."""
+    run_id = f"full-{kill}-{len(more)}"
+    run, settings = lab / "runs" / run_id, config(lab, run_id, **more)
+    assert ranks(settings, kill)[0] == TRAINING
+    base = shm.ROOT / shm.name_of(run)
+    shm.forget_run(run)  # as its launcher ends
+    assert [f.name for f in checkpoint.ordered(run / "checkpoints")] == [checkpoint.name(3)]
+    if kept == 6:  # the disk is full still
+        assert ranks(settings, "rescue") == [TRAINING, TRAINING]
+        shm.forget_run(run)
+    two.fit(settings)
+    assert resumed_from(lab, run_id) == checkpoint.name(kept)
+    assert metrics(lab, run_id) == metrics(lab, uninterrupted(lab, two, 2))
+    assert exposures(lab, run_id) == exposures(lab, uninterrupted(lab, two, 2))
     assert not base.exists()
 
 

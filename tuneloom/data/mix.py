@@ -7,7 +7,6 @@ ledger of a run reports what each part gave, in rows and in tokens; `model.path=
 tokens here already.
 """
 
-import hashlib
 import heapq
 import json
 from array import array
@@ -30,7 +29,7 @@ from tuneloom.data.manifest import length_table
 from tuneloom.data.paperwork import write_paperwork
 from tuneloom.data.provenance import effective
 from tuneloom.data.recipe import Name
-from tuneloom.data.records import canonical
+from tuneloom.data.records import canonical, text_digest
 from tuneloom.data.rows import verify_shard
 from tuneloom.data.splits import SPLITS, place_of
 from tuneloom.data.store import (
@@ -299,9 +298,9 @@ def _write(
         "lengths": length_table(lengths), "sanitised": {}, "found": {}, "leaks": {}, "against": [],
         "label_conflicts": 0, "label_issues": {}, "labels": {}, "mixture": mixture,
         "licence": _licence(everyone, dict(sorted(licences.items()))),
-        "config_digest": _digest(canonical(identity)), "recipe": identity,
+        "config_digest": text_digest(canonical(identity)), "recipe": identity,
         "transforms": [{"step": "mix", "version": 1, "rows": kept, "out_digest": digest_of(splits),
-                        "in_digest": _digest(" ".join(part.name for part in everyone))}],
+                        "in_digest": text_digest(" ".join(part.name for part in everyone))}],
         "created_from": [
             {"dataset": part.name, "split": "train", "terms": terms_of(part.folder, part.manifest)}
             for part in everyone
@@ -316,10 +315,6 @@ def _tables(rows: Iterator[Row]) -> Iterator[pa.Table]:
     """Rows in tables of AT_ONCE."""
     while some := list(islice(rows, AT_ONCE)):
         yield pa.Table.from_pylist(some, SCHEMA)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _licence(everyone: list[Loaded], licences: dict[str, int]) -> dict[str, Any]:

@@ -77,7 +77,11 @@ def canonical(content: Any) -> str:
 
 def content_id(content: Any) -> str:
     """sha256 (hex) of the canonical JSON of `content`."""
-    return hashlib.sha256(canonical(content).encode()).hexdigest()
+    return text_digest(canonical(content))
+
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse(obj: Any, format: Format = "auto", *, source: str = "", where: str = "") -> Record:

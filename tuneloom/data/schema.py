@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuneloom.data.payloads import payload_of
+from tuneloom.data.records import ROLES
 
 PLAIN = {"role", "content"}
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
 class Reject(ValueError):

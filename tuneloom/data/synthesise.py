@@ -7,7 +7,6 @@ the digest of the prompt or design, the seed's id and the judge's score. The sha
 is capped, and a request that was answered is not made again.
 """
 
-import hashlib
 import http.client
 import json
 import math
@@ -27,7 +26,7 @@ from tuneloom.data import designer
 from tuneloom.data.fields import MissingField, compile_template
 from tuneloom.data.mapping import UnknownShape, mapper
 from tuneloom.data.recipe import Name
-from tuneloom.data.records import canonical, content_id, parse
+from tuneloom.data.records import canonical, content_id, parse, text_digest
 from tuneloom.data.rows import Rows, open_rows
 from tuneloom.data.shards import write_whole
 from tuneloom.errors import ConfigError, DataError
@@ -118,7 +117,7 @@ def synthesise(config: SynthesiseConfig) -> tuple[Path, dict[str, int]]:
     origin = {
         "teacher": config.teacher.model,
         "teacher_licence": config.teacher.licence,
-        "prompt_digest": _digest(source),
+        "prompt_digest": text_digest(source),
     }
 
     def score(answer: tuple[int, dict[str, Any]]) -> tuple[int, dict[str, Any], int | None]:
@@ -231,7 +230,7 @@ class Teacher:
         body = {"model": self.config.model, "messages": [{"role": "user", "content": prompt}],
                 "temperature": self.config.temperature, "max_tokens": self.config.max_tokens,
                 "seed": attempt}  # fmt: skip
-        path = self.cache / f"{_digest(self.config.url + canonical(body))[:32]}.txt"
+        path = self.cache / f"{text_digest(self.config.url + canonical(body))[:32]}.txt"
         if path.exists():
             return path.read_bytes().decode("utf-8")
         said = self._post(body).encode("utf-8", "replace")  # half a surrogate pair is no text
@@ -255,7 +254,3 @@ class Teacher:
                 f"teacher.url: no answer from {self.config.url} ({error}); answers so far are "
                 "kept, the same command goes on from here"
             ) from None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
