@@ -27,8 +27,8 @@ MEMORY = "memory"
 KEPT = "kept"
 ENDING_SECONDS = 5.0
 STALE_SECONDS = 3600.0
-"""What nobody has written for so long, of a run that nobody runs, goes: its reaper was killed too, or
-nobody came back for it.
+"""What nobody has written for so long, of a run that nobody runs, goes: its reaper was killed too,
+or nobody came back for it.
 """
 
 
