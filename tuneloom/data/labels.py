@@ -27,8 +27,8 @@ class LabelIssuesConfig(Config):
     """`list` counts rows whose label looks wrong, `quarantine` sets them aside for a person."""
     max_odds: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
     """A row is suspected only if its label has less than this part of the likeliest's chance. Of
-    5 % flipped labels in examples/debian 0.05 finds 87 to 92 %, and 79 to 81 % of what it suspects
-    was flipped; 0.02 finds 81 % with 86 %."""
+    5 % flipped labels in examples/debian 0.05 finds 86 to 90 %, and 79 to 80 % of what it suspects
+    was flipped; 0.02 finds 77 to 83 % with 85 to 88 % (benchmarks/results/labels.json)."""
 
 
 @dataclass(frozen=True)
