@@ -23,9 +23,7 @@ def apply(network: nn.Module, method: MethodConfig) -> nn.Module:
     """
     towers = aside(network)
     if method.kind == "full":
-        for (
-            tower
-        ) in towers.values():  # no gradient would reach it, and weight decay would shrink it
+        for tower in towers.values():  # without a gradient, weight decay alone would move it
             tower.requires_grad_(False)
         return network
     imports.adapters()
