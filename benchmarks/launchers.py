@@ -26,11 +26,15 @@ RANK = {
 
 
 class Started(Run):
-    """One run; on `hosts` where they are given, else on this machine."""
+    """One run; on `hosts` where they are given, which may shrink to one, else on this machine."""
 
-    def __init__(self, lab: Lab, launcher: str, run_id: str, hosts: Hosts | None = None) -> None:
+    def __init__(
+        self, lab: Lab, launcher: str, run_id: str, hosts: Hosts | None = None, *,
+        shrinks: bool = False,
+    ) -> None:  # fmt: skip
         self.lab, self.folder = lab, lab.folder / "runs" / run_id
         self.launcher, self.log = launcher, lab.folder / f"{run_id}.log"
+        self.shrinks = shrinks
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
         environment = dict(hosts.environment if hosts else os.environ)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -53,6 +57,8 @@ class Started(Run):
         keys.extend(endless)
         if self.launcher.startswith("tuneloom"):
             spread = ["launch.kind=ray", "launch.nodes=2"] if on_hosts else []
+            if self.shrinks:
+                spread += ["launch.min_workers=1", "launch.wait_seconds=0.1"]
             return [sys.executable, "-m", "tuneloom", "train", *keys, *spread]
         if self.launcher == "torchrun":
             keys = [k for k in keys if not k.startswith("launch")]
@@ -68,7 +74,8 @@ class Started(Run):
             zero__stage=2,
             checkpoint__every=EVERY,
         )
-        return [sys.executable, "-m", "benchmarks.peers.ray_train_run", json.dumps(config)]
+        least = ["1"] if self.shrinks else []
+        return [sys.executable, "-m", "benchmarks.peers.ray_train_run", json.dumps(config), *least]
 
     def below(self) -> list[psutil.Process]:
         """All that the launcher started."""

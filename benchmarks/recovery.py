@@ -1,5 +1,5 @@
-"""`python -m benchmarks.recovery [--victims worker host driver]`: seconds from a kill -9 to the
-next new step (B3).
+"""`python -m benchmarks.recovery [--victims worker host shrunk driver]`: seconds from a kill -9 to
+the next new step (B3).
 
 Ours, bare Ray Train V2 and torchrun, in turn, on one tiny model, loop and checkpoints: two gloo
 ranks, a checkpoint every 10 steps, struck between two saves. What differs is who notices, and how
@@ -12,6 +12,8 @@ one run.
             its place joins 3 s later. Until that host's Ray has a process for a rank nobody can do
             anything, so those seconds are told apart. torchrun has no part in this: its hosts are
             started by hand
+    shrunk  the same host, and none in its place: both go on with the rank that is left (ours by
+            `launch.min_workers=1`, Ray Train by `ScalingConfig(num_workers=(1, 2))`)
     driver  the command alone (torchrun's agent); the same command again once all that the first
             one started is gone, at the latest after 20 s; seconds from the second start
 
@@ -76,6 +78,19 @@ def host_struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Tri
     return trial
 
 
+def host_lost(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Trial:
+    """Kill all of host b for good."""
+    with Hosts() as hosts:
+        run = Started(lab, launcher, run_id, hosts, shrinks=True)
+        run.wait_for_step(2 * EVERY)
+        run.wait_for_step(between_saves(run, rng))
+        inode = run.inode()
+        hosts.kill("b")
+        trial = until_new_step(run, time.monotonic(), run.step, inode)
+        run.sweep()
+    return trial
+
+
 def driver_struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Trial:
     """Kill the command, start it again; what lived on goes on training until it is gone."""
     run = Started(lab, launcher, run_id)
@@ -105,6 +120,7 @@ Strike = Callable[[Lab, str, str, random.Random], Trial]
 VICTIMS: dict[str, tuple[Strike, list[str]]] = {
     "worker": (worker_struck, ["tuneloom", "tuneloom_first_minute", "ray_train", "torchrun"]),
     "host": (host_struck, ["tuneloom", "ray_train"]),
+    "shrunk": (host_lost, ["tuneloom", "ray_train"]),
     "driver": (driver_struck, ["tuneloom", "ray_train", "torchrun"]),
 }
 
