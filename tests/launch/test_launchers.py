@@ -169,9 +169,9 @@ def test_whether_ranks_hold_a_gpu_is_decided_once(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
     monkeypatch.setattr(supervise, "run_gang", run_gang)
     config, launch = build(TrainConfig, small_config(lab, "x")), LaunchConfig(kind="ray")
-    supervise.attempts(config, launch, [])
+    supervise.attempts(config, launch, [], None)
     assert seen == [1, 1] and "no GPU" not in capsys.readouterr().out
-    supervise.attempts(config, launch, [])
+    supervise.attempts(config, launch, [], None)
     assert "launch.gpus_per_worker=auto: no GPU in this cluster" in capsys.readouterr().out
 
 
