@@ -4,6 +4,7 @@ the end of the process, so that the launcher starts again from the newest checkp
     runs/<id>/hang/beat-00001.json   where a rank stood a moment ago, while the run lasts
     runs/<id>/hang/rank-00001.txt    stacks of all threads of a rank
     runs/<id>/hang/flight_rank_1     on CUDA, its NCCL flight recorder: torchfrtrace --prefix
+    runs/<id>/hang/nccl_ras.txt      on CUDA, what NCCL itself says of all communicators (`ncclras`)
     runs/<id>/hang/report.json       its kind, the ranks at fault, and the sentence that was printed
 
 gloo says `timed out` after 30 minutes and not which rank was missed (measured, torch 2.13). A rank
@@ -138,7 +139,9 @@ class Watchdog:
         write(self._file("rank", "json"), self._standing())
         reports = time.monotonic() + PATIENCE_SECONDS
         first = self.world.rank == min(self._living(), default=self.world.rank)
-        if not first:  # who reports does so before it asks the driver for anything
+        if first:  # who reports does so before it asks the driver for anything
+            keep_ras(self.folder, self.world)
+        else:
             keep_flight(self.folder, self.world)
         self._keep_stacks_of_the_stopped()
         time.sleep(max(0.0, reports - time.monotonic()))
@@ -206,6 +209,17 @@ class Watchdog:
             self.world.rank, socket.gethostname(), os.getpid(), self.step(), self.clock.now_in,
             _line(ours), _collective(waits),
         )  # fmt: skip
+
+
+def keep_ras(folder: Path, world: World) -> None:
+    """What NCCL's monitors of all ranks say (RAS, NCCL 2.24), where its client is on this host."""
+    client = shutil.which("ncclras")
+    if world.device.type != "cuda" or client is None:
+        return
+    path = folder / "nccl_ras.txt"
+    with path.open("w", encoding="utf-8") as file, suppress(subprocess.TimeoutExpired):
+        subprocess.run([client, "-v", "-t", f"{PATIENCE_SECONDS - 1:.0f}"], stdout=file,
+                       stderr=file, check=False, timeout=PATIENCE_SECONDS)  # fmt: skip
 
 
 def keep_flight(folder: Path, world: World) -> None:

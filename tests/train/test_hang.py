@@ -16,7 +16,7 @@ from tuneloom.errors import TRAINING, DataError
 from tuneloom.testing import Gang, free_port, metrics, small_config
 from tuneloom.train.distributed import World, record_flights
 from tuneloom.train.hangs import Seen, Standing, judge
-from tuneloom.train.watchdog import keep_flight
+from tuneloom.train.watchdog import keep_flight, keep_ras
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 4
@@ -232,6 +232,22 @@ def test_the_watchdog_leaves_the_flight_recorder_where_torch_would(
     keep_flight(tmp_path, on_cuda)
     record_flights(tmp_path, on_cuda)
     assert Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + "1").read_bytes() == b"flight"
+
+
+def test_what_nccl_says_of_its_communicators_is_kept_where_its_client_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, kept = tmp_path / "ncclras", tmp_path / "hang" / "nccl_ras.txt"
+    kept.parent.mkdir()
+    on_cuda = World(0, 2, 0, torch.device("cuda", 0))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    keep_ras(kept.parent, on_cuda)
+    client.write_text('#!/bin/sh\necho "$*"; echo "rank 1 is behind" >&2; exec sleep 60\n')
+    client.chmod(0o755)
+    keep_ras(kept.parent, World(0, 2, 0, torch.device("cpu")))
+    assert not kept.exists()
+    keep_ras(kept.parent, on_cuda)
+    assert kept.read_text() == "-v -t 2\nrank 1 is behind\n"
 
 
 def test_ranks_in_different_collectives_are_a_mismatch_and_a_computing_one_a_stall() -> None:
