@@ -115,6 +115,19 @@ def test_points_that_fail_keep_none_from_running(
     assert (lab / "runs-bad" / "swept-1" / "weights").is_dir()
 
 
+def test_points_that_name_one_run_get_a_run_each_and_a_job_that_stopped_stops_no_other(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's 75 comes back as a number; only a signal to this command is raised."""
+    ran: list[str | None] = []
+    monkeypatch.setattr(launch_run, "main", lambda job: ran.append(job.run.id) or 75)
+    assert train(lab, "--multirun", "+run.id=a,b", "zero.stage=1,2") == 75
+    assert ran == ["a-0", "a-1", "b-2", "b-3"]
+    ran.clear()
+    assert train(lab, "--multirun", "run.id=c-${zero.stage}", "zero.stage=1,2") == 75
+    assert ran == ["c-1", "c-2"]
+
+
 def test_what_prints_shows_no_sweep(lab: Path, capsys: Capture) -> None:
     assert train(lab, "--cfg", "job", "--multirun") == 2
     assert "--multirun: what prints shows one config" in capsys.readouterr().err

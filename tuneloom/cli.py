@@ -22,7 +22,7 @@ from tuneloom.config import (
     points,
     unknown_override,
 )
-from tuneloom.errors import CONFIGURATION, DONE, STOPPED, ConfigError, TuneloomError
+from tuneloom.errors import CONFIGURATION, DONE, STOPPED, ConfigError, Stopped, TuneloomError
 from tuneloom.imports import unswept
 from tuneloom.redact import redact, redact_tracebacks
 
@@ -131,16 +131,19 @@ def sweep(verb: str, rest: list[str]) -> int:
     where = ["--config-dir", config_dir] if config_dir else []
     keys = getattr(importlib.import_module(VERBS[verb][0]), "TEXT_KEYS", ())
     texts = [o for o in overrides if o.partition("=")[0] in keys]
-    swept = apart(points([o for o in overrides if o not in texts]))
-    jobs = [config_of(verb, [*where, *texts, *point]) for point in swept]
+    swept = points([o for o in overrides if o not in texts])
+    jobs = apart(verb, [*where, *texts], swept)
     codes: list[int] = []
     ends: list[str] = []
     for module, config in jobs:
-        code, end = ended(verb, module, config)
+        try:
+            code, end = ended(verb, module, config)
+        except Stopped as error:
+            codes.append(failed(verb, error))
+            ends.append(f"exit {STOPPED}, {redact(str(error))}")
+            break
         codes.append(code)
         ends.append(end)
-        if code == STOPPED:
-            break
     ends += ["not started"] * (len(jobs) - len(ends))
     for name, end in zip(names(swept), ends, strict=True):
         print(f"tuneloom {verb}: {name}: {end}", file=sys.stderr)
@@ -149,10 +152,12 @@ def sweep(verb: str, rest: list[str]) -> int:
 
 def ended(verb: str, module: ModuleType, config: Config) -> tuple[int, str]:
     """Run a point of a sweep; its exit code, and how it ended in words. No error of it keeps the
-    next one from running.
+    next one from running, but for Stopped, which is raised.
     """
     try:
         code = int(module.main(config))
+    except Stopped:
+        raise
     except TuneloomError as error:
         return failed(verb, error), f"exit {error.exit_code}, {redact(str(error))}"
     except Exception as error:
@@ -161,16 +166,17 @@ def ended(verb: str, module: ModuleType, config: Config) -> tuple[int, str]:
     return code, f"exit {code}" if code else "done"
 
 
-def apart(swept: list[list[str]]) -> list[list[str]]:
-    """Each point with a run of its own: a run.id that they share gets the point's number, so the
-    same command finds the same runs again.
+def apart(verb: str, given: list[str], swept: list[list[str]]) -> list[tuple[ModuleType, Config]]:
+    """Each point with a run of its own: where several have one run.id, they get their numbers, so
+    the same command finds the same runs again.
     """
-    shared = set.intersection(*map(set, swept)) if len(swept) > 1 else set()
-    ids = [o for o in swept[0] if o in shared and o.startswith("run.id=") and o != "run.id=null"]
-    if not ids:
-        return swept
-    text = ids[-1].replace("'", "").replace('"', "")
-    return [[*point, f"{text}-{number}"] for number, point in enumerate(swept)]
+    jobs = [config_of(verb, [*given, *point]) for point in swept]
+    ids = [getattr(getattr(config, "run", None), "id", None) for _, config in jobs]
+    for number, run_id in enumerate(ids):
+        if run_id is not None and ids.count(run_id) > 1:
+            swept[number] = [*swept[number], f"run.id={run_id}-{number}"]
+            jobs[number] = config_of(verb, [*given, *swept[number]])
+    return jobs
 
 
 def names(swept: list[list[str]]) -> list[str]:
