@@ -19,6 +19,10 @@ class Keeper:
         self.run = run
         after_us(run)
 
+    def keep(self) -> None:
+        """For the same command: nobody gives the memory back."""
+        shm.keep_run(self.run)
+
     def forget(self) -> None:
         """Give back what ranks that did not end by themselves left here."""
         shm.forget_when_ended(self.run)
@@ -41,9 +45,15 @@ class Keepers:
                 num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
             ).remote(self._run)  # fmt: skip
 
+    def keep(self) -> None:
+        """Have the memory kept on all of them, as the end may be known to one rank alone."""
+        self._wait([actor.keep.remote() for actor in self._actors.values()])
+
     def forget(self) -> None:
         """Have the memory given back now; a node that is gone took its own along."""
+        self._wait([actor.forget.remote() for actor in self._actors.values()])
+
+    def _wait(self, asked: list[Any]) -> None:
         import ray
 
-        asked = [actor.forget.remote() for actor in self._actors.values()]
         ray.wait(asked, num_returns=len(asked), timeout=2 * shm.ENDING_SECONDS)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tuneloom.errors import RefusedError, Stopped, TrainingError, TuneloomError
+from tuneloom.errors import DiskError, RefusedError, Stopped, TrainingError, TuneloomError
 from tuneloom.launch import elastic
 from tuneloom.launch.admission import Admission
 from tuneloom.launch.config import LaunchConfig
@@ -96,7 +96,12 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
         keeps_its_folder(config)
         if launch.kind == "ray" and launch.min_workers is None:
             wait_for_nodes(launch.nodes, signals)
-        attempts(config, launch, signals, keepers)
+        try:
+            attempts(config, launch, signals, keepers)
+        except DiskError:
+            if keepers:
+                keepers.keep()
+            raise
 
 
 def attempts(
@@ -402,7 +407,7 @@ def wait(calls: list[Any], *, meanwhile: Callable[[], object] | None = None) -> 
 
 def revived(error: dict[str, str]) -> TuneloomError:
     """A rank's error as the class it was."""
-    classes = {kind.__name__: kind for kind in TuneloomError.__subclasses__()}
+    classes = {kind.__name__: kind for kind in (*TuneloomError.__subclasses__(), DiskError)}
     return classes.get(error["class"], TrainingError)(error["message"])
 
 

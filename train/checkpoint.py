@@ -568,8 +568,5 @@ def restore(engine: Any, found: Found, world: World, *, universal: Path | None) 
     # Into ZeRO 1 and 2 it loads the clipping of the checkpoint, which ZeRO 0 and 3 do not write.
     if clip is not None:
         engine.optimizer.clip_grad = clip
-    # It also gives every group the same step tensor, which each then counts on (0.19.8).
-    for entry in engine.basic_optimizer.state.values():
-        if torch.is_tensor(entry.get("step")):
-            entry["step"] = entry["step"].clone()
+    masters.place_steps(engine.basic_optimizer)
     restore_rng(found.folder, world)

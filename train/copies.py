@@ -102,9 +102,9 @@ class Copies:
         for rank in (self.world.rank, *self.sources):
             checkpoint.prune(self.base / _of(rank), KEPT)
 
-    def keep(self) -> None:
-        """For the same command: the launcher does not give the memory back."""
-        shm.keep(self.base)
+    def keep(self) -> bool:
+        """For the same command: the launcher does not give the memory back. False where it does."""
+        return shm.keep(self.base)
 
     def forget(self) -> None:
         """The run is over: give the memory back."""

@@ -111,3 +111,15 @@ def adam_state(entry: dict[str, Any], name: str) -> dict[str, Tensor]:
         )
     step = torch.as_tensor(entry["step"], dtype=torch.float32)
     return {"step": step, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
+
+
+def place_steps(optimizer: Any) -> None:
+    """Give each parameter a step tensor of its own where its update looks for it: beside it where
+    that is fused, else on the host. DeepSpeed loads one for all of a group, on the host (0.19.8),
+    and fused Adam stops at that (torch 2.13).
+    """
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for parameter, entry in optimizer.state.items():
+        if torch.is_tensor(entry.get("step")):
+            place = parameter.device if fused else torch.device("cpu")
+            entry["step"] = entry["step"].to(place, copy=True)

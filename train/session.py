@@ -664,7 +664,10 @@ class Session:
             self._save()
         except DiskError:
             if self._on_first(lambda: runs.is_ours(self.folder)):
-                self.remember()
+                try:
+                    self.remember()
+                except TrainingError as full:  # the memory is; copies of an earlier step stay
+                    print(full, flush=True)
             raise
 
     def _save(self) -> None:
@@ -817,8 +820,7 @@ class Session:
         """
         saved = checkpoint.ordered(self.folder / "checkpoints")
         last = int(saved[-1].name.removeprefix("step-")) if saved else 0
-        if kept and held.step > last:
-            held.keep()
+        if kept and held.step > last and held.keep():
             said = (
                 f"{checkpoint.name(held.step)} stays in memory, in {held.base}; with room on the "
                 "disk the same command goes on from it"

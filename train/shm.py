@@ -71,9 +71,18 @@ def forget(base: Path) -> None:
     shutil.rmtree(base, ignore_errors=True)
 
 
-def keep(base: Path) -> None:
-    """Have `forget_run` leave them."""
+def keep(base: Path) -> bool:
+    """Have `forget_run` leave them; False in a batch job, whose nodes others get."""
+    if "SLURM_JOB_ID" in os.environ or not base.exists():
+        return False
     (base / KEPT).touch()
+    return True
+
+
+def keep_run(run: Path) -> None:
+    """The same by the run's folder."""
+    if (run / TOKEN).exists():
+        keep(ROOT / name_of(run))
 
 
 def forget_run(run: Path) -> None:

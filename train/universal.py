@@ -79,6 +79,7 @@ def load_unsharded(engine: Any, converted: Path) -> None:
                 key: value if key == "step" else value.reshape(high.shape).to(high.device)
                 for key, value in masters.adam_state(held, name).items()
             }
+    masters.place_steps(engine.basic_optimizer)
     _count_on(engine, folder / WHOLE)
 
 
@@ -108,6 +109,7 @@ def load_swapped(engine: Any, converted: Path) -> None:
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(group)
     optimizer.checkpoint_event_epilogue()
+    masters.place_steps(optimizer.optimizer)
     states = sorted(folder.glob("*model_states.pt"))
     _count_on(engine, states[0])
 

@@ -636,8 +636,9 @@ def test_an_error_says_which_steps_go_with_the_copies_in_memory(
         def forget(self) -> None:
             print("forgotten")
 
-        def keep(self) -> None:
+        def keep(self) -> bool:
             print("kept")
+            return True
 
     session = Session(build(TrainConfig, config(lab, "forked")), ALONE, {})
     session.step, session.copies = 11, InMemory()  # type: ignore[assignment]

@@ -22,7 +22,7 @@ STEPS = 8
 # saved to disk; or its disk is full under that save, beside training as well, under the row of step
 # 5, or when copies become a checkpoint. Each rank may have a memory of its own, as on two hosts.
 CHILD = """
-import json, os, signal, sys
+import errno, json, os, signal, sys
 from contextlib import nullcontext
 from pathlib import Path
 from tuneloom.config import build
@@ -57,9 +57,10 @@ def full(root, step):
 def full_saving(engine, torn, *more):
     with full(torn.parent, torn.name):
         return write_share(engine, torn, *more)
-def full_beside(self, writes):
-    with full(self.root, self._torn.name):
-        return write_beside(self, writes)
+def full_beside(self, writes):  # in a thread: a limit of the process would reach the copies
+    if "-000006-" in self._torn.name and rank == "1":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write_beside(self, writes)
 def full_rescue(part, torn, known):
     with full(torn.parent, torn.name):
         return copied(part, torn, known)
@@ -171,6 +172,15 @@ def test_a_full_disk_costs_a_step_at_most_and_no_bit(
     assert metrics(lab, run_id) == metrics(lab, uninterrupted(lab, two, 2))
     assert exposures(lab, run_id) == exposures(lab, uninterrupted(lab, two, 2))
     assert not base.exists()
+
+
+def test_copies_do_not_wait_on_a_node_that_a_batch_job_gives_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not shm.keep(tmp_path) and not list(tmp_path.iterdir())
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert shm.keep(tmp_path) and [p.name for p in tmp_path.iterdir()] == [shm.KEPT]
 
 
 def test_a_lost_host_costs_one_step_as_the_neighbour_has_its_part(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tuneloom.testing import Gang, free_port, small_config
-from tuneloom.train import checkpoint, universal
+from tuneloom.train import checkpoint, masters, universal
 
 # Resumes from each of the named checkpoints, and saves at once.
 CHILD = """
@@ -93,3 +93,19 @@ def test_two_ranks_to_one_to_four_keep_every_bit(lab: Path, two: Gang) -> None:
             assert len(after) > 20 and after.keys() == before[stage].keys()
             for name, value in before[stage].items():
                 torch.testing.assert_close(after[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
+def test_steps_stand_where_the_update_looks_for_them_and_are_no_others(
+    fused: bool, place: str
+) -> None:
+    """A fused update on a GPU, here `meta`, refuses a step on the host, whence it was loaded."""
+    weights = [torch.nn.Parameter(torch.empty(2, device="meta")) for _ in range(2)]
+    optimizer, loaded = torch.optim.AdamW(weights), torch.tensor(7.0)
+    optimizer.param_groups[0]["fused"] = fused
+    for weight in weights:
+        optimizer.state[weight] = {"step": loaded}
+    masters.place_steps(optimizer)
+    steps = [optimizer.state[weight]["step"] for weight in weights]
+    assert [step.device.type for step in steps] == [place] * 2
+    assert len({id(step) for step in [*steps, loaded]}) == 3
