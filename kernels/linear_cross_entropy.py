@@ -114,7 +114,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dhidden is not None:
             dhidden = torch.mul(dhidden, factor, out=torch.empty_like(dhidden))
         if dweight is not None:  # in place: it is gigabytes. Autograd refuses a second
-            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
+            for part in dweight.split(4096):  # a CPU multiplies bf16 and fp32 in copies as fp32
+                part.mul_(factor)
+            dweight = dweight.to(ctx.weight_dtype)
         if dbias is not None:
             dbias = torch.mul(dbias, factor, out=torch.empty_like(dbias))
         return dhidden, dweight, dbias, None, None, None, None
@@ -191,10 +193,11 @@ def _cross_entropy_kernel(
         larger = tl.maximum(maximum, score)
         total = total * tl.exp(maximum - larger) + tl.exp(score - larger)
         maximum = larger
-    peak = tl.max(maximum, 0)
-    log_sum = peak + tl.log(tl.sum(total * tl.exp(maximum - peak), 0))
+    # Before the reductions, whose barriers keep it before the gradients that other warps store.
     known = (label >= 0) & (label < classes)
     target = tl.load(logits + label, mask=known, other=0.0).to(tl.float32)
+    peak = tl.max(maximum, 0)
+    log_sum = peak + tl.log(tl.sum(total * tl.exp(maximum - peak), 0))
     if CAPPED:
         target = softcap * (2.0 * tl.sigmoid(2.0 * target / softcap) - 1.0)
     tl.store(losses + row, tl.where(known, log_sum - target, float("nan")))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tuneloom.errors import ConfigError
 from tuneloom.kernels import attention
@@ -118,7 +119,8 @@ def test_short_documents_beside_a_long_one_are_not_padded_to_it(
 @pytest.mark.parametrize("sizes", [[64, *[3] * 100], [9, 5, 5, 9]])
 def test_the_layers_of_a_pack_share_its_layout(monkeypatch: Monkey, sizes: list[int]) -> None:
     laid: list[list[int]] = []
-    plain = attention._layout
+    layouts, plain = WeakTensorKeyDictionary(), attention._layout
+    monkeypatch.setattr(attention, "LAYOUTS", layouts)
     monkeypatch.setattr(
         attention, "_layout", lambda bounds, _: laid.append(bounds) or plain(bounds, _)
     )
@@ -129,7 +131,7 @@ def test_the_layers_of_a_pack_share_its_layout(monkeypatch: Monkey, sizes: list[
             attend(*inputs, backend="sdpa", cu_seqlens=offsets)
     assert len(laid) == 2
     del offsets
-    assert not len(attention.LAYOUTS)
+    assert not len(layouts)
 
 
 def test_a_pack_of_like_documents_is_one_group_in_its_own_order(monkeypatch: Monkey) -> None:

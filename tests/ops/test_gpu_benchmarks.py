@@ -83,6 +83,21 @@ def test_what_fails_or_disagrees_has_no_row_and_a_peer_that_breaks_costs_only_it
     assert step["not_run"]["b"].startswith("failed: ")  # Liger has nothing to run here
 
 
+def test_a_way_of_ours_that_breaks_leaves_the_others_their_figures_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no capture")
+
+    found = loss_head.contenders
+    monkeypatch.setattr(loss_head, "contenders", lambda y: found(y) | {"ours": broken})
+    shape = loss_head.run(ONCE, dry=True)["shapes"][0]
+    assert shape["not_run"]["ours"] == "failed: RuntimeError: no capture"
+    assert {"transformers", "ours, positions found"} < set(shape["times"])
+    assert command.inside("loss_head", True) == 1
+    assert "loss_head: ours failed; the others" in capsys.readouterr().out
+
+
 def test_speeds_are_compared_within_a_precision() -> None:
     speeds = {
         "ours, bf16": 10.0, "ours, FP8": 30.0, "ours, NF4": 8.0, "ours, NF4, prefetch": 9.0,
