@@ -48,9 +48,14 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Short hash of the commit that is checked out, with -dirty where files differ from it."""
+    """Short hash of the commit that is checked out, with -dirty where files differ from it; None
+    without git or a repository.
+    """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() or None
 
 

@@ -48,7 +48,8 @@ def launch_slurm(job: JobConfig) -> int:
     script = render(job)
     if job.launch.dry_run:
         print(script, end="")
-        print(f"# Not submitted, so it has no {submission_of(job)}/local/job.yaml to read yet.")
+        if not (submission_of(job) / "local" / "job.yaml").exists():
+            print(f"# Not submitted, so it has no {submission_of(job)}/local/job.yaml to read yet.")
         return 0
     folder, submission = folder_of(training_of(job)), submission_of(job)
     write_config(job, submission)

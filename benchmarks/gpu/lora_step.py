@@ -13,6 +13,7 @@ import gc
 import importlib.util
 import itertools
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -181,9 +182,9 @@ def _compare(shape: Shape, ways: dict[str, Way], plan: Plan) -> dict[str, Any]:
             else:
                 not_run[name] = UNLIKE
         except Exception as error:
-            if way.ours and not isinstance(error, torch.OutOfMemoryError):
-                raise
             not_run[name] = failure(error)
+            if way.ours and not isinstance(error, torch.OutOfMemoryError):
+                traceback.print_exception(error)
         _release()
     tokens = shape.rows * shape.length
     flops = flops_per_token(shape) * tokens

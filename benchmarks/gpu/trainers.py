@@ -94,6 +94,9 @@ def write_model(folder: Path, shape: Shape) -> None:
     with device():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model  # or this process keeps its memory from those that are measured
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     for path in BASE.glob("*token*"):
         shutil.copy(path, folder)
 

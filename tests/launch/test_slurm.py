@@ -436,7 +436,10 @@ def test_the_command_ends_with_a_job_that_slurm_ends_and_says_how_to_resume(
         (job,) = re.findall(rf"slurm: job (\d+), run {name}", following.stdout.readline())
         wait_for_steps(bed, job, name, 3)
         end(bed, job)
-        said, _ = following.communicate(timeout=90)
+        try:
+            said, _ = following.communicate(timeout=180)
+        finally:
+            following.kill()
     if "host.n2" not in bed.processes:
         bed.start_node("n2")
     bed.wait_idle()
