@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from tuneloom import cli
 from tuneloom.config import build
@@ -163,10 +162,10 @@ def test_whether_ranks_hold_a_gpu_is_decided_once(
 
     def run_gang(config: TrainConfig, launch: LaunchConfig, gpus: int, *more: object) -> str | None:
         seen.append(gpus)
-        monkeypatch.setattr(ray, "cluster_resources", dict)
+        monkeypatch.setattr("ray.cluster_resources", dict)
         return "a worker was lost" if len(seen) == 1 else None
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
     monkeypatch.setattr(supervise, "run_gang", run_gang)
     config, launch = build(TrainConfig, small_config(lab, "x")), LaunchConfig(kind="ray")
     supervise.attempts(config, launch, [], None)
@@ -184,7 +183,7 @@ def test_sigterm_while_ray_starts_ends_with_75(
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr("tuneloom.launch.head.listens", lambda address: True)
-    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("ray.init", init)
     assert cli.main(["train", *overrides(lab, "early", "launch=ray")]) == 75
     assert "stopped on a signal while Ray started" in capsys.readouterr().err
 
