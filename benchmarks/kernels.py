@@ -57,6 +57,8 @@ class Case:
 HOPPER = ("sm_90a", "sm_100")
 """What has e4m3 in its instructions."""
 TURN = {"WIDTH": 128, "HALF": 64, "Q_HEADS": 32, "K_HEADS": 8, "HALF_BLOCK": 64, "REST_BLOCK": 1}
+PART = {"WIDTH": 80, "HALF": 16, "Q_HEADS": 32, "K_HEADS": 32, "HALF_BLOCK": 16, "REST_BLOCK": 64}
+"""Phi-2."""
 CASES = {
     "cross entropy, V 128256": Case(
         linear_cross_entropy._cross_entropy_kernel,
@@ -72,6 +74,16 @@ CASES = {
         linear_cross_entropy._cross_entropy_kernel,
         {"CAPPED": True, "GRADIENT": True, "BLOCK": 4096}, 8, 128,
         ("logits", "labels", "losses"), ("softcap",), (("labels", "i64"), ("losses", "fp32")),
+    ),
+    "cross entropy, capped, loss only": Case(
+        linear_cross_entropy._cross_entropy_kernel,
+        {"CAPPED": True, "GRADIENT": False, "BLOCK": 4096}, 8, 128,
+        ("logits", "labels", "losses"), ("softcap",), (("labels", "i64"), ("losses", "fp32")),
+    ),
+    "RMSNorm, D 4096": Case(
+        rms_norm._forward_kernel, {"ROWS": 1, "BLOCK": 4096, "RESIDUAL": False}, 8, 128,
+        ("x", "residual", "weight", "y", "total", "scale"), ("eps", "offset"),
+        (("scale", "fp32"),),
     ),
     "RMSNorm with residual, D 4096": Case(
         rms_norm._forward_kernel, {"ROWS": 1, "BLOCK": 4096, "RESIDUAL": True}, 8, 128,
@@ -103,6 +115,16 @@ CASES = {
         ("dy", "total", "weight", "scale", "dtotal", "ds", "partial"), ("offset",),
         (("scale", "fp32"), ("partial", "fp32")),
     ),
+    "RMSNorm backward, frozen weight, no residual": Case(
+        rms_norm._backward_kernel, {"BLOCK": 4096, "RESIDUAL": False, "WEIGHT": False}, 8, 128,
+        ("dy", "total", "weight", "scale", "dtotal", "ds", "partial"), ("offset",),
+        (("scale", "fp32"), ("partial", "fp32")),
+    ),
+    "RMSNorm backward, trained weight, no residual": Case(
+        rms_norm._backward_kernel, {"BLOCK": 4096, "RESIDUAL": False, "WEIGHT": True}, 8, 128,
+        ("dy", "total", "weight", "scale", "dtotal", "ds", "partial"), ("offset",),
+        (("scale", "fp32"), ("partial", "fp32")),
+    ),
     "RMSNorm backward, D 8192": Case(
         rms_norm._backward_kernel,
         {"BLOCK": 8192, "RESIDUAL": True, "WEIGHT": True}, 16, 128,
@@ -122,6 +144,14 @@ CASES = {
     ),
     "RoPE backward": Case(
         rope._rope_kernel, {**TURN, "BACKWARD": True}, 4, 128,
+        ("q", "k", "out_q", "out_k", "cos", "sin"),
+    ),
+    "RoPE of 32 in 80 columns, 32 heads": Case(
+        rope._rope_kernel, {**PART, "BACKWARD": False}, 4, 128,
+        ("q", "k", "out_q", "out_k", "cos", "sin"),
+    ),
+    "RoPE of 32 in 80 columns, backward": Case(
+        rope._rope_kernel, {**PART, "BACKWARD": True}, 4, 128,
         ("q", "k", "out_q", "out_k", "cos", "sin"),
     ),
     "SwiGLU": Case(

@@ -237,6 +237,11 @@ def attend(
     dropout: share of the softmax that is dropped; sdpa and eager only.
     """
     CALLS[backend] += 1
+    if query.shape[1] % key.shape[1] or key.shape[:2] != value.shape[:2]:
+        raise ValueError(
+            f"attend: expected heads of key and value that divide query's {query.shape[1]}, got "
+            f"{key.shape[1]} and {value.shape[1]}"
+        )
     if dropout and backend not in ("sdpa", "eager"):
         raise ConfigError(
             f"model.attention: {backend} cannot drop attention out, and this model drops {dropout} "
@@ -308,7 +313,8 @@ def _by_document(
     """
     layout = LAYOUTS.get(cu_seqlens)
     if layout is None:
-        layout = LAYOUTS[cu_seqlens] = _layout(cu_seqlens.tolist(), query.device)
+        bounds = HOSTS.get(cu_seqlens, cu_seqlens).tolist()
+        layout = LAYOUTS[cu_seqlens] = _layout(bounds, query.device)
     tokens, rows = query.shape[2], []
     for longest, gather in layout.groups:
 
@@ -337,7 +343,10 @@ class Layout:
 
 LAYOUTS: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
 """Of the packs that live, by their cu_seqlens, which nobody writes to: all layers of a pack share
-one, and a GPU is waited for once a pack, since the documents' lengths decide the shapes."""
+one."""
+HOSTS: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+"""cu_seqlens on a GPU, and the same on the host: the documents' lengths decide the shapes of their
+groups, and who has them here need not wait for the GPU."""
 
 
 def _layout(bounds: list[int], device: torch.device) -> Layout:
@@ -347,12 +356,16 @@ def _layout(bounds: list[int], device: torch.device) -> Layout:
         starts, lengths = (torch.tensor(each)[:, None] for each in zip(*group, strict=True))
         longest = max(1, int(lengths.max()))  # a pack without documents keeps its graph
         index = (starts + torch.arange(longest)).clamp(max=max(0, bounds[-1] - 1))  # (N, L)
-        groups.append((longest, index.flatten().to(device)))
+        groups.append((longest, _moved(index.flatten(), device)))
         for start, length in group:
             own[start] = torch.arange(row, row + length)
             row += longest
     back = torch.cat([own[start] for start in sorted(own)])
-    return Layout(groups, back.to(device))
+    return Layout(groups, _moved(back, device))
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def _alike(bounds: list[int]) -> list[list[tuple[int, int]]]:

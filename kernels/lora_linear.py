@@ -143,7 +143,7 @@ class _LoraLinears(torch.autograd.Function):
         ys, kept = project(rows, linears)
         ctx.kept = kept
         ctx.save_for_backward(rows, *kept.products)
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -153,7 +153,7 @@ class _LoraLinears(torch.autograd.Function):
         dx, gradients = project_backward(
             flat, rows, products, ctx.kept, ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         )
-        shaped = dx.view(*dys[0].shape[:-1], -1) if dx is not None else None
+        shaped = dx.view(*dys[0].shape[:-1], dx.shape[-1]) if dx is not None else None
         return shaped, None, *gradients
 
 

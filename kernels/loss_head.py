@@ -7,9 +7,9 @@
 patch.py puts `forward` below on `lm_head`. Inside the context it returns the summed token loss of
 `linear_cross_entropy` in place of logits; outside it is the linear it was. The call still goes
 through the root module and `lm_head(...)`, so that ZeRO-3's hooks gather the head's weight.
-A head that PEFT copies to train it whole is fused, too. Not fused, and said so by the False: a head
-with an adapter, one that is no plain linear, and models that cap their logits after the head
-(Gemma 2).
+A head that PEFT copies to train it whole is fused, too, and so is one whose model caps its logits
+after it (Gemma 2). Not fused, and said so by the False: a head with an adapter, and one that is no
+plain linear.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from tuneloom.kernels.linear_cross_entropy import linear_cross_entropy
 
 OP = "linear_cross_entropy"
 _LABELS = "_tuneloom_labels"
+_CAP = "final_logit_softcapping"
+"""In the configs of models that cap their logits, in transformers' forward after the head."""
 
 
 @contextlib.contextmanager
@@ -41,11 +43,17 @@ def loss_from_head(
         CALLS["loss from logits: the head is not a patched linear"] += 1
         yield False
         return
-    head.__dict__[_LABELS] = labels, kept
+    config = next((m.config for m in causal.modules() if "lm_head" in m._modules), None)
+    softcap = getattr(config, _CAP, None)
+    head.__dict__[_LABELS] = labels, kept, softcap
+    if softcap:  # or the loss would be capped, too
+        setattr(config, _CAP, None)
     try:
         yield True
     finally:
         del head.__dict__[_LABELS]
+        if softcap:
+            setattr(config, _CAP, softcap)
 
 
 def running(head: Any) -> Any:
@@ -61,5 +69,7 @@ def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     asked = self.__dict__.get(_LABELS)
     if asked is None:
         return functional.linear(hidden, self.weight, self.bias)
-    labels, kept = asked
-    return linear_cross_entropy(hidden, self.weight, labels, bias=self.bias, kept=kept)
+    labels, kept, softcap = asked
+    return linear_cross_entropy(
+        hidden, self.weight, labels, bias=self.bias, kept=kept, softcap=softcap
+    )

@@ -108,9 +108,7 @@ def _say_head(model: Any, patched: Patched) -> None:
 
 
 def patch_head(model: nn.Module) -> bool:
-    """Patch the head alone, so that the loss never holds all logits; False where it is not known
-    or caps its logits.
-    """
+    """Patch the head alone, so that the loss never holds all logits; False where none is known."""
     patched = Patched()
     for module in model.modules():
         if type(module).__name__ in HEADS:
@@ -236,7 +234,7 @@ def _layer(module: Any, patched: Patched) -> None:
 
 def _head(module: Any, patched: Patched) -> None:
     head = module.lm_head
-    if type(head) is not nn.Linear or getattr(module.config, "final_logit_softcapping", None):
+    if type(head) is not nn.Linear:
         patched.count(module, "unpatched")
         return
     _set(head, "forward", types.MethodType(loss_head.forward, head))

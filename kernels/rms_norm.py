@@ -81,6 +81,8 @@ def normalise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, s, r) of contiguous x, outside autograd."""
     width = x.shape[-1]
+    if weight.shape != (width,):
+        raise ValueError(f"rms_norm: expected weight ({width},), got {tuple(weight.shape)}")
     rows = x.numel() // width
     y = torch.empty_like(x)
     if not runs_triton(x):

@@ -6,7 +6,8 @@
 q: (B, H, T, C), k: (B, K, T, C) fp32, bf16, fp16, any strides with the last one 1; cos, sin:
 (B or 1, T, R), R <= C, whose second half repeats the first, as transformers builds them; columns
 from R on pass through (Phi). Nothing but cos and sin is saved for backward. RoPE: arXiv 2104.09864.
-The result is new tensors: the unrotated ones are kept by nobody, so nothing is lost.
+The result is new tensors, not q and k in place: nobody keeps the unrotated ones, so what that would
+save is one layer's q and k at its peak.
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ def _rotate(
         raise ValueError(
             f"rope: expected cos (1 or {batch}, {tokens}, an even number up to {width}), "
             f"got {tuple(cos.shape)}"
+        )
+    like = (batch, k.shape[1], tokens, width)
+    if k.shape != like or sin.shape != cos.shape:
+        raise ValueError(
+            f"rope: expected k {like} as q {tuple(q.shape)} has it and sin like cos "
+            f"{tuple(cos.shape)}, got k {tuple(k.shape)} and sin {tuple(sin.shape)}"
         )
     if not tokens:
         return

@@ -272,7 +272,7 @@ def _anatomy(shape: str, method: str) -> Anatomy:
 
 
 def _takes_loss(causal: Any, head: Any) -> bool:
-    """As kernels/patch.py finds it: a plain head without an adapter, logits that are not capped.
+    """As kernels/patch.py finds it: a plain head without an adapter.
 
     The cached network is looked at, not patched, since it plans runs without kernels, too.
     """
@@ -281,8 +281,7 @@ def _takes_loss(causal: Any, head: Any) -> bool:
     from tuneloom.kernels.loss_head import running
     from tuneloom.kernels.patch import HEADS
 
-    capped = getattr(causal.config, "final_logit_softcapping", None)
-    return type(causal).__name__ in HEADS and type(running(head)) is nn.Linear and not capped
+    return type(causal).__name__ in HEADS and type(running(head)) is nn.Linear
 
 
 def _layers(network: Any) -> list[Any]:

@@ -81,6 +81,8 @@ class MicroBatch:
             else value
             for name, value in vars(self).items()
         }
+        if self.cu_seqlens is not None:
+            attention.HOSTS[moved["cu_seqlens"]] = self.cu_seqlens
         return MicroBatch(**moved)
 
     def model_inputs(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Shape:
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-PEERS = ("transformers", "torch.compile", "Liger", "CCE")
+PEERS = ("transformers", "torch.compile", "Liger", "CCE", "CCE, torch.compile")
 
 
 def shapes(dry: bool) -> list[Shape]:
@@ -112,6 +112,9 @@ def contenders(labels: Tensor) -> dict[str, Loss]:
         from cut_cross_entropy import linear_cross_entropy as cce
 
         found["CCE"] = lambda h, w, y: cce(h, w, y, reduction="sum")
+        found["CCE, torch.compile"] = lambda h, w, y: cce(
+            h, w, y, reduction="sum", impl="torch_compile"
+        )
     return found
 
 

@@ -84,6 +84,31 @@ def test_attention_and_its_gradients_are_those_of_the_formula_in_float64(
         torch.testing.assert_close(got.grad, truth.grad, rtol=0, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize(("heads", "keys", "values"), [(6, 4, 4), (6, 2, 3)])
+def test_heads_that_do_not_divide_are_refused(heads: int, keys: int, values: int) -> None:
+    inputs = [torch.randn(1, h, 5, WIDTH) for h in (heads, keys, values)]
+    with pytest.raises(ValueError, match=f"divide query's 6, got {keys} and {values}"):
+        attend(*inputs, backend="sdpa")
+
+
+def test_lengths_that_are_on_the_host_are_read_there(monkeypatch: Monkey) -> None:
+    """A GPU would be waited for; `meta` cannot be read at all."""
+    laid: list[list[int]] = []
+
+    def seen(bounds: list[int], device: torch.device) -> Any:
+        laid.append(bounds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attention, "_layout", seen)
+    inputs = [torch.randn(1, h, 5, WIDTH, device="meta") for h in (HEADS, KEY_HEADS, KEY_HEADS)]
+    offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
+    moved = offsets.to("meta")
+    attention.HOSTS[moved] = offsets
+    with pytest.raises(KeyboardInterrupt):
+        attend(*inputs, backend="sdpa", cu_seqlens=moved)
+    assert laid == [[0, 3, 5]]
+
+
 def test_the_longest_document_need_not_be_told() -> None:
     offsets = torch.tensor(DOCUMENTS, dtype=torch.int32)
     told, untold = (

@@ -147,6 +147,21 @@ def test_angles_of_another_length_are_refused() -> None:
         rope(torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8), cos, sin)
 
 
+@pytest.mark.parametrize("key", [(1, 1, 4, 8), (2, 1, 5, 8), (1, 1, 5, 6)])
+def test_keys_unlike_the_queries_are_refused(key: tuple[int, ...]) -> None:
+    """A kernel would read beyond them."""
+    cos, sin = angles(1, 5, 6, torch.float32)
+    with pytest.raises(ValueError, match=r"expected k \(1, 1, 5, 8\)"):
+        rope(torch.randn(1, 2, 5, 8), torch.randn(key), cos, sin)
+    with pytest.raises(ValueError, match=r"got k \(1, 1, 5, 8\) and sin \(1, 5, 4\)"):
+        rope(torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8), cos, sin[..., :4])
+
+
+def test_a_norm_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rms_norm: expected weight \(8,\), got \(4,\)"):
+        rms_norm(torch.randn(3, 8), torch.ones(4), 1e-6)
+
+
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,

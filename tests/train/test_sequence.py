@@ -75,6 +75,18 @@ def test_padded_rows_recomputed_from_the_host_in_tiles_are_shared_too(
     same_curve(lab, "padded4", "padded1")
 
 
+def test_packs_recomputed_from_the_host_in_tiles_are_shared_too(
+    lab: Path, four: Gang, alone: str
+) -> None:
+    """As experiment=llama3_8b_lora_128k sets them."""
+    long = {
+        "model__checkpointing": "on", "model__checkpoint_offload": True, "model__tile_tokens": 40,
+        "zero__stage": 2,
+    }  # fmt: skip
+    four.fit(shared(lab, "packed4", 4, 4, **long))
+    same_curve(lab, "packed4", alone)
+
+
 def test_the_fused_layers_are_shared_too(lab: Path, four: Gang, alone: str) -> None:
     four.fit(shared(lab, "shared-fused", 4, 4, model__kernels=True))
     same_curve(lab, "shared-fused", alone)
