@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ def made() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
+        "code": code(),
         "python": platform.python_version(),
         "machine": {
             "cpu": _cpu(),
@@ -57,6 +59,18 @@ def commit() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
+
+
+def code() -> str:
+    """Digest of what is measured and of what measures it: also without git, and whatever results
+    are written meanwhile, it says whether a result is of this code.
+    """
+    root, sha = RESULTS.parents[1], hashlib.sha256()
+    parts = ("benchmarks", "conf", "kernels", "launch", "train", "tuneloom")
+    for path in sorted(p for part in parts for p in (root / part).rglob("*")):
+        if path.suffix in (".py", ".yaml"):
+            sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def _cpu() -> str:

@@ -1,11 +1,10 @@
 """Ranks as Ray actors in one placement group: started together, watched, restarted from the last
 checkpoint.
 
-Ray Core and not Ray Train: bare Ray Train needs 22 s from a killed worker to the next step, resumes
-from
-what its controller polled last (up to one interval older than the disk), and `report()` costs 2 s a
-step
-(measured on 2.60.0). Here a checkpoint on disk that verifies is the only thing a restart believes.
+Ray Core and not Ray Train: from a killed worker to the next step bare Ray Train takes twice to ten
+times as long (benchmarks/results/recovery.json), it resumes from what its controller polled last,
+up to one interval older than the disk, and each `report()` costs 2 s (2.60.0). Here a checkpoint on
+disk that verifies is the only thing a restart believes.
 """
 
 import math

@@ -1,6 +1,6 @@
 """B6 to B10 on one GPU, without Ray, W&B or a network: `python -m benchmarks.gpu [NAME ...]`.
 
-    python -m benchmarks.gpu                # what has no result for this commit yet
+    python -m benchmarks.gpu                # what has no result for this code yet
     python -m benchmarks.gpu loss_head --again
     python -m benchmarks.gpu --dry-run      # the same code, tiny sizes, on a CPU; writes nothing
 
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none")
-    parser.add_argument("--again", action="store_true", help="even if this commit has a result")
+    parser.add_argument("--again", action="store_true", help="even if this code has a result")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, print, write nothing")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,19 +71,18 @@ def main() -> int:
     failed = 0
     for name in arguments.names or BENCHMARKS:
         if done(name) and not (arguments.again or arguments.dry_run):
-            print(f"{name}: has a result for this commit; --again runs it once more")
+            print(f"{name}: has a result for this code; --again runs it once more")
             continue
         failed += child(name, arguments.dry_run) != 0
     return 1 if failed else 0
 
 
 def done(name: str) -> bool:
-    """Whether results/ holds this benchmark of the commit that is checked out."""
+    """Whether results/ holds this benchmark of the code that is here."""
     path = record.RESULTS / f"gpu_{name}.json"
     if not path.exists():
         return False
-    made = json.loads(path.read_text(encoding="utf-8"))["made"]["commit"]
-    return made is not None and bool(made == record.commit())
+    return bool(json.loads(path.read_text(encoding="utf-8"))["made"].get("code") == record.code())
 
 
 def child(name: str, dry: bool) -> int:

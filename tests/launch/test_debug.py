@@ -1,6 +1,9 @@
 """debug=true: 20 steps, then a verdict; a NaN is named."""
 
+import inspect
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from tuneloom.errors import TrainingError
 from tuneloom.testing import Gang, metrics, small_config
 from tuneloom.train.debug import verdict
+from tuneloom.train.session import Session
 
 
 def test_a_sound_run_takes_20_steps_and_is_safe_to_scale(lab: Path, one: Gang) -> None:
@@ -28,6 +32,21 @@ def test_the_same_run_without_debug_goes_on_and_a_later_step_is_debugged_too(
     fork = small_config(lab, "debugged-fork", steps=100, debug=True, resume=named)
     one.fit(fork)
     assert metrics(lab, "debugged-fork", "step") == list(range(23, 43))
+
+
+def test_a_debugger_stops_inside_a_step(lab: Path) -> None:
+    code, first = inspect.getsourcelines(Session.agree)
+    stop = first + next(n for n, line in enumerate(code) if "assert self.stop" in line)
+    words = [f"run.root={lab}/runs", "run.id=pdb", f"model.path={lab}/base",
+             f"data.path={lab}/rows.jsonl", "data.validation=null", "tracker=off", "debug=true",
+             "launch=inline"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pdb", "-c", f"b {inspect.getfile(Session)}:{stop}", "-c", "c",
+         "-c", "p ('stands in', type(self).__name__, self.step)", "-c", "q",
+         "-m", "tuneloom", "train", *words],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False,
+    )  # fmt: skip
+    assert "('stands in', 'Session', 0)" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_nan_in_the_base_is_named_by_its_operation(lab: Path, one: Gang, tmp_path: Path) -> None:

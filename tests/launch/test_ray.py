@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneloom.testing import free_port
+from tuneloom.testing import free_port, metrics
 
 ROOT = Path(__file__).parent.parent.parent
 HASHES = ("config_digest", "data_order", "first_loss")
@@ -195,25 +195,29 @@ def test_an_ingest_that_the_cluster_cannot_run_is_refused(
 def test_ray_job_stop_saves_and_the_same_command_resumes(lab: Path, cluster: Cluster) -> None:
     entry = ["python", "-m", "tuneloom", "train"]
     words = arguments(lab, "stopped", "launch=ray", "launch.workers=2", "steps=100000")
-    submitted = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--no-wait", "--address",
-         cluster.dashboard, "--submission-id", "stopped", "--working-dir", str(ROOT),
-         "--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}', "--",
-         *entry, *words],
-        cwd=ROOT, env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert submitted.wait(120) == 0
-    rows = lab / "runs/stopped/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not rows.exists() or len(rows.read_text(encoding="utf-8").splitlines()) < 3:
-        assert time.monotonic() < deadline, cluster.job("stopped")
-        time.sleep(0.3)
-    run("ray.scripts.scripts", "job", "stop", "--address", cluster.dashboard, "stopped",
-        env=cluster.environment)  # fmt: skip
-    facts = json.loads((lab / "runs/stopped/run.json").read_text(encoding="utf-8"))
-    assert facts["state"] == "stopped"
-    assert cluster.job("stopped")["status"] == "STOPPED"
-    assert sorted((lab / "runs/stopped/checkpoints").glob("step-*"))
+    folder, saved, lines = lab / "runs/stopped", None, 0
+    rows = folder / "metrics.jsonl"
+    for name in ("stopped", "stopped-again"):
+        submitted = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--no-wait", "--address",
+             cluster.dashboard, "--submission-id", name, "--working-dir", str(ROOT),
+             "--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}', "--",
+             *entry, *words],
+            cwd=ROOT, env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert submitted.wait(120) == 0
+        deadline = time.monotonic() + 120
+        while not rows.exists() or len(rows.read_text("utf-8").splitlines()) < lines + 3:
+            assert time.monotonic() < deadline, cluster.job(name)
+            time.sleep(0.3)
+        run("ray.scripts.scripts", "job", "stop", "--address", cluster.dashboard, name,
+            env=cluster.environment)  # fmt: skip
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        assert (facts["state"], facts["resumed_from"]) == ("stopped", saved)
+        assert cluster.job(name)["status"] == "STOPPED"
+        saved = sorted((folder / "checkpoints").glob("step-*"))[-1].name
+        lines = len(rows.read_text("utf-8").splitlines())
+    assert metrics(lab, "stopped", "step") == list(range(1, int(saved[-6:]) + 1))
 
 
 def test_the_jobs_api_answers_no_one_without_the_token(cluster: Cluster) -> None:

@@ -176,17 +176,17 @@ def test_trl_packs_on_the_newest_flash_attn_that_is_installed(
     assert trainers.attention_of({}) == "sdpa"
 
 
-def test_what_has_a_result_of_this_commit_is_not_run_again(
+def test_what_has_a_result_of_this_code_is_not_run_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[tuple[str, bool]] = []
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(record, "commit", lambda: "abc1234")
+    monkeypatch.setattr(record, "code", lambda: "abc1234")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "child", lambda name, dry: ran.append((name, dry)) or 0)
     for name, made in (("loss_head", "abc1234"), ("reach", "0ther00")):
         path = tmp_path / f"gpu_{name}.json"
-        path.write_text(json.dumps({"made": {"commit": made}}), encoding="utf-8")
+        path.write_text(json.dumps({"made": {"code": made}}), encoding="utf-8")
 
     def run(*arguments: str) -> int:
         ran.clear()
@@ -195,7 +195,7 @@ def test_what_has_a_result_of_this_commit_is_not_run_again(
 
     assert run("loss_head", "reach", "lora_block") == 0
     assert ran == [("reach", False), ("lora_block", False)]
-    assert "loss_head: has a result for this commit" in capsys.readouterr().out
+    assert "loss_head: has a result for this code" in capsys.readouterr().out
     assert run("loss_head", "--again") == 0 and ran == [("loss_head", False)]
     assert run("loss_head", "--dry-run") == 0 and ran == [("loss_head", True)]
     assert run() == 0
