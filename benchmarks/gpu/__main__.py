@@ -134,13 +134,19 @@ def inside(name: str, dry: bool) -> int:
     return 1 if failed else 0
 
 
+OPS = ("rms_norm", "add_rms_norm", "rope", "swiglu")
+"""Ours, beside those of peers, whose names say so."""
+PARTS = ("shapes", "linears", "elementwise")
+"""Lists of a result whose members were gated each by itself."""
+
+
 def faults(result: dict[str, Any]) -> list[str]:
     """Ways of ours that raised or missed their gate."""
     return sorted({
         name
-        for part in (result, *result.get("shapes", ()))
+        for part in (result, *(each for key in PARTS for each in result.get(key, ())))
         for name, why in part.get("not_run", {}).items()
-        if name.startswith("ours") and why.startswith("failed")
+        if (name.startswith("ours") or name in OPS) and why.startswith("failed")
     })  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.gpu.timing import Plan, ceilings, device, interleave
+from benchmarks.gpu.timing import UNLIKE, Plan, agreement, ceilings, device, failure, interleave
 from tuneloom.kernels.augmented_lora import _augment
 from tuneloom.kernels.lora_linear import linear_of, lora_linears
 from tuneloom.kernels.rms_norm import add_rms_norm, rms_norm
@@ -62,6 +62,9 @@ def _group(tokens: int, rank: int, depth: int, outs: tuple[int, ...], plan: Plan
     names = [f"part{i}" for i in range(len(outs))]
     adapted: Any = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), layer)
     adapted.to(torch.bfloat16)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zeros would hide dA from the gate
+            nn.init.normal_(parameter, std=0.02)
     twin = copy.deepcopy(adapted)
     modules, wide = ([getattr(whole, name) for name in names] for whole in (adapted, twin))
     assert _augment(wide, len(wide)) == "augmented"
@@ -83,9 +86,13 @@ def _group(tokens: int, rank: int, depth: int, outs: tuple[int, ...], plan: Plan
         "ours": step(ours(modules), leaves(adapted)),
         "ours, augmented": step(ours(wide), leaves(twin)),
     }
+    truth = calls["PEFT"]()
+    gates, not_run = _gated(calls, {"ours": truth, "ours, augmented": truth})
     times = interleave(calls, plan)
     base = times["frozen base alone"].median_ms
     return {
+        "parity": gates,
+        "not_run": not_run,
         "times": {name: t.as_dict() for name, t in times.items()},
         "overhead": {n: round(t.median_ms / base - 1, 4) for n, t in times.items() if n in calls},
     }
@@ -112,15 +119,66 @@ def _elementwise(tokens: int, plan: Plan, ceiling: dict[str, float], dry: bool) 
         "swiglu": (lambda: gated(gate, up), [gate, up], 8 * inner),
     } | _liger(x, weight, gate, up, q, k, cos, sin, width, inner, heads, key_heads, head)
     calls = {name: _forward_backward(forward, leaves) for name, (forward, leaves, _) in ops.items()}
+    exact = _exact(x, residual, weight, gate, up, q, k, cos, sin)
+    truths = {name: exact[name.split(",")[0]] for name in calls}
+    gates, not_run = _gated(calls, truths)
     times = interleave(calls, plan)
     moved = {name: 2 * numbers * tokens for name, (_, _, numbers) in ops.items()}
     return {
+        "parity": gates,
+        "not_run": not_run,
         "times": {name: t.as_dict() for name, t in times.items()},
         "of_copy_bandwidth": {
             n: round(moved[n] / t.median_ms / 1e9 / ceiling["copy_tb_s"], 4)
             for n, t in times.items()
         },
     }
+
+
+def _gated(calls: dict[str, Call], truths: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Gradients against those of `truths`; what fails, or differs, leaves `calls` for a reason."""
+    gates, not_run = {}, {}
+    for name, truth in truths.items():
+        try:
+            gates[name] = agreement(_numbered(calls[name]()), _numbered(truth))
+            reason = "" if gates[name]["passed"] else UNLIKE
+        except Exception as error:
+            reason = failure(error)
+        if reason:
+            not_run[name] = reason
+            del calls[name]
+    return gates, not_run
+
+
+def _numbered(gradients: Any) -> dict[str, Tensor]:
+    return {"loss": torch.zeros(()), **{str(i): g for i, g in enumerate(gradients)}}
+
+
+def _exact(
+    x: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, up: Tensor, q: Tensor, k: Tensor,
+    cos: Tensor, sin: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """The gradients of each op in float64, of its output as its own cotangent."""
+    wide = [t.detach().double().requires_grad_() for t in (x, residual, gate, up, q, k)]
+    x, residual, gate, up, q, k = wide
+    weight, cos, sin = weight.double(), cos.double(), sin.double()
+    half = cos.shape[-1] // 2
+
+    def norm(t: Tensor) -> Tensor:
+        return functional.rms_norm(t, t.shape[-1:], weight, 1e-5)
+
+    def turned(t: Tensor) -> Tensor:
+        c, s = cos[..., :half], sin[..., :half]
+        a, b = t[..., :half], t[..., half:]
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+    forwards: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
+        "rms_norm": (lambda: norm(x), [x]),
+        "add_rms_norm": (lambda: (norm(x + residual), x + residual), [x, residual]),
+        "rope": (lambda: (turned(q), turned(k)), [q, k]),
+        "swiglu": (lambda: functional.silu(gate) * up, [gate, up]),
+    }
+    return {name: _forward_backward(*forward)() for name, forward in forwards.items()}
 
 
 def _forward_backward(forward: Callable[[], Any], leaves: list[Tensor]) -> Call:

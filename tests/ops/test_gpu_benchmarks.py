@@ -129,10 +129,21 @@ def test_the_lora_block_and_the_low_precision_step_run() -> None:
     block = lora_block.run(ONCE, dry=True)
     assert {"PEFT", "ours", "ours, augmented"} <= set(block["linears"][0]["overhead"])
     assert set(block["elementwise"][0]["times"]) == {"rms_norm", "add_rms_norm", "rope", "swiglu"}
+    gates = [part["parity"] for part in (*block["linears"], *block["elementwise"])]
+    assert all(gate["passed"] for found in gates for gate in found.values()), gates
+    assert command.faults(block) == []
     low = lora_step.run_low_precision(ONCE, dry=True)
     assert {"ours, NF4", "ours, NF4, prefetch", "ours, FP8"} <= set(low["rows"])
     assert all(gate["passed"] for gate in low["parity"].values()), low["parity"]
     assert "ours NF4 / ours bf16" in low["ratios"]
+
+
+def test_an_op_that_turns_the_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = lora_block.rope
+    monkeypatch.setattr(lora_block, "rope", lambda q, k, cos, sin: turn(q, k, cos, -sin))
+    block = lora_block.run(ONCE, dry=True)
+    assert set(block["elementwise"][0]["times"]) == {"rms_norm", "add_rms_norm", "swiglu"}
+    assert command.faults(block) == ["rope"]
 
 
 def test_reach_finds_the_largest_micro_batch_that_fits() -> None:
