@@ -88,6 +88,7 @@ def _group(tokens: int, rank: int, depth: int, outs: tuple[int, ...], plan: Plan
     }
     truth = calls["PEFT"]()
     gates, not_run = _gated(calls, {"ours": truth, "ours, augmented": truth})
+    calls = {name: call for name, call in calls.items() if name not in not_run}
     times = interleave(calls, plan)
     base = times["frozen base alone"].median_ms
     return {
@@ -120,8 +121,14 @@ def _elementwise(tokens: int, plan: Plan, ceiling: dict[str, float], dry: bool) 
     } | _liger(x, weight, gate, up, q, k, cos, sin, width, inner, heads, key_heads, head)
     calls = {name: _forward_backward(forward, leaves) for name, (forward, leaves, _) in ops.items()}
     exact = _exact(x, residual, weight, gate, up, q, k, cos, sin)
-    truths = {name: exact[name.split(",")[0]] for name in calls}
-    gates, not_run = _gated(calls, truths)
+    gates, not_run = _gated(
+        {
+            name: _forward_backward(f, leaves, torch.ones_like)
+            for name, (f, leaves, _) in ops.items()
+        },
+        {name: exact[name.split(",")[0]] for name in calls},
+    )
+    calls = {name: call for name, call in calls.items() if name not in not_run}
     times = interleave(calls, plan)
     moved = {name: 2 * numbers * tokens for name, (_, _, numbers) in ops.items()}
     return {
@@ -136,7 +143,7 @@ def _elementwise(tokens: int, plan: Plan, ceiling: dict[str, float], dry: bool) 
 
 
 def _gated(calls: dict[str, Call], truths: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Gradients against those of `truths`; what fails, or differs, leaves `calls` for a reason."""
+    """Gradients against those of `truths`, and why what fails, or differs, is not timed."""
     gates, not_run = {}, {}
     for name, truth in truths.items():
         try:
@@ -146,7 +153,6 @@ def _gated(calls: dict[str, Call], truths: dict[str, Any]) -> tuple[dict[str, An
             reason = failure(error)
         if reason:
             not_run[name] = reason
-            del calls[name]
     return gates, not_run
 
 
@@ -158,7 +164,7 @@ def _exact(
     x: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, up: Tensor, q: Tensor, k: Tensor,
     cos: Tensor, sin: Tensor,
 ) -> dict[str, Any]:  # fmt: skip
-    """The gradients of each op in float64, of its output as its own cotangent."""
+    """The gradients of each op in float64."""
     wide = [t.detach().double().requires_grad_() for t in (x, residual, gate, up, q, k)]
     x, residual, gate, up, q, k = wide
     weight, cos, sin = weight.double(), cos.double(), sin.double()
@@ -178,14 +184,22 @@ def _exact(
         "rope": (lambda: (turned(q), turned(k)), [q, k]),
         "swiglu": (lambda: functional.silu(gate) * up, [gate, up]),
     }
-    return {name: _forward_backward(*forward)() for name, forward in forwards.items()}
+    return {n: _forward_backward(*f, torch.ones_like)() for n, f in forwards.items()}
 
 
-def _forward_backward(forward: Callable[[], Any], leaves: list[Tensor]) -> Call:
+def _forward_backward(
+    forward: Callable[[], Any],
+    leaves: list[Tensor],
+    cotangent: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Call:
+    """`cotangent` of an output: itself, which costs nothing, but of itself a rotation and its
+    opposite have the same gradient.
+    """
+
     def call() -> object:
         out = forward()
         outs = list(out) if isinstance(out, tuple) else [out]
-        return torch.autograd.grad(outs, leaves, [o.detach() for o in outs])
+        return torch.autograd.grad(outs, leaves, [cotangent(o) for o in outs])
 
     return call
 
