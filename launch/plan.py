@@ -59,6 +59,10 @@ class PlanConfig(Config):
     """Real tokens a second of all ranks; None: of the newest run with this config on as many ranks
     of this kind, if any.
     """
+    storage_gb_s: Positive | None = None
+    """GB a second that all nodes together write; with it the plan says what failures cost."""
+    restart_seconds: Positive = 120.0
+    """From a failure to the next new step, detection, rendezvous and loading in it."""
 
 
 class PlanJobConfig(JobConfig):
@@ -91,6 +95,19 @@ only the disk of `run.root`, which is shared, and what the config alone decides 
 
 
 @dataclass(frozen=True)
+class Failures:
+    """What they cost at the rate of Llama 3 405B, with saves that training waits for."""
+
+    every_hours: float
+    save_seconds: float
+    interval_seconds: float
+    """Between saves that lose the least."""
+    restart_seconds: float
+    goodput: float
+    """Share of the time that makes new steps."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A forecast; `fits` when devices, hosts and the disk hold it."""
 
@@ -110,6 +127,8 @@ class Plan:
     free_disk: int
     held_disk: int
     """Bytes of both of this run that are there already."""
+    failures: Failures | None
+    """None where `plan.storage_gb_s` is not given."""
     problems: list[str]
     advice: list[str]
 
@@ -155,11 +174,27 @@ def plan(
         best=best,
         free_disk=machine.free_disk(config.run.root),
         held_disk=held_disk(config),
+        failures=failures(checkpoint, ranks, target),
         problems=[],
         advice=advice(job, device),
     )
     result.problems.extend(problems(job, result))
     return result
+
+
+def failures(checkpoint: int, ranks: int, target: PlanConfig) -> Failures | None:
+    """By launch/simulate.py, for checkpoints of so many bytes."""
+    if target.storage_gb_s is None:
+        return None
+    from tuneloom.launch.simulate import LLAMA3_MTBF_HOURS, Faults, best_interval, goodput
+
+    save = checkpoint / (target.storage_gb_s * 1e9)
+    faults = Faults(LLAMA3_MTBF_HOURS, save, target.restart_seconds)
+    interval = best_interval(faults, ranks=ranks)
+    return Failures(
+        LLAMA3_MTBF_HOURS / ranks, save, interval, target.restart_seconds,
+        goodput(faults, ranks=ranks, interval_seconds=interval),
+    )  # fmt: skip
 
 
 def held_disk(config: TrainConfig) -> int:

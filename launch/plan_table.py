@@ -67,6 +67,12 @@ def facts(result: Plan) -> list[tuple[str, str]]:
                        f"{gib(result.free_disk)} {where}"),
         ("time", _time(result)),
     ]  # fmt: skip
+    if (lost := result.failures) is not None:
+        lines.append((
+            "failures", f"one every {lost.every_hours:.3g} h at Llama 3 405B's rate; a save takes "
+            f"{lost.save_seconds:.0f} s, best every {lost.interval_seconds / 60:.0f} min; with "
+            f"restarts of {lost.restart_seconds:.0f} s {lost.goodput:.1%} productive",
+        ))  # fmt: skip
     return lines
 
 

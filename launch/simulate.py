@@ -1,8 +1,9 @@
 """What a step costs on N GPUs: arithmetic, memory traffic, collectives, stragglers, failures.
 
 A roofline with a few constants a cluster (`Rates`), fitted by benchmarks/estimator.py to published
-rows of FSDP and tested on rows that no fit saw. `tuneloom plan` takes no time from here: it reports
-given and measured speeds only. This answers what many nodes make of one.
+rows of FSDP and tested on rows that no fit saw. `tuneloom plan` takes what failures cost from here
+(`plan.storage_gb_s`) and no speed: it reports given and measured ones. This answers what many nodes
+make of one.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Plans: parameter counts and activations against real models, state against real checkpoints."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tuneloom.launch.plan import (
     alternatives,
     changed,
     check,
+    failures,
     memory_problems,
     plan,
     ranks_of,
@@ -623,6 +625,33 @@ def test_only_a_run_on_as_many_devices_of_the_kind_gives_a_plan_its_speed(
     earlier_run(tmp_path, config, world_size=ranks, device=measured)
     found = speed(training_of(config), given=None, ranks=2, device=planned)
     assert (found is not None) is counts
+
+
+@pytest.mark.parametrize("storage", [20.0, 2.0])
+def test_what_1024_gpus_lose_by_failures_is_what_the_documentation_says(storage: float) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text(encoding="utf-8")
+    size = float(re.findall(r"([\d.]+) GiB a checkpoint", text)[0]) * 2**30
+    two, ten = (
+        failures(round(size), 1024, PlanConfig(storage_gb_s=storage, restart_seconds=seconds))
+        for seconds in (120.0, 600.0)
+    )
+    assert two and ten
+    assert f"interrupted every {two.every_hours:.0f} hours" in text
+    (row,) = re.findall(rf"^\| {storage:g} GB/s .*$", text, re.MULTILINE)
+    assert row.split(" | ")[1:3] == [
+        f"{two.save_seconds:.0f} s", f"{two.interval_seconds / 60:.0f} min"
+    ]  # fmt: skip
+    assert re.findall(r"[\d.]+ %", row) == [f"{100 * one.goodput:.1f} %" for one in (two, ten)]
+
+
+def test_a_plan_says_what_failures_cost_where_it_knows_the_storage(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model.path={lab}/base", f"data.path={lab}/rows.jsonl", "plan.gpu=h100-80"]
+    assert cli.main(["plan", *words]) == 0
+    assert "failures" not in capsys.readouterr().out
+    assert cli.main(["plan", *words, "plan.storage_gb_s=1e-3"]) == 0
+    assert "with restarts of 120 s" in capsys.readouterr().out
 
 
 def test_damaged_runs_beside_this_one_stop_no_plan(lab: Path, tmp_path: Path) -> None:
