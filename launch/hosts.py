@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tuneloom.errors import RefusedError
@@ -108,6 +110,17 @@ class Hosts:
                 except ProcessLookupError:  # it died with its parent
                     continue
             time.sleep(0.05)
+
+    @contextmanager
+    def slowed(self, host: str, rate: str) -> Iterator[None]:
+        """What leaves `host` passes at `rate` (`50mbit`) within; what comes is not slowed."""
+        place = ["tc", "-n", self.name(host), "qdisc"]
+        _do(*place, "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb",
+            "latency", "50ms")  # fmt: skip
+        try:
+            yield
+        finally:
+            _do(*place, "del", "dev", "eth0", "root")
 
     def cable(self, state: str) -> None:
         """Cut the cable (`down`) or mend it (`up`)."""

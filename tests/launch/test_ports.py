@@ -182,6 +182,32 @@ def test_no_port_of_a_head_opens_to_a_stranger_on_another_host(hosts: Hosts) -> 
     assert len(metrics) <= 3
 
 
+LINKS = """
+import json
+from tuneloom.launch.preflight import links
+print(json.dumps(links(timeout_seconds=60)["link"]))
+"""
+
+
+@pytest.mark.slurm
+def test_the_slow_direction_of_a_cable_is_the_link_that_is_slow(hosts: Hosts) -> None:
+    """A rank that sent while it received waited for the link behind it, and bore its name."""
+    shared = hosts.environment | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES["a"], "MASTER_PORT": "29500",
+        "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0",
+    }  # fmt: skip
+    with hosts.slowed("a", "400mbit"):
+        ranks = [
+            subprocess.Popen(
+                [*hosts.inside(host), sys.executable, "-c", LINKS], stdout=subprocess.PIPE,
+                env=shared | {"RANK": str(rank)}, text=True,
+            )
+            for rank, host in enumerate(ADDRESSES)
+        ]  # fmt: skip
+        back, there = (float(rank.communicate(timeout=120)[0]) for rank in ranks)
+    assert there > 0.3 > 3 * back  # 16 MiB at 50 MB/s
+
+
 @pytest.mark.slurm
 def test_no_port_of_a_local_run_can_be_reached_from_another_host(lab: Path, hosts: Hosts) -> None:
     with training(lab, "scanned", tuple(hosts.inside("a"))) as driver:
