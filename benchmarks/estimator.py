@@ -12,6 +12,7 @@ FSDP with FULL_SHARD, whose collectives are simulated here.
 from __future__ import annotations
 
 import csv
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ ROWS = Path(__file__).with_name("published_throughput.csv")
 MPT = {"1b": (2048, 24), "3b": (2560, 32), "7b": (4096, 32), "13b": (5120, 40), "30b": (7168, 48),
        "70b": (8192, 80)}  # fmt: skip
 VOCABULARY = 50_432
+CASES = [("lora", "bf16", 0), ("lora", "bf16", 2), ("lora", "fp32", 2), ("full", "fp32", 0),
+         ("full", "bf16", 2), ("lora", "bf16", 3), ("full", "fp32", 3), ("full", "bf16", 3)]  # fmt: skip
 BEST_MATMUL = {"h100-80": 0.80, "a100-80": 0.87}
 
 
@@ -174,6 +177,19 @@ def memory() -> dict[str, Any]:
     return found
 
 
+def peaks() -> list[dict[str, Any]]:
+    """Peak of a rank of real DeepSpeed steps on two CPU ranks, beside what was planned."""
+    from tests.launch.test_peak import measured
+
+    found = []
+    for kind, dtype, stage in CASES:
+        with tempfile.TemporaryDirectory(prefix="peak-") as folder:
+            answer = measured(Path(folder), kind, dtype, stage)
+        off = round(100 * (answer["planned"] / answer["measured"] - 1), 2)
+        found.append({"kind": kind, "dtype": dtype, "zero": stage, **answer, "off_percent": off})
+    return found
+
+
 def main() -> None:
     every = rows()
     noise = noise_of(every)
@@ -201,6 +217,7 @@ def main() -> None:
     points = [100 * abs(s["measured"] - s["predicted"]) for s in result["scaling"]]
     result["scaling_error_points"] = float(np.mean(points))
     result["memory"] = memory()
+    result["peaks"] = peaks()
     print_summary(result)
     print(record.write("estimator", result, seed=0))
 
@@ -212,6 +229,9 @@ def print_summary(result: dict[str, Any]) -> None:
           f"{result['unseen_mape_percent']:6.1f} %")  # fmt: skip
     print(f"{'scaling efficiency, ' + str(len(result['scaling'])) + ' pairs':<44}"
           f"{result['scaling_error_points']:6.1f} points")  # fmt: skip
+    for row in result["peaks"]:
+        name = f"peak of {row['kind']} in {row['dtype']}, ZeRO-{row['zero']}"
+        print(f"{name:<44}{row['off_percent']:6.1f} % off")
     for row in result["grow"]:
         speed, share = row["tokens_per_second_per_gpu"], row["goodput"]
         print(f"Llama-3-70B on {row['ranks']:>5} H100: {speed:6.0f} tokens/s a GPU, "
