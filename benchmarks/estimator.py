@@ -28,8 +28,10 @@ ROWS = Path(__file__).with_name("published_throughput.csv")
 MPT = {"1b": (2048, 24), "3b": (2560, 32), "7b": (4096, 32), "13b": (5120, 40), "30b": (7168, 48),
        "70b": (8192, 80)}  # fmt: skip
 VOCABULARY = 50_432
-CASES = [("lora", "bf16", 0), ("lora", "bf16", 2), ("lora", "fp32", 2), ("full", "fp32", 0),
-         ("full", "bf16", 2), ("lora", "bf16", 3), ("full", "fp32", 3), ("full", "bf16", 3)]  # fmt: skip
+CASES = [
+    ("lora", "bf16", 0), ("lora", "bf16", 2), ("lora", "fp32", 2), ("full", "fp32", 0),
+    ("full", "bf16", 2), ("lora", "bf16", 3), ("full", "fp32", 3), ("full", "bf16", 3),
+]  # fmt: skip
 BEST_MATMUL = {"h100-80": 0.80, "a100-80": 0.87}
 
 
