@@ -421,7 +421,7 @@ def lose_n2(bed: SlurmBed, job: str) -> None:
 @pytest.mark.slurm
 @pytest.mark.parametrize(
     ("end", "state", "says", "code"),
-    [(let_time_be_over, "TIMEOUT", "stopped", 75), (lose_n2, "NODE_FAIL", "running", 5)],
+    [(let_time_be_over, "TIMEOUT", "stopped", 75), (lose_n2, "NODE_FAIL", "running|failed", 5)],
 )
 def test_the_command_ends_with_a_job_that_slurm_ends_and_says_how_to_resume(
     bed: SlurmBed, end: Callable[[SlurmBed, str], None], state: str, says: str, code: int
@@ -446,10 +446,10 @@ def test_the_command_ends_with_a_job_that_slurm_ends_and_says_how_to_resume(
         bed.start_node("n2")
     bed.wait_idle()
     assert following.returncode == code, said
-    assert said.splitlines()[-1] == (
-        f"slurm: job {job} is {state}; runs/{name}/run.json says {says}, exit {code}; the same "
-        f"command with run.id={name} resumes what is not done"
-    )
+    assert re.fullmatch(  # the rank that is left may say that it lost the other
+        rf"slurm: job {job} is {state}; runs/{name}/run.json says ({says}), exit {code}; the same "
+        rf"command with run.id={name} resumes what is not done", said.splitlines()[-1]
+    )  # fmt: skip
 
 
 @pytest.mark.slurm
