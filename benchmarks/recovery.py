@@ -79,8 +79,11 @@ def host_struck(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Tri
 
 
 def host_lost(lab: Lab, launcher: str, run_id: str, rng: random.Random) -> Trial:
-    """Kill all of host b for good."""
+    """Kill all of host b for good; both have joined before the run starts, or it would be small."""
     with Hosts() as hosts:
+        joined = hosts.folder / "b.log"
+        while not (joined.exists() and b"Ray runtime started" in joined.read_bytes()):
+            time.sleep(0.1)
         run = Started(lab, launcher, run_id, hosts, shrinks=True)
         run.wait_for_step(2 * EVERY)
         run.wait_for_step(between_saves(run, rng))
