@@ -11,8 +11,9 @@ from torch import nn
 
 from tuneloom import imports
 from tuneloom.errors import RefusedError
-from tuneloom.train.config import ADAPTER_BUCKET, OptimConfig, TrainConfig
+from tuneloom.train.config import ADAPTER_BUCKET, OptimConfig, TrainConfig, ZeroConfig
 from tuneloom.train.distributed import World
+from tuneloom.train.ops import build_ops
 
 
 def deepspeed_config(
@@ -174,6 +175,7 @@ def build_engine(network: nn.Module, config: TrainConfig, settings: dict[str, An
     from tuneloom.train.model import moe_blocks
 
     start_deepspeed()
+    _build_ops(config.zero)
     # A shard's tensors get no CRC-32, which took half of a save and which torch.load does not
     # compare (2.13): manifests have digests.
     torch.serialization.set_crc32_options(False)
@@ -181,19 +183,11 @@ def build_engine(network: nn.Module, config: TrainConfig, settings: dict[str, An
         blocks = moe_blocks(network)
         if blocks:
             deepspeed.utils.set_z3_leaf_modules(network, blocks)
-    optimizer = _build_op(network, config)
+    optimizer = build_optimizer(network, config)
     groups = [p for p in network.parameters() if p.requires_grad] if optimizer is None else None
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=network, optimizer=optimizer, model_parameters=groups, config=settings
-        )
-    except RuntimeError as error:
-        if "async_io" not in str(error):
-            raise
-        raise RefusedError(
-            "zero.offload: DeepSpeed's async_io cannot be built here (Debian: apt-get install "
-            "libaio-dev); set zero.offload=cpu"
-        ) from error
+    engine, *_ = deepspeed.initialize(
+        model=network, optimizer=optimizer, model_parameters=groups, config=settings
+    )
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         # Its constructor takes one optimizer step on zeros, so that Adam's first real update would
         # be
@@ -202,16 +196,20 @@ def build_engine(network: nn.Module, config: TrainConfig, settings: dict[str, An
     return engine
 
 
-def _build_op(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
+def _build_ops(zero: ZeroConfig) -> None:
     try:
-        return build_optimizer(network, config)
+        build_ops(zero)
     except (RuntimeError, OSError, ImportError) as error:
-        if config.zero.offload == "none":
-            raise
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].split(": [")[
+            0
+        ]  # and ninja's command
+        way = (
+            "install libaio-dev (Debian: apt-get install libaio-dev), or set zero.offload=cpu"
+            if "async_io" in first
+            else "install a C++ compiler and ninja, or set zero.offload=none"
+        )
         raise RefusedError(
-            f"zero.offload: DeepSpeed's CPU Adam cannot be built here ({first}); "
-            "install a C++ compiler and ninja, or set zero.offload=none"
+            f"zero.offload: DeepSpeed's ops cannot be built here ({first}); {way}"
         ) from error
 
 

@@ -1,0 +1,60 @@
+"""DeepSpeed's ops: a builder that is killed leaves no lock behind that later runs wait for."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BUILD = (
+    "from tuneloom.train.config import ZeroConfig; from tuneloom.train.ops import build_ops;"
+    "build_ops(ZeroConfig(stage=2, offload='cpu'))"
+)
+
+
+def compiler(folder: Path, body: str) -> dict[str, str]:
+    """An environment whose C++ compiler answers questions about itself, and builds as in `body`."""
+    script = folder / f"c++-{len(list(folder.iterdir()))}"
+    version = 'case "$*" in *--version*|*-v*|*-dumpfullversion*) exec c++ "$@";; esac'
+    script.write_text(f"#!/bin/sh\n{version}\n{body}\n", encoding="utf-8")
+    script.chmod(0o700)
+    extensions = str(folder / "extensions")
+    return os.environ | {"CXX": str(script), "TORCH_EXTENSIONS_DIR": extensions, "MAX_JOBS": "1"}
+
+
+def start(environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_a_build_goes_on_where_one_was_killed(tmp_path: Path) -> None:
+    slow = start(compiler(tmp_path, f"echo $$ > {tmp_path}/building; exec sleep 600"))
+    building, deadline = tmp_path / "building", time.monotonic() + 60
+    while not building.exists():
+        assert time.monotonic() < deadline, "no build began"
+        time.sleep(0.05)
+    waits = start(compiler(tmp_path, "echo of the second >&2; exit 1"))
+    with pytest.raises(subprocess.TimeoutExpired):  # one at a time
+        waits.communicate(timeout=8)
+    assert list((tmp_path / "extensions").glob("*/*/cpu_adam/lock"))  # torch's, of the first
+    os.killpg(slow.pid, 9)
+    slow.communicate()
+    said, _ = waits.communicate(timeout=60)
+    assert "of the second" in said
+    assert not list((tmp_path / "extensions").glob("*/*/cpu_adam/lock"))
+
+
+def test_a_compiler_that_fails_ends_the_run_in_a_sentence(tmp_path: Path, lab: Path) -> None:
+    command = [sys.executable, "-m", "tuneloom", "train", f"model.path={lab / 'base'}",
+               f"data.path={lab / 'rows.jsonl'}", f"run.root={tmp_path}", "run.id=no-compiler",
+               "launch=inline", "zero.offload=cpu", "model.dtype=fp32", "steps=1", "tracker=off"]  # fmt: skip
+    environment = compiler(tmp_path, "exit 1")
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert ended.returncode == 4, ended.stderr
+    assert "zero.offload: DeepSpeed's ops cannot be built here" in ended.stderr
+    assert "install a C++ compiler and ninja, or set zero.offload=none" in ended.stderr
+    assert "Traceback" not in ended.stderr
