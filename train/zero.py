@@ -200,9 +200,8 @@ def _build_ops(zero: ZeroConfig) -> None:
     try:
         build_ops(zero)
     except (RuntimeError, OSError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].split(": [")[
-            0
-        ]  # and ninja's command
+        said = str(error).strip() or type(error).__name__
+        first = said.splitlines()[0].split(": [")[0]  # and not ninja's command
         way = (
             "install libaio-dev (Debian: apt-get install libaio-dev), or set zero.offload=cpu"
             if "async_io" in first
