@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from tuneloom.launch.drill_lab import EVERY, Lab, Run, command_of
-from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
+from tuneloom.launch.hosts import Hosts
 from tuneloom.testing import small_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +36,8 @@ class Started(Run):
         self.launcher, self.log = launcher, lab.folder / f"{run_id}.log"
         self.shrinks = shrinks
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-        environment = dict(hosts.environment if hosts else os.environ)
+        environment = dict(hosts.command if hosts else os.environ)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        if hosts:
-            environment["RAY_ADDRESS"] = f"{ADDRESSES['a']}:{PORT}"
         prefix = hosts.inside("a") if hosts else []
         self.started = time.monotonic()
         with self.log.open("ab") as log:

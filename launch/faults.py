@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuneloom.errors import DONE, STOPPED, TRAINING
-from tuneloom.launch.drill_lab import EVERY, HANG_SECONDS, Figures, Lab, Run, figures, is_rank
-from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
+from tuneloom.launch.drill_lab import EVERY, HANG_SECONDS, Figures, Lab, Run, figures
+from tuneloom.launch.hosts import REPLACED_SECONDS, Hosts
 from tuneloom.train import checkpoint
 
 Fault = Callable[[Lab, random.Random], Iterable[Figures]]
@@ -59,11 +59,10 @@ def host_killed(lab: Lab, rng: random.Random) -> Iterator[Figures]:
 
 def _host_killed(lab: Lab, rng: random.Random, more: str, most: int) -> Figures:
     with Hosts() as hosts:
-        head = {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
         run = Run(
             lab, f"f3-{most}", "launch.kind=ray", "launch.nodes=2",
             f"checkpoint.memory_every={1 if more else 0}", prefix=hosts.inside("a"),
-            environment=hosts.environment | head,
+            environment=hosts.command,
         )  # fmt: skip
         # Early between two saves: the kill itself takes a few steps, and a death inside a save (F2)
         # may cost one whole interval.
@@ -71,13 +70,13 @@ def _host_killed(lab: Lab, rng: random.Random, more: str, most: int) -> Figures:
         inode = run.inode()
         hosts.kill("b")
         struck, last = time.monotonic(), run.step
-        time.sleep(3.0)
+        time.sleep(REPLACED_SECONDS)
         hosts.start("b")
         run.wait_for_new_step(inode)
         seconds = time.monotonic() - struck
         lost, code = last - run.resumed_from(), run.end()
         time.sleep(10.0)
-        left = [pid for host in ADDRESSES for pid in hosts.pids(host) if is_rank(pid)]
+        left = hosts.ranks()
         what = "kill -9 of a whole host between saves, replaced 3 s later" + more
         return figures(
             lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds, orphans=len(left),

@@ -18,11 +18,10 @@ from tuneloom.launch.drill_lab import (
     Run,
     command_of,
     figures,
-    is_rank,
     standing_in,
 )
 from tuneloom.launch.faults_inside import clock_set_back
-from tuneloom.launch.hosts import ADDRESSES, PORT, Hosts
+from tuneloom.launch.hosts import Hosts
 
 NOBODY = 65534
 CUT_SECONDS = 45.0
@@ -42,11 +41,10 @@ def head_killed(lab: Lab, rng: random.Random) -> Iterator[Figures]:
     yield _head_killed(lab, rng, what, STOPPED, Run(lab, "f16"),
                        lambda: standing_in(lab.folder), lambda: Run(lab, "f16"))  # fmt: skip
     with Hosts() as hosts:
-        head = {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
 
         def command() -> Run:
             return Run(lab, "f16-ray", "launch.kind=ray", "launch.nodes=2",
-                       prefix=hosts.inside("a"), environment=hosts.environment | head)  # fmt: skip
+                       prefix=hosts.inside("a"), environment=hosts.command)  # fmt: skip
 
         def again() -> Run:
             hosts.again()
@@ -80,9 +78,8 @@ def _head_killed(
 def partitioned(lab: Lab, rng: random.Random) -> list[Figures]:
     """F17: the cable between two hosts is cut; a node joins anew once it is whole again."""
     with Hosts() as hosts:
-        head = {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
         run = Run(lab, "f17", "launch.kind=ray", "launch.nodes=2", "train.hang_seconds=20",
-                  prefix=hosts.inside("a"), environment=hosts.environment | head)  # fmt: skip
+                  prefix=hosts.inside("a"), environment=hosts.command)  # fmt: skip
         run.wait_for_step(rng.choice((EVERY, 2 * EVERY)) + rng.randrange(1, 4))
         inode = run.inode()
         watch = Writers(run.folder)
@@ -97,7 +94,7 @@ def partitioned(lab: Lab, rng: random.Random) -> list[Figures]:
         lost, code = max(last, watch.last) - run.resumed_from(), run.end()
         most = watch.close()
         time.sleep(10.0)
-        left = [pid for host in ADDRESSES for pid in hosts.pids(host) if is_rank(pid)]
+        left = hosts.ranks()
         what = (f"two hosts cut off from each other for {CUT_SECONDS:.0f} s; at most {most} "
                 "process held the run folder")  # fmt: skip
         return [figures(lab, run, "F17", what, [code], [DONE], lost=lost, seconds=seconds,

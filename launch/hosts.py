@@ -17,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuneloom.errors import RefusedError
+from tuneloom.launch.drill_lab import is_rank
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 PORT = 6379
 START_SECONDS = 90.0
+REPLACED_SECONDS = 3.0
+"""Until another host takes the place of one that died."""
 OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs -o size=2g tmpfs /dev/shm && exec "$@"', "sh"]
 """Words before a command inside a host: `ip netns exec` gives it mounts that no other sees."""
 
@@ -100,6 +103,15 @@ class Hosts:
             ["ip", "netns", "pids", self.name(host)], capture_output=True, text=True
         )
         return [int(word) for word in said.stdout.split()]
+
+    @property
+    def command(self) -> dict[str, str]:
+        """The environment of a command that finds this Ray."""
+        return self.environment | {"RAY_ADDRESS": f"{ADDRESSES['a']}:{PORT}"}
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks at work on both."""
+        return [pid for host in ADDRESSES for pid in self.pids(host) if is_rank(pid)]
 
     def kill(self, host: str) -> None:
         """kill -9 of everything on that host."""

@@ -1,6 +1,7 @@
-"""`python -m tuneloom.launch.soak [--minutes 30] [--seed 0]`: drill F22, one run under a random
-fault each 30 to 60 s up to its last step, with `launch.standby` and copies in memory; then the same
-run uninterrupted, for the bits and for what a step takes.
+"""`python -m tuneloom.launch.soak [--minutes 30] [--seed 0] [--hosts]`: drill F22, one run under a
+random fault each 30 to 60 s up to its last step, with `launch.standby` and copies in memory; then
+the same run uninterrupted, for the bits and for what a step takes. With `--hosts` it runs on two
+network namespaces (launch=ray, no standby), and a whole host dies, too, replaced 3 s later.
 
 `--minutes` are those of the whole command, about: a short run tells how many steps fit. Goodput is
 the seconds that all steps need uninterrupted, over the wall time of the soak: at the pace of the
@@ -23,12 +24,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from tuneloom.errors import DONE, STOPPED, TRAINING, TrainingError, TuneloomError
 from tuneloom.launch.drill import REPORT, book
 from tuneloom.launch.drill_lab import PATIENCE, Figures, Lab, Run
 from tuneloom.launch.faults import tmpfs
+from tuneloom.launch.hosts import REPLACED_SECONDS, Hosts
 from tuneloom.train import shm
 
 UNINTERRUPTED = 0.42
@@ -45,6 +48,8 @@ PAUSE_SECONDS = (30.0, 60.0)
 STEPPING_SECONDS = 10.0
 """How long the run makes steps between two faults, however long it needed to start again."""
 HANG_SECONDS = 5
+DISK_BYTES = 640 << 20
+"""Preflight asks for half a GiB free."""
 FULL_BYTES = 60_000
 """What is left when the disk is full: a few rows of metrics, no checkpoint."""
 
@@ -52,8 +57,10 @@ FULL_BYTES = 60_000
 class Soak:
     """The run, struck again and again; `root` is a small disk."""
 
-    def __init__(self, lab: Lab, root: Path, rng: random.Random) -> None:
-        self.lab, self.root, self.rng = lab, root, rng
+    def __init__(
+        self, lab: Lab, root: Path, rng: random.Random, hosts: Hosts | None = None
+    ) -> None:
+        self.lab, self.root, self.rng, self.hosts = lab, root, rng, hosts
         self.surprises: list[str] = []
         self.redone = 0
         self.downtimes: dict[str, list[float]] = {}
@@ -61,11 +68,18 @@ class Soak:
         self.run = self._command()
 
     def _command(self) -> Run:
+        shared = (f"train.hang_seconds={HANG_SECONDS}", "launch.max_restarts=1000",
+                  "checkpoint.keep=1", f"checkpoint.memory_every={MEMORY_EVERY}")  # fmt: skip
+        if self.hosts is None:
+            return Run(self.lab, "soak", *shared, "launch.standby=true", root=self.root)
         return Run(
-            self.lab, "soak", f"train.hang_seconds={HANG_SECONDS}", "launch.max_restarts=1000",
-            "checkpoint.keep=1", "launch.standby=true", f"checkpoint.memory_every={MEMORY_EVERY}",
-            root=self.root,
+            self.lab, "soak", *shared, "launch.kind=ray", "launch.nodes=2", root=self.root,
+            prefix=self.hosts.inside("a"), environment=self.hosts.command,
         )  # fmt: skip
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks at work."""
+        return self.run.ranks() if self.hosts is None else self.hosts.ranks()
 
     def look(self) -> bool:
         """Note the step and what was done again; True while the command runs."""
@@ -82,7 +96,7 @@ class Soak:
         """True once an attempt that began after the last fault has made a step."""
         run = self.run
         fresh = run.inode() not in (0, self._struck_inode)
-        return fresh and run.step > run.resumed_from() and len(run.ranks()) == 2
+        return fresh and run.step > run.resumed_from() and len(self.ranks()) == 2
 
     def until(self, ready: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
         """Look on until `ready` or the end of the command."""
@@ -94,7 +108,7 @@ class Soak:
 
     def fault(self) -> float:
         """One, at random; then the command again where it ended. Returns the seconds to a step."""
-        kind, strike, code = self.rng.choice([
+        faults: list[tuple[str, Callable[[], None], int | None]] = [
             ("kill -9 of a rank", self._rank(signal.SIGKILL), None),
             ("kill -9 of a rank in a save", self._in_a_save, None),
             ("SIGSTOP of a rank", self._rank(signal.SIGSTOP), None),
@@ -102,7 +116,13 @@ class Soak:
             ("SIGTERM to the driver", self._driver(signal.SIGTERM), STOPPED),
             ("kill -9 of the driver", self._driver(signal.SIGKILL), -signal.SIGKILL),
             ("disk full", self._disk_full, TRAINING),
-        ])  # fmt: skip
+        ]  # fmt: skip
+        if self.hosts is not None:
+            faults.append(("kill -9 of a host", self._host, None))
+        if (ended := self.run.process.poll()) is not None:
+            tail = self.run.log.read_text(errors="replace")[-1500:]
+            raise TrainingError(f"soak: the command ended by itself with {ended}; its log: {tail}")
+        kind, strike, code = self.rng.choice(faults)
         at, self._struck_inode = self.run.step, self.run.inode()
         strike()
         struck = time.monotonic()
@@ -120,13 +140,25 @@ class Soak:
         if self.run.process.returncode != code:
             self.surprises.append(f"{kind}: exit {self.run.process.returncode}, not {code}")
         (self.root / "ballast").unlink(missing_ok=True)
-        if left := self.lab.orphans():
+        if left := self.orphans():
             self.surprises.append(f"{kind}: {left} processes left")
         if self.run.process.returncode != DONE:
             self.run = self._command()
 
+    def orphans(self) -> int:
+        """Processes of the run that outlive its command by ENDING_SECONDS."""
+        left = self.lab.orphans()
+        return left if self.hosts is None else left + len(self.hosts.ranks())
+
     def _rank(self, number: int) -> Callable[[], None]:
-        return lambda: os.kill(self.rng.choice(self.run.ranks()), number)
+        return lambda: os.kill(self.rng.choice(self.ranks()), number)
+
+    def _host(self) -> None:
+        """The one without Ray's head, whose death ends the command (F16)."""
+        assert self.hosts is not None
+        self.hosts.kill("b")
+        time.sleep(REPLACED_SECONDS)
+        self.hosts.start("b")
 
     def _driver(self, number: int) -> Callable[[], None]:
         return lambda: self.run.process.send_signal(number)
@@ -141,12 +173,14 @@ class Soak:
         (self.root / "ballast").write_bytes(bytes(max(0, free - FULL_BYTES)))
 
 
-def soak(lab: Lab, root: Path, rng: random.Random, until: float, rate: float) -> Figures:
+def soak(
+    lab: Lab, root: Path, rng: random.Random, until: float, rate: float, hosts: Hosts | None
+) -> Figures:
     """Strike until the last step, at most to `until` (monotonic); compare. `rate` is what the short
     run made, in steps a second.
     """
     started = time.monotonic()
-    it = Soak(lab, root, rng)
+    it = Soak(lab, root, rng, hosts)
     it.until(it.goes_on, "first step")
     down = 0.0
     while True:
@@ -160,7 +194,7 @@ def soak(lab: Lab, root: Path, rng: random.Random, until: float, rate: float) ->
     run, code = it.run, it.run.process.returncode
     if code != DONE:
         it.surprises.append(f"the run ended with exit {code}")
-    orphans = lab.orphans()
+    orphans = it.orphans()
     if left := list(shm.ROOT.glob(f"tuneloom-{(run.folder / shm.TOKEN).read_text()}")):
         it.surprises.append(f"{left[0]} is left in memory")
     for surprise in it.surprises:
@@ -176,9 +210,10 @@ def soak(lab: Lab, root: Path, rng: random.Random, until: float, rate: float) ->
         f"{len(seconds)} x {kind} ({statistics.mean(seconds):.1f} s)"
         for kind, seconds in sorted(it.downtimes.items())
     )
+    place = "launch.standby" if hosts is None else "two hosts"
     what = (
         f"soak of {wall / 60:.1f} min, {lab.steps} steps, a checkpoint every {lab.every}, copies "
-        f"in memory every {MEMORY_EVERY}, launch.standby: {sum(map(len, it.downtimes.values()))} "
+        f"in memory every {MEMORY_EVERY}, {place}: {sum(map(len, it.downtimes.values()))} "
         f"faults (to the next new step: {faults}), goodput {needed / wall:.1%} "
         f"at the pace of {pace_of}"
     )
@@ -204,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tuneloom.launch.soak")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the whole command")
     parser.add_argument("--seed", type=int, default=0, help="decides faults, times and ranks")
+    parser.add_argument("--hosts", action="store_true", help="on two hosts, one of which dies")
     parser.add_argument("--out", type=Path, default=REPORT, help="the table (docs/faults.md)")
     given = parser.parse_args(argv)
     ends = time.monotonic() + 60 * given.minutes
@@ -215,8 +251,12 @@ def main(argv: list[str] | None = None) -> int:
             rate = pace(lab.folder / "pace")
             lab.steps = round(undisturbed * rate)
             print(f"soak: {lab.steps} steps", flush=True)
-            with tmpfs(lab.folder / "small", 256 << 20) as root:
-                figure = soak(lab, root, random.Random(given.seed), ends - undisturbed, rate)
+            with (
+                tmpfs(lab.folder / "small", DISK_BYTES) as root,
+                Hosts() if given.hosts else nullcontext() as hosts,
+            ):
+                rng = random.Random(given.seed)
+                figure = soak(lab, root, rng, ends - undisturbed, rate, hosts)
         except TuneloomError as error:
             print(f"soak: {error}", file=sys.stderr)
             return error.exit_code

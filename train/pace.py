@@ -1,16 +1,15 @@
 """Stragglers: which rank computes slower than the others, from what each measures about itself.
 
 A step takes as long as its slowest rank, so wall time says only that one is slow. Each rank times
-its own forward passes, which under ZeRO 0 to 2 hold no collective, per token it computed; the times
-travel in the reduction that every step does anyway. Under ZeRO-3 a forward pass waits for the other
-ranks' shards, under sequence parallelism for their keys and values, and tells nobody apart: not
-measured there, and the log says so.
+its own forward pass per token it computed, without what waits there for other ranks (`waiting`):
+the shards of ZeRO-3, the exchanges of sequence parallelism. The times travel in the reduction that
+every step does anyway.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import median
 
 import torch
@@ -26,47 +25,58 @@ SLOW = 1.5
 class Pace:
     """Forward seconds a token of every rank, over the last steps."""
 
-    def __init__(self, world: World, hosts: list[str], *, waiting: str | None) -> None:
-        """`waiting` is the setting under which a forward pass waits for other ranks, if any."""
+    def __init__(self, world: World, hosts: list[str]) -> None:
         self.world, self.hosts = world, hosts
-        self.measured = waiting is None and world.size > 1
-        if waiting is not None and world.size > 1 and world.first:
-            print(
-                f"slow ranks are not measured in this run: under {waiting} a forward pass waits "
-                "for other ranks, so its time tells nobody apart",
-                flush=True,
-            )
+        self.measured = world.size > 1
         self.slowest: float | None = None
         """Of the slowest rank, in medians of all; None until twenty steps were measured."""
         self._seconds, self._tokens = 0.0, 0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
         self._steps: deque[list[float]] = deque(maxlen=WINDOW)
         self._named: set[int] = set()
 
     @contextmanager
     def timed(self, tokens: int) -> Iterator[None]:
-        """Around the forward pass of one micro-batch of `tokens`, padding included."""
-        if not self.measured:
+        """Around the forward pass of one micro-batch of `tokens`, padding included; a step's first
+        one counts, as a model has hundreds of waits.
+        """
+        global _timing
+        if not self.measured or self._tokens:
             yield
             return
-        self._tokens += tokens
+        self._tokens = tokens
+        _timing = self  # recomputation in a backward pass is not timed, nor are its waits
+        try:
+            with self.counted(1):
+                yield
+        finally:
+            _timing = None
+
+    @contextmanager
+    def counted(self, sign: int) -> Iterator[None]:
+        """Add what passes within to this rank's seconds, or take it off; on a GPU, what passes on
+        its current stream.
+        """
         if self.world.device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
             yield
             after.record()
-            self._events.append((before, after))
+            self._events.append((before, after, sign))
             return
         started = time.perf_counter()
         yield
-        self._seconds += time.perf_counter() - started
+        self._seconds += sign * (time.perf_counter() - started)
 
     def slots(self) -> list[float]:
         """Last step's seconds a token in this rank's place of one a rank, to be summed over ranks;
         the loop has read that step's loss, so no event is waited for.
         """
         own = [0.0] * self.world.size
-        seconds = self._seconds + sum(b.elapsed_time(a) for b, a in self._events) / 1000
+        seconds = (
+            self._seconds
+            + sum(sign * before.elapsed_time(after) for before, after, sign in self._events) / 1000
+        )
         if self._tokens:
             own[self.world.rank] = seconds / self._tokens
         self._seconds, self._tokens = 0.0, 0
@@ -95,3 +105,17 @@ class Pace:
                 f"the median rank, over {WINDOW} steps; every step waits for it",
                 flush=True,
             )
+
+
+_timing: Pace | None = None
+"""Whose forward pass is under way in this process."""
+
+
+def waiting() -> AbstractContextManager[None]:
+    """Around what waits for other ranks: in a timed forward pass it is not this rank's own time."""
+    return _timing.counted(-1) if _timing else nullcontext()
+
+
+def working() -> AbstractContextManager[None]:
+    """Around this rank's own work within `waiting`."""
+    return _timing.counted(1) if _timing else nullcontext()

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from tuneloom.errors import ConfigError
-from tuneloom.train import distributed
+from tuneloom.train import distributed, pace
 from tuneloom.train.distributed import World
 
 SEEN: Counter[str] = Counter()
@@ -46,7 +46,8 @@ class Exchange:
             times = heads // key.shape[1]
             key, value = (t.repeat_interleave(times, dim=1) for t in (key, value))
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, T / S, heads, C)
-        out: Tensor = self._distributed(q, k, v, batch_dim_idx=0, attend=attend)
+        with pace.waiting():
+            out: Tensor = self._distributed(q, k, v, batch_dim_idx=0, attend=attend)
         SEEN["all_to_alls"] += 4
         SEEN["bytes_sent"] += sum(_bytes(t) for t in (q, k, v, out)) * (self.size - 1) // self.size
         SEEN["tokens_held"] += q.shape[0] * q.shape[1]
@@ -56,7 +57,8 @@ class Exchange:
 def _local(query: Tensor, key: Tensor, value: Tensor, *, attend: Attend) -> Tensor:
     """Between the exchanges; (B, T, heads, C) in and out."""
     SEEN["tokens_attended"] += query.shape[0] * query.shape[1]
-    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    with pace.working():
+        return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
 
 
 def _bytes(tensor: Tensor) -> int:

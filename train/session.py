@@ -161,7 +161,7 @@ class Session:
             self.witness = effects.Witness(config, self.engine, self.world, self.graphs)
         if self.copies_at is not None:
             self.copies = copies.Copies(self.copies_at, self.folder, self.world)
-        self.pace = Pace(self.world, hosts, waiting=self._waiting_forward())
+        self.pace = Pace(self.world, hosts)
         distributed.barrier()  # the loop's first step is not for the slowest start to use up
 
     # set-up, in pieces
@@ -266,13 +266,6 @@ class Session:
         assert self.watchdog is not None
         distributed.barrier()
         self.watchdog.begin_part(seconds)
-
-    def _waiting_forward(self) -> str | None:
-        """The setting that makes a forward pass wait for other ranks."""
-        if self.config.zero.stage == 3:
-            return "zero.stage=3"
-        shared = self.world.sequence
-        return f"batch.sequence_parallel={shared}" if shared > 1 else None
 
     def _share_sequences(self, network: nn.Module) -> None:
         """Attention across the ranks that share a micro-batch, where there are any."""

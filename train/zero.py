@@ -11,6 +11,7 @@ from torch import nn
 
 from tuneloom import imports
 from tuneloom.errors import RefusedError
+from tuneloom.train import pace
 from tuneloom.train.config import ADAPTER_BUCKET, OptimConfig, TrainConfig, ZeroConfig
 from tuneloom.train.distributed import World
 from tuneloom.train.ops import build_ops
@@ -193,7 +194,20 @@ def build_engine(network: nn.Module, config: TrainConfig, settings: dict[str, An
         # be
         # its second: 0.744 lr, another curve than ZeRO 1 to 3 (measured, 0.19.8).
         engine.optimizer.optimizer.state.clear()
+    if config.zero.stage == 3:
+        _tell_waits(engine.optimizer.parameter_offload.get_param_coordinator())
     return engine
+
+
+def _tell_waits(coordinator: Any) -> None:
+    """Fetching a module's shards waits for the ranks that have them: not this rank's own pace."""
+    fetch = coordinator.fetch_sub_module
+
+    def told(*arguments: Any, **options: Any) -> None:
+        with pace.waiting():
+            fetch(*arguments, **options)
+
+    coordinator.fetch_sub_module = told
 
 
 def _build_ops(zero: ZeroConfig) -> None:
