@@ -75,11 +75,10 @@ def _host_killed(lab: Lab, rng: random.Random, more: str, most: int) -> Figures:
         run.wait_for_new_step(inode)
         seconds = time.monotonic() - struck
         lost, code = last - run.resumed_from(), run.end()
-        time.sleep(10.0)
-        left = hosts.ranks()
+        left = hosts.orphans()
         what = "kill -9 of a whole host between saves, replaced 3 s later" + more
         return figures(
-            lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds, orphans=len(left),
+            lab, run, "F3", what, [code], [DONE], lost=lost, seconds=seconds, orphans=left,
             held=lost <= most,
         )  # fmt: skip
 

@@ -93,12 +93,11 @@ def partitioned(lab: Lab, rng: random.Random) -> list[Figures]:
         seconds = time.monotonic() - struck
         lost, code = max(last, watch.last) - run.resumed_from(), run.end()
         most = watch.close()
-        time.sleep(10.0)
-        left = hosts.ranks()
+        left = hosts.orphans()
         what = (f"two hosts cut off from each other for {CUT_SECONDS:.0f} s; at most {most} "
                 "process held the run folder")  # fmt: skip
         return [figures(lab, run, "F17", what, [code], [DONE], lost=lost, seconds=seconds,
-                        orphans=len(left), held=most == 1)]  # fmt: skip
+                        orphans=left, held=most == 1)]  # fmt: skip
 
 
 class Writers:

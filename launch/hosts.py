@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuneloom.errors import RefusedError
-from tuneloom.launch.drill_lab import is_rank
+from tuneloom.launch.drill_lab import ENDING_SECONDS, is_rank
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 PORT = 6379
@@ -28,12 +28,19 @@ OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs -o size=2g tmpfs /dev/shm && exec "$@"
 """Words before a command inside a host: `ip netns exec` gives it mounts that no other sees."""
 
 
+def lacks() -> str | None:
+    """What this machine lacks for two hosts; None when it has it."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return "hosts: network namespaces need root and `ip` (iproute2)"
+    return None
+
+
 class Hosts:
     """Host `a` holds the head and one slot, `b` one slot; leaving kills all that runs on both."""
 
     def __init__(self) -> None:
-        if os.geteuid() != 0 or shutil.which("ip") is None:
-            raise RefusedError("hosts: network namespaces need root and `ip` (iproute2)")
+        if lacking := lacks():
+            raise RefusedError(lacking)
         # Short: Ray's socket names must stay under 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="tl"))
         self._started: list[subprocess.Popen[bytes]] = []
@@ -112,6 +119,13 @@ class Hosts:
     def ranks(self) -> list[int]:
         """Process ids of the ranks at work on both."""
         return [pid for host in ADDRESSES for pid in self.pids(host) if is_rank(pid)]
+
+    def orphans(self) -> int:
+        """Ranks that live ENDING_SECONDS from now; ends as none does."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while (left := self.ranks()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return len(left)
 
     def kill(self, host: str) -> None:
         """kill -9 of everything on that host."""

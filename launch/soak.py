@@ -148,7 +148,7 @@ class Soak:
     def orphans(self) -> int:
         """Processes of the run that outlive its command by ENDING_SECONDS."""
         left = self.lab.orphans()
-        return left if self.hosts is None else left + len(self.hosts.ranks())
+        return left if self.hosts is None else left + self.hosts.orphans()
 
     def _rank(self, number: int) -> Callable[[], None]:
         return lambda: os.kill(self.rng.choice(self.ranks()), number)
