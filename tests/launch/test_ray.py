@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.test_security import essence, in_environment, planted, secret_shapes
 from tuneloom.testing import free_port, metrics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -111,7 +112,7 @@ def cluster() -> Iterator[Cluster]:
     token = folder / "token"
     token.touch(0o600)
     token.write_text(secrets.token_hex(32), encoding="utf-8")
-    outer = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    outer = {k: v for k, v in in_environment().items() if not k.startswith("RAY_")}
     environment = outer | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -192,9 +193,19 @@ def test_an_ingest_that_the_cluster_cannot_run_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_ray_job_stop_saves_and_the_same_command_resumes(lab: Path, cluster: Cluster) -> None:
+def test_ray_job_stop_saves_and_the_same_command_resumes(
+    lab: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    """With 25 secrets in the cluster's environment and in the rows: none in what the jobs API tells
+    of a job, in its log or in its run.
+    """
     entry = ["python", "-m", "tuneloom", "train"]
-    words = arguments(lab, "stopped", "launch=ray", "launch.workers=2", "steps=100000")
+    rows_of = {"path": planted(tmp_path / "rows.jsonl", answer="no"),
+               "validation": planted(tmp_path / "validation.jsonl")}  # fmt: skip
+    words = arguments(
+        lab, "stopped", "launch=ray", "launch.workers=2", "steps=100000", "batch.max_length=512",
+        *(f"data.{k}={v}" for k, v in rows_of.items()),
+    )  # fmt: skip
     folder, saved, lines = lab / "runs/stopped", None, 0
     rows = folder / "metrics.jsonl"
     for name in ("stopped", "stopped-again"):
@@ -218,6 +229,13 @@ def test_ray_job_stop_saves_and_the_same_command_resumes(lab: Path, cluster: Clu
         saved = sorted((folder / "checkpoints").glob("step-*"))[-1].name
         lines = len(rows.read_text("utf-8").splitlines())
     assert metrics(lab, "stopped", "step") == list(range(1, int(saved[-6:]) + 1))
+    told = json.dumps([cluster.job(name) for name in ("stopped", "stopped-again")])
+    told += run("ray.scripts.scripts", "job", "logs", "--address", cluster.dashboard, "stopped",
+                env=cluster.environment)  # fmt: skip
+    assert "run stopped in" in told
+    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert [s for s in secret_shapes() if essence(s).encode() in b"".join(written)] == []
+    assert [s for s in secret_shapes() if essence(s) in told] == []
 
 
 def test_the_jobs_api_answers_no_one_without_the_token(cluster: Cluster) -> None:
