@@ -1,7 +1,8 @@
-"""F5 seventy times: SIGTERM to ranks of real runs, in each phase; all save the same step, end 75.
+"""F5 counted: SIGTERM seventy times to ranks of real runs, in each phase, and forty times to the
+driver; all ranks save the same step, end 75.
 
-The two ranks are processes that train one run after another, so that all these runs cost the
-imports of one. Ranks started by the command, and signals to the driver, are F5's other rows.
+The two ranks of the seventy are processes that train one run after another, so that all these runs
+cost the imports of one. The forty are commands as they are typed.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneloom.errors import STOPPED, Stopped
-from tuneloom.launch.drill_lab import Figures, Lab
+from tuneloom.launch.drill_lab import EVERY, Figures, Lab, Run
 from tuneloom.testing import Gang, chat_rows, small_config
 from tuneloom.train import checkpoint
 from tuneloom.train.metrics import Clock
@@ -180,4 +181,55 @@ def stopped(
     return None, seconds
 
 
-FAULTS: dict[str, Callable[[Lab, random.Random], Iterable[Figures]]] = {"F5x70": seventy_times}
+def _starting(run: Run, _: random.Random) -> None:
+    run.wait_for(run.ranks, "ranks")
+
+
+def _stepping(run: Run, rng: random.Random) -> None:
+    run.wait_for_step(rng.randrange(1, 3 * EVERY))
+    time.sleep(rng.random() / 10)
+
+
+def _saving(run: Run, _: random.Random) -> None:
+    run.wait_for_step(EVERY - 1)
+    run.wait_for_save()
+
+
+DRIVER_WAYS: list[tuple[str, Callable[[Run, random.Random], None], int]] = [
+    ("while ranks start", _starting, 1), ("in steps", _stepping, 1), ("in a save", _saving, 1),
+    ("in a save, twice", _saving, 2),
+]  # fmt: skip
+"""What is waited for, and how many signals follow."""
+
+
+def forty_times(lab: Lab, rng: random.Random) -> list[Figures]:
+    """The command's own process is struck; `held` when each ended 75 with its last step saved."""
+    good: Counter[str] = Counter()
+    slowest, left = 0.0, 0
+    for number in range(TRIALS):
+        for place, (way, ready, signals) in enumerate(DRIVER_WAYS):
+            run = Run(lab, f"f5-driver-{number}-{place}")
+            ready(run, rng)
+            struck = time.monotonic()
+            for _ in range(signals):
+                run.process.terminate()
+                time.sleep(0.3)
+            code = run.end()
+            slowest = max(slowest, time.monotonic() - struck)
+            saved = checkpoint.newest(run.folder / "checkpoints")
+            kept = saved.step if saved else 0
+            good[way] += code == STOPPED and kept == run.step
+            left = max(left, lab.orphans())
+            if code != STOPPED or kept != run.step:
+                print(f"drill: {way}: exit {code}, step {kept} saved of {run.step}", flush=True)
+    counts = ", ".join(f"{way} {good[way]} of {TRIALS}" for way, _, _ in DRIVER_WAYS)
+    what = (
+        f"SIGTERM to the driver, its last step saved and exit 75: {counts}; seconds of the slowest"
+    )
+    held = good.total() == TRIALS * len(DRIVER_WAYS) and not left
+    return [Figures("F5", what, str(STOPPED), 0, slowest, 0, 0, left, held)]
+
+
+FAULTS: dict[str, Callable[[Lab, random.Random], Iterable[Figures]]] = {
+    "F5x70": seventy_times, "F5x40": forty_times,
+}  # fmt: skip
