@@ -46,7 +46,7 @@ def refuse_too_many(rows: int) -> None:
     if rows > MOST_ROWS:
         raise DataError(
             f"data.label_issues.action: {rows:,} labelled rows, at most {MOST_ROWS:,} are judged "
-            "together, since each takes 9 KB of memory; set it to off, or ingest sources apart"
+            "together, as their features lie in memory; set it to off, or ingest sources apart"
         )
 
 
