@@ -86,7 +86,10 @@ def did_you_mean(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not near:
         last = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)]
+        sure = 0.8 if beside else 0.6  # a name of another group has to be near
+        near = [
+            last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, 1, cutoff=sure)
+        ]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; expected one of {', '.join(beside)}" if beside else ""
