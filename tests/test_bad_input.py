@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from tuneloom.cli import main
+from tuneloom.config import ELSEWHERE, dotted_keys
 from tuneloom.errors import TrainingError
 from tuneloom.launch import run as launch_run
 from tuneloom.launch.config import JobConfig
 from tuneloom.testing import Gang, small_config
+from tuneloom.train.config import TrainConfig
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,12 +31,19 @@ def train(lab: Path, *more: str) -> int:
     ])  # fmt: skip
 
 
+def test_what_other_trainers_call_a_key_is_a_key_of_ours() -> None:
+    assert set(ELSEWHERE.values()) <= set(dotted_keys(TrainConfig))
+
+
 @pytest.mark.parametrize(
     ("overrides", "code", "sentence"),
     [
         (["optim.lrr=1"], 2, "optim.lrr: unknown key; did you mean 'optim.lr'?"),
         (["+model.flash=1"], 2, "model.flash: unknown key"),
-        (["optim.learning_rate=1"], 2, "unknown key; expected one of optim.name, optim.lr, "),
+        (["optim.quux=1"], 2, "unknown key; expected one of optim.name, optim.lr, "),
+        (["learning_rate=1e-4"], 2, "learning_rate: unknown key; did you mean 'optim.lr'?"),
+        (["lora.lora_alpha=4"], 2, "unknown key; did you mean 'method.alpha'?"),
+        (["data.train=x"], 2, "data.train: unknown key; expected one of data.path, data.format"),
         (["modle=folder"], 2, "modle: unknown key; did you mean 'model'?"),
         (["method=lroa"], 2, "method: expected one of ['full', 'lora', 'qlora'], got 'lroa'; did"),
         (["steps"], 2, "steps: not of the form key=value; "),

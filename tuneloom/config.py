@@ -78,8 +78,36 @@ def _nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _nested_models(argument)
 
 
+ELSEWHERE = {
+    "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay",
+    "max_grad_norm": "optim.clip",
+    "lr_scheduler_type": "optim.schedule", "lr_scheduler": "optim.schedule",
+    "warmup_steps": "optim.warmup_steps", "optimizer": "optim.name",
+    "r": "method.rank", "lora_r": "method.rank", "lora_rank": "method.rank",
+    "lora_alpha": "method.alpha", "lora_dropout": "method.dropout",
+    "target_modules": "method.targets", "lora_target_modules": "method.targets",
+    "lora_target": "method.targets", "adapter": "method", "finetuning_type": "method",
+    "base_model": "model.path", "model_name_or_path": "model.path", "output_dir": "run.root",
+    "gradient_checkpointing": "model.checkpointing", "attn_implementation": "model.attention",
+    "bf16": "model.dtype", "fp16": "model.dtype", "torch_dtype": "model.dtype",
+    "datasets": "data.path", "dataset": "data.path", "cutoff_len": "batch.max_length",
+    "max_seq_length": "batch.max_length", "sequence_len": "batch.max_length",
+    "gradient_accumulation_steps": "batch.accumulation", "sample_packing": "batch.packing",
+    "per_device_train_batch_size": "batch.tokens", "micro_batch_size": "batch.tokens",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps",
+    "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep",
+    "eval_steps": "train.validate_every", "report_to": "tracker",
+    "resume_from_checkpoint": "resume", "sequence_parallel_degree": "batch.sequence_parallel",
+}  # fmt: skip
+"""What TRL, Axolotl and LLaMA-Factory call it."""
+
+
 def did_you_mean(key: str, known: list[str]) -> str:
-    """`; did you mean 'optim.lr'?`; where no known key is near, those beside it, if any."""
+    """`; did you mean 'optim.lr'?`, also for another trainer's name of it; where no known key is
+    near, those beside it, if any.
+    """
+    if (ours := ELSEWHERE.get(key.rpartition(".")[2])) in known:
+        return f"; did you mean {ours!r}?"
     beside = [k for k in known if "." in key and k.rpartition(".")[0] == key.rpartition(".")[0]]
     if "." in key:
         known = [k for k in known if not any(other.startswith(k + ".") for other in known)]
