@@ -14,6 +14,7 @@ faults the run makes steps for at least 10 s. Exit 0 when the bar held, 5 when n
 """
 
 import argparse
+import errno
 import json
 import os
 import random
@@ -169,8 +170,15 @@ class Soak:
         self._rank(signal.SIGKILL)()
 
     def _disk_full(self) -> None:
-        free = shutil.disk_usage(self.root).free
-        (self.root / "ballast").write_bytes(bytes(max(0, free - FULL_BYTES)))
+        size = 0
+        with (self.root / "ballast").open("wb") as ballast:
+            while (spare := shutil.disk_usage(self.root).free - FULL_BYTES) > 0:
+                try:
+                    os.posix_fallocate(ballast.fileno(), size, spare)
+                    size += spare
+                except OSError as error:  # what the run wrote meanwhile is not free any more
+                    if error.errno != errno.ENOSPC:
+                        raise
 
 
 def soak(
