@@ -200,9 +200,9 @@ def test_mixture_of_experts_blocks_are_found_for_zero_3() -> None:
     assert [kind.__name__ for kind in moe_blocks(MixtralForCausalLM(config))] != []
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(("kind", "tied"), [("full", True), ("full", False), ("lora", True)])
 def test_beside_a_vision_tower_the_language_model_alone_is_trained(
-    lab: Path, one: Gang, tmp_path: Path, kind: str
+    lab: Path, one: Gang, tmp_path: Path, kind: str, tied: bool
 ) -> None:
     import transformers
 
@@ -214,7 +214,9 @@ def test_beside_a_vision_tower_the_language_model_alone_is_trained(
              "head_dim": 16, "query_pre_attn_scalar": 16}  # fmt: skip
     vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     asked = {"method__kind": kind, "model__kernels": True, "optim__weight_decay": 0.1}
     one.fit(small_config(tmp_path, kind, **asked))
@@ -227,5 +229,6 @@ def test_beside_a_vision_tower_the_language_model_alone_is_trained(
     after, before = load_file(file), load_file(tmp_path / "base" / "model.safetensors")
     assert not [name for name in after if "lora" in name and "language_model" not in name]
     if kind == "full":
+        assert set(after) == set(before) and any("lm_head" in name for name in after) is not tied
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved and not [name for name in moved if "language_model" not in name]
