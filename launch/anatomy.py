@@ -49,6 +49,7 @@ class Anatomy:
     heads: int
     kv_heads: int
     head_width: int
+    """Half of a query's and a value's, which are alike but for latent attention."""
     vocabulary: int
     gated: int
     """Columns of a layer's gated MLP; 0 for experts."""
@@ -230,6 +231,7 @@ def _network(shape: str, method: str, kernels: Patches = "none") -> Any:
 def _anatomy(shape: str, method: str) -> Anatomy:
     from torch import nn
 
+    from tuneloom.kernels.attention import widths
     from tuneloom.train.flops import experts_of, is_stack
 
     network = _network(shape, method)
@@ -264,7 +266,7 @@ def _anatomy(shape: str, method: str) -> Anatomy:
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_width=sum(widths(text)) // 2,
         vocabulary=text.vocab_size,
         gated=0 if experts_of(text) else getattr(text, "intermediate_size", 0),
         fused_head=_takes_loss(causal, head),

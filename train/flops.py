@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tuneloom.kernels.attention import widths
 from tuneloom.train.text import causal_of, modules_aside
 
 # Dense bf16 TFLOP/s (V100: fp16), vendor data sheets, without sparsity. Keys are words of the names
@@ -38,7 +39,7 @@ class Shape:
     """V * D."""
     head_frozen: bool
     attention: int
-    """Sum over layers of heads * head width."""
+    """Sum over layers of heads * head width, a query's and a value's halved."""
     frozen: bool
 
     def step(self, *, tokens: int, target_tokens: int, square_tokens: int) -> float:
@@ -72,13 +73,12 @@ def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
                 linear += size
             elif is_stack(parameter, experts):
                 linear += size * met // experts
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(
         linear=linear,
         adapter=adapter,
         head=text.vocab_size * text.hidden_size,
         head_frozen=frozen and not getattr(head_weight, "requires_grad", False),
-        attention=text.num_hidden_layers * text.num_attention_heads * width,
+        attention=text.num_hidden_layers * text.num_attention_heads * sum(widths(text)) // 2,
         frozen=frozen,
     )
 
