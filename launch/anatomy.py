@@ -193,16 +193,29 @@ def _network(shape: str, method: str, kernels: Patches = "none") -> Any:
     It drops no attention out: a GPU's kernels keep a seed, where the CPU's would keep the scores.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tuneloom.kernels.attention import DROPOUTS
     from tuneloom.kernels.patch import patch, unpatch_module
     from tuneloom.train import method as methods
 
     # PEFT imports bitsandbytes, which warns of a CPU kernel that nothing here would call.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-    fields = json.loads(shape)
+    network = _causal(json.loads(shape))
+    with torch.device("meta"):
+        if kernels != "none":
+            patch(network)
+        for layer in _layers(network) if kernels == "ops" else []:
+            unpatch_module(layer)
+        return methods.apply(network, MethodConfig.model_validate_json(method))
+
+
+def _causal(fields: dict[str, Any]) -> Any:
+    """The bare network of a config.json, without dropout of attention and caches."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tuneloom.kernels.attention import DROPOUTS
+
     try:
         config = AutoConfig.for_model(**fields)
         text = config.get_text_config()
@@ -213,18 +226,12 @@ def _network(shape: str, method: str, kernels: Patches = "none") -> Any:
             network = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, trust_remote_code=False
             )
-            network.config.use_cache = False
-            if kernels != "none":
-                patch(network)
-            for layer in _layers(network) if kernels == "ops" else []:
-                unpatch_module(layer)
-            return methods.apply(network, MethodConfig.model_validate_json(method))
     except (ValueError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
             f"model.path: config.json is of no causal language model ({fields.get('model_type')!r})"
         ) from error
+    network.config.use_cache = False
+    return network
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tuneloom.config import build
 from tuneloom.errors import ConfigError, TrainingError
+from tuneloom.launch.anatomy import anatomy
 from tuneloom.testing import Gang, metrics, small_config, tiny_model
 from tuneloom.train import effects
+from tuneloom.train.config import TrainConfig
 from tuneloom.train.model import moe_blocks
 from tuneloom.train.session import _prefetch
 
@@ -188,6 +191,46 @@ def test_an_option_that_did_nothing_ends_the_run_by_name() -> None:
 def test_an_unknown_target_is_refused_with_the_nearest_name(lab: Path, one: Gang) -> None:
     with pytest.raises(ConfigError, match=r"method\.targets: .*'q_porj'; did you mean 'q_proj'"):
         one.fit(small_config(lab, "typo", method__targets=["q_porj"]))
+
+
+@pytest.fixture
+def experts(lab: Path, tmp_path: Path) -> Path:
+    """A lab whose base is a Qwen3-MoE of two layers and four experts, two a token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tiny_model(tmp_path / "base")
+    sizes = json.loads((tmp_path / "base" / "config.json").read_text())
+    kept = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    config = Qwen3MoeConfig(
+        **{key: sizes[key] for key in kept}, num_hidden_layers=2, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_bytes((lab / "rows.jsonl").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dropout": 0.1}, r"method\.dropout: .*stacked experts.*set method\.dropout=0, or name"),
+        ({"dora": True}, r"method\.dora: .*stacked experts.*set method\.dora=false, or name"),
+        ({"dora": True, "targets": ["down_proj"]}, r"method\.dora: .*\(down_proj\)"),
+        ({"targets": ["up_proj"]}, "gate_proj and up_proj are one parameter .*got up_proj alone"),
+        ({"targets": ["w1"]}, "no module 'w1'.*its experts are down_proj, gate, gate_proj, up_p"),
+    ],
+)
+def test_what_adapters_on_stacked_experts_cannot_do_is_refused_by_its_key(
+    experts: Path, changes: dict[str, Any], said: str
+) -> None:
+    config = small_config(experts, "planned", **{f"method__{k}": v for k, v in changes.items()})
+    with pytest.raises(ConfigError, match=said):
+        anatomy(build(TrainConfig, config))
+
+
+def test_attention_beside_stacked_experts_takes_dropout_and_dora(experts: Path) -> None:
+    asked = {"method__dropout": 0.1, "method__dora": True, "method__targets": ["q_proj"]}
+    assert anatomy(build(TrainConfig, small_config(experts, "planned", **asked))).trainable > 0
 
 
 def test_mixture_of_experts_blocks_are_found_for_zero_3() -> None:
