@@ -210,6 +210,16 @@ def experts(lab: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_rslora_on_stacked_experts_scales_by_the_root_of_each_rank(
+    experts: Path, one: Gang
+) -> None:
+    names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    one.fit(small_config(experts, "rslora", method__rslora=True, method__targets=names))
+    assert metrics(experts, "rslora")[-1] < metrics(experts, "rslora")[0]
+    plain, fused = 32 / math.sqrt(8), 64 / math.sqrt(16)
+    assert receipts(experts, "rslora")["method.rslora"]["scaling"] == [plain, fused]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
