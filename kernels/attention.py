@@ -109,17 +109,30 @@ def has_varlen() -> bool:
     return {"scale", "window_size", "enable_gqa"} <= set(known)
 
 
+def widths(text: Any) -> tuple[int, int]:
+    """Of a query's head and of a value's, by a text model's config: latent attention (MLA) names
+    both, and there `head_dim` is the rotary part's alone.
+    """
+    parts = [getattr(text, f"{part}_head_dim", None) or 0 for part in ("qk_nope", "qk_rope", "v")]
+    if all(parts):
+        return parts[0] + parts[1], parts[2]
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return width, width
+
+
 def choose(
     requested: str, *, dtype: torch.dtype, head_dim: int, softcap: float | None,
-    dropout: bool = False,
+    dropout: bool = False, value_dim: int | None = None,
 ) -> Choice:  # fmt: skip
     """Backend for `model.attention=requested`; raises ConfigError when it was named and cannot
-    run.
+    run. `value_dim` is a value's width where a query's `head_dim` is another.
     """
-    drops = "cannot drop attention out" if dropout else None
+    narrow = value_dim not in (None, head_dim)
+    rest = "cannot drop attention out" if dropout else None
+    rest = f"needs values as wide as queries ({value_dim}, {head_dim})" if narrow else rest
     lacks = {
-        "flash": _lacks_flash(dtype, head_dim) or drops,
-        "varlen": _lacks_varlen(dtype, head_dim, softcap) or drops,
+        "flash": _lacks_flash(dtype, head_dim) or rest,
+        "varlen": _lacks_varlen(dtype, head_dim, softcap) or rest,
         "sdpa": "cannot soft-cap logits" if softcap else None,
         "eager": None,
     }
@@ -231,6 +244,7 @@ def attend(
     """Causal attention; documents of a pack do not see each other.
 
     query: (B, H, S, C); key, value: (B, K, S, C) with K dividing H; out: (B, S, H, C), same dtype.
+    Values of another width, and so an output: sdpa and eager only.
     cu_seqlens: (N + 1,) int32, offsets of the documents of the one packed row (B = 1); None for
     right-padded rows, where causality alone hides the padding from real tokens.
     window: positions a token sees, itself included; None for all.
@@ -241,6 +255,11 @@ def attend(
         raise ValueError(
             f"attend: expected heads of key and value that divide query's {query.shape[1]}, got "
             f"{key.shape[1]} and {value.shape[1]}"
+        )
+    if query.shape[3] != value.shape[3] and backend not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"model.attention: {backend} needs values as wide as queries, and this model has "
+            f"{value.shape[3]} and {query.shape[3]}; set model.attention=sdpa"
         )
     if dropout and backend not in ("sdpa", "eager"):
         raise ConfigError(

@@ -130,9 +130,14 @@ class Witness:
             )
         if method.rslora:
             layers: list[Any] = [m for m in self.network.modules() if hasattr(m, "lora_A")]
-            scales: set[float] = {scale for layer in layers for scale in layer.scaling.values()}
-            want = method.alpha / math.sqrt(method.rank)
-            yield Receipt("method.rslora", scales == {want}, {"scaling": sorted(scales)})
+            # PEFT gives the fused gate and up of stacked experts twice the rank and alpha.
+            pairs = {
+                (scale, layer.lora_alpha[name] / math.sqrt(layer.r[name]))
+                for layer in layers
+                for name, scale in layer.scaling.items()
+            }
+            acted = bool(pairs) and all(scale == wanted for scale, wanted in pairs)
+            yield Receipt("method.rslora", acted, {"scaling": sorted(scale for scale, _ in pairs)})
         for extra in method.extra_modules:
             names = [n for n in moved if f"{extra}.modules_to_save" in n]
             yield Receipt(

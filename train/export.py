@@ -7,6 +7,7 @@ stub and contract.json, by which whoever loads it knows the base, the tokenizer 
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,9 @@ class ExportConfig(Config):
     merge: bool = False
     """Add the adapter to its base and write a whole model; a QLoRA base is dequantised first."""
     dtype: Literal["trained", "bf16", "fp16", "fp32"] = "trained"
-    """Precision of a whole model's weights; an adapter stays as it was trained."""
+    """Precision of a whole model's weights, in which a merged update is rounded once; an adapter
+    stays as it was trained.
+    """
     out: str | None = None
     """Folder to write; by default export/adapter or export/model in the run folder."""
 
@@ -212,16 +215,18 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def _fill(aside: Path, config: TrainConfig, base: Path, weights: Path, held: Contract) -> None:
     """Weights, tokenizer, card, contract."""
+    written = config.model.dtype
     if held.kind == "adapter":
         _copy_adapter(weights, aside, config)
     elif is_adapter(weights):
-        merge_into(aside, config, base, weights)
+        written = written if held.dtype == written else "fp32"  # rounded to the dtype once
+        merge_into(aside, config, base, weights, dtype=written)
     else:
         _copy_model(weights, aside, base)
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, aside / name)
-    if held.kind == "model" and held.dtype != config.model.dtype:
+    if held.kind == "model" and held.dtype != written:
         cast(aside, held.dtype)
     digests = {"weights": weights_digest(aside), "source": weights_digest(weights)}
     complete = held.model_copy(update=digests)
@@ -270,9 +275,15 @@ def _copy_model(weights: Path, aside: Path, base: Path) -> None:
         shutil.copyfile(weights / INDEX, aside / INDEX)
 
 
-def merge_into(aside: Path, config: TrainConfig, base: Path, weights: Path) -> None:
-    """Base plus adapter as one model in the base's precision; raises TrainingError for a NaN."""
+def merge_into(
+    aside: Path, config: TrainConfig, base: Path, weights: Path, *, dtype: str
+) -> None:  # fmt: skip
+    """Base plus adapter as one model in `dtype`, the base as the run held it; raises TrainingError
+    for a NaN.
+    """
     from peft import PeftModel
+
+    from tuneloom.train.model import DTYPES
 
     model = load_base(
         base,
@@ -283,13 +294,30 @@ def merge_into(aside: Path, config: TrainConfig, base: Path, weights: Path) -> N
     if config.method.kind == "qlora":
         print("export: the base goes from NF4 to full precision first, then the adapter is added")
         model = model.dequantize()
-    merged: Any = PeftModel.from_pretrained(model, weights)
-    try:
-        merged = merged.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise TrainingError(f"{weights}: merging gives non-finite weights ({error})") from error
+    if dtype != config.model.dtype:
+        model = model.to(DTYPES[dtype])
+    merged = _merged(PeftModel.from_pretrained(model, weights), weights)
     merged.config.use_cache = True
     merged.save_pretrained(aside, max_shard_size=SHARD)
+
+
+def _merged(adapted: Any, weights: Path) -> Any:
+    """The model without PEFT's layers: each weight and its update are added in fp32 and rounded
+    once, one weight at a time. PEFT rounds the update first, which in bf16 loses small ones.
+    """
+    for name, layer in adapted.named_modules():
+        if hasattr(layer, "lora_A"):
+            stacked = hasattr(layer, "get_param")
+            weight = layer.get_param() if stacked else layer.get_base_layer().weight
+            dtype = weight.dtype
+            weight.data = weight.data.float()
+            layer.merge()
+            weight.data = weight.data.to(dtype)
+            if not weight.data.isfinite().all():
+                raise TrainingError(f"{weights}: merging gives non-finite weights in {name}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        return adapted.merge_and_unload()
 
 
 def load_base(folder: Path, *, dtype: str, quantised: bool, double_quantisation: bool) -> Any:

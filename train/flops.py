@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tuneloom.kernels.attention import widths
 from tuneloom.train.text import causal_of, modules_aside
 
 # Dense bf16 TFLOP/s (V100: fp16), vendor data sheets, without sparsity. Keys are words of the names
@@ -33,12 +34,12 @@ class Shape:
     linear: int
     """Parameters of base linears that a token meets, head, embeddings and towers left out."""
     adapter: int
-    """Trainable parameters beside the base."""
+    """Trainable parameters beside the base, of adapters on stacked experts those that are met."""
     head: int
     """V * D."""
     head_frozen: bool
     attention: int
-    """Sum over layers of heads * head width."""
+    """Sum over layers of heads * head width, a query's and a value's halved."""
     frozen: bool
 
     def step(self, *, tokens: int, target_tokens: int, square_tokens: int) -> float:
@@ -55,6 +56,7 @@ def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
     causal = causal_of(network)
     text, other = causal.config.get_text_config(), modules_aside(network)
     experts, met = experts_of(text), getattr(text, "num_experts_per_tok", 1)
+    of_stacks = _adapters_of_stacks(network)
     # Of PEFT's wrapper around a module that is trained whole: that of its copy.
     head_weight = getattr(causal.get_output_embeddings(), "weight", None)
     for path, module in network.named_modules():
@@ -67,20 +69,26 @@ def shape_of(network: nn.Module, *, frozen: bool) -> Shape:
             if parameter is head_weight:
                 continue
             if frozen and parameter.requires_grad:
-                adapter += size
+                adapter += size * met // experts if module in of_stacks else size
             elif name == "weight" and isinstance(module, nn.Linear):
                 linear += size
             elif is_stack(parameter, experts):
                 linear += size * met // experts
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(
         linear=linear,
         adapter=adapter,
         head=text.vocab_size * text.hidden_size,
         head_frozen=frozen and not getattr(head_weight, "requires_grad", False),
-        attention=text.num_hidden_layers * text.num_attention_heads * width,
+        attention=text.num_hidden_layers * text.num_attention_heads * sum(widths(text)) // 2,
         frozen=frozen,
     )
+
+
+def _adapters_of_stacks(network: nn.Module) -> set[nn.Module]:
+    """A and B of PEFT's wrappers around stacked experts: they hold those of every expert."""
+    wrappers: list[Any] = [m for m in network.modules() if getattr(m, "num_experts", 1) != 1]
+    pairs = [(m.lora_A, m.lora_B) for m in wrappers if hasattr(m, "lora_A")]
+    return {side for pair in pairs for sides in pair for side in sides.values()}
 
 
 def experts_of(text: Any) -> int:

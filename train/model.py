@@ -172,11 +172,11 @@ def choose_attention(
     """Pick a backend for this model and device and install it."""
     config: Any = network.config
     text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim, value_dim = attention.widths(text)
     softcap = getattr(text, "attn_logit_softcapping", None)
     choice = attention.choose(
-        model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, softcap=softcap,
-        dropout=any(getattr(text, key, None) for key in attention.DROPOUTS),
+        model.attention, dtype=DTYPES[model.dtype], head_dim=head_dim, value_dim=value_dim,
+        softcap=softcap, dropout=any(getattr(text, key, None) for key in attention.DROPOUTS),
     )  # fmt: skip
     attention.install(network, choice, exchange=exchange)
     return choice

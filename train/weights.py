@@ -104,11 +104,11 @@ def _write(network: Any, state: dict[str, Tensor], folder: Path, *, adapted: boo
 
 
 def _saved_names(network: nn.Module) -> list[str]:
-    """Parameter and persistent buffer names, tied duplicates once."""
-    tied = set(getattr(network, "_tied_weights_keys", None) or ())
-    config: Any = network.config
-    drop = tied if config.get_text_config().tie_word_embeddings else set()
-    return [name for name in network.state_dict() if name not in drop]
+    """Parameter and persistent buffer names, tied duplicates once: those that transformers really
+    tied, by the whole model's config, whose text config may say otherwise (Gemma 3).
+    """
+    tied: Any = network.all_tied_weights_keys
+    return [name for name in network.state_dict() if name not in tied]
 
 
 def store_probe(folder: Path, ids: Tensor, logits: Tensor, facts: dict[str, Any]) -> None:

@@ -85,12 +85,12 @@ def measured(
     lab: Path, kind: str, dtype: str, length: int, prepare: Callable[[Any], object] = lambda _: None
 ) -> list[int]:
     """Bytes that each decoder layer of a real model really saves, counted here a second time."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     from tuneloom.kernels import attention
 
-    network: Any = LlamaForCausalLM.from_pretrained(lab / "base", dtype=DTYPES[dtype])
+    network: Any = AutoModelForCausalLM.from_pretrained(lab / "base", dtype=DTYPES[dtype])
     attention.install(network, attention.Choice("sdpa", "test"))
     prepare(network)
     network = methods.apply(network, MethodConfig(kind=kind, rank=8)).to(DTYPES[dtype]).train()
@@ -122,6 +122,40 @@ def test_forecast_activations_are_what_a_real_model_saves(lab: Path, kind: str, 
     )
     forecast = saved_activations(training_of(planned)).per_layer
     assert forecast == pytest.approx(measured(lab, kind, dtype, 256), rel=0.03)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_stacked_experts_are_planned_in_every_dtype_with_what_they_save(
+    tmp_path: Path, kind: str, dtype: str
+) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = Qwen3MoeConfig(**SIZES, **experts, head_dim=16)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    batch = {"batch__max_length": 64, "batch__tokens": 256, "zero__stage": 1}
+    planned = local(tmp_path, method__kind=kind, model__dtype=dtype, **batch)
+    forecast = saved_activations(training_of(planned)).per_layer
+    assert forecast == pytest.approx(measured(tmp_path, kind, dtype, 256), rel=0.03)
+
+
+def test_what_a_model_keeps_by_its_data_alone_is_said_to_be_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import JetMoeConfig
+
+    JetMoeConfig(**SIZES, intermediate_size=32, num_local_experts=2).save_pretrained(tmp_path)
+    saved = saved_activations(training_of(shaped(str(tmp_path))))
+    assert sum(saved.per_layer) == 0 < saved.layer_input
+    said = capsys.readouterr().err
+    assert "what JetMoeForCausalLM keeps for backward is not estimated and not in the sum" in said
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,17 @@ def test_a_backend_that_cannot_drop_attention_out_does_not_pass_over_it(backend:
         attend(*leaves(1), backend=backend, dropout=0.1)
 
 
+def test_values_narrower_than_queries_are_attended_to_or_refused() -> None:
+    q, k, v = leaves(1)
+    narrow = v[..., : WIDTH // 2]
+    for backend in ("sdpa", "eager"):
+        whole, part = (attend(q, k, values, backend=backend) for values in (v, narrow))
+        torch.testing.assert_close(part, whole[..., : WIDTH // 2], rtol=0, atol=TOLERANCE[backend])
+    for backend in ("flash", "varlen"):
+        with pytest.raises(ConfigError, match=rf"{backend} needs values as wide .*has 4 and 8"):
+            attend(q, k, narrow, backend=backend)
+
+
 def varlen_of_torch_2_10(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
     max_k: int, is_causal: bool = False, return_aux: Any = None,

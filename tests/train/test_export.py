@@ -22,7 +22,8 @@ from tuneloom.registry.digests import weights_digest
 from tuneloom.testing import cramped_files, tiny_model
 from tuneloom.train import drill
 from tuneloom.train.config import TrainConfig
-from tuneloom.train.export import export
+from tuneloom.train.export import export, load_base
+from tuneloom.train.model import DTYPES
 
 IDS = torch.arange(10, 42)[None]
 
@@ -36,8 +37,6 @@ def adapted(base: Path, *, nf4: bool = False, **options: Any) -> Any:
     """Base with an adapter whose B is not zero, as after training."""
     from peft import LoraConfig, get_peft_model
 
-    from tuneloom.train.export import load_base
-
     model = load_base(base, dtype="fp32", quantised=nf4, double_quantisation=True)
     settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **options)
     torch.manual_seed(1)
@@ -49,7 +48,9 @@ def adapted(base: Path, *, nf4: bool = False, **options: Any) -> Any:
     return model.eval()
 
 
-def make_run(folder: Path, base: Path, model: Any, *, kind: str = "lora", **changes: Any) -> Path:
+def make_run(
+    folder: Path, base: Path, model: Any, /, *, kind: str = "lora", **changes: Any
+) -> Path:
     """A run folder as the trainer leaves it: config.yaml, run.json, weights."""
     mapping: dict[str, Any] = {
         "epochs": 1,
@@ -142,6 +143,31 @@ def test_a_qlora_is_merged_into_the_dequantised_base(base: Path, tmp_path: Path)
     near = drill.distance(merged, logits(live))
     far = drill.distance(logits(adapted(base)), logits(live))
     assert near < 0.02 < far
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained", "dtype"),
+    [("lora", "bf16", "fp32"), ("qlora", "bf16", "fp32"), ("lora", "bf16", "trained"),
+     ("lora", "fp32", "bf16")],
+)  # fmt: skip
+def test_an_update_is_added_in_fp32_and_rounded_once(
+    base: Path, tmp_path: Path, kind: str, trained: str, dtype: str
+) -> None:
+    live = adapted(base)
+    method = {"kind": kind, "rank": 4}
+    model = {"path": str(base), "dtype": trained}
+    run = make_run(tmp_path / "run", base, live, kind=kind, method=method, model=model)
+    started = load_base(base, dtype=trained, quantised=kind == "qlora", double_quantisation=True)
+    started = (started.dequantize() if kind == "qlora" else started).state_dict()
+    found = load_file(export(run, merge=True, dtype=dtype) / "model.safetensors")
+    wanted = DTYPES[trained if dtype == "trained" else dtype]
+    layers = [(n, m) for n, m in live.base_model.model.named_modules() if hasattr(m, "lora_A")]
+    assert len(layers) == 14 and {tensor.dtype for tensor in found.values()} == {wanted}
+    for name, layer in layers:
+        exact = started[f"{name}.weight"].float() + layer.get_delta_weight("default")
+        assert torch.equal(found[f"{name}.weight"], exact.to(wanted)), name
+    other = "model.embed_tokens.weight"
+    assert torch.equal(found[other], started[other].to(wanted))
 
 
 def test_a_full_fine_tune_is_exported_as_a_model(base: Path, tmp_path: Path) -> None:

@@ -39,6 +39,27 @@ def test_of_stacked_experts_those_count_that_a_token_is_sent_to() -> None:
         assert shape_of(qwen, frozen=frozen).linear == 2 * (ATTENTION + 3 * MLP // 2)
 
 
+def test_of_adapters_on_stacked_experts_those_count_that_a_token_is_sent_to() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16}
+    network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sizes, num_experts_per_tok=2))
+    adapted = methods.apply(network, MethodConfig(kind="lora", rank=4))
+    attention, router = 4 * 4 * (32 + 32), 4 * (32 + 4)
+    expert = 2 * 4 * (32 + 2 * 24) + 4 * (24 + 32)  # PEFT's gate and up share twice the rank
+    assert shape_of(adapted, frozen=True).adapter == 2 * (attention + router + 2 * expert)
+
+
+def test_latent_attention_counts_the_widths_of_queries_and_values() -> None:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        **SIZES, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, first_k_dense_replace=2
+    )
+    with torch.device("meta"):
+        assert shape_of(DeepseekV3ForCausalLM(config), frozen=False).attention == 2 * 2 * 20
+
+
 def lora(*extra_modules: str) -> Shape:
     from transformers import LlamaConfig, LlamaForCausalLM
 

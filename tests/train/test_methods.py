@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tuneloom.config import build
 from tuneloom.errors import ConfigError, TrainingError
+from tuneloom.launch.anatomy import anatomy
 from tuneloom.testing import Gang, metrics, small_config, tiny_model
 from tuneloom.train import effects
+from tuneloom.train.config import TrainConfig
 from tuneloom.train.model import moe_blocks
 from tuneloom.train.session import _prefetch
 
@@ -190,6 +193,56 @@ def test_an_unknown_target_is_refused_with_the_nearest_name(lab: Path, one: Gang
         one.fit(small_config(lab, "typo", method__targets=["q_porj"]))
 
 
+@pytest.fixture
+def experts(lab: Path, tmp_path: Path) -> Path:
+    """A lab whose base is a Qwen3-MoE of two layers and four experts, two a token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tiny_model(tmp_path / "base")
+    sizes = json.loads((tmp_path / "base" / "config.json").read_text())
+    kept = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    config = Qwen3MoeConfig(
+        **{key: sizes[key] for key in kept}, num_hidden_layers=2, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_bytes((lab / "rows.jsonl").read_bytes())
+    return tmp_path
+
+
+def test_rslora_on_stacked_experts_scales_by_the_root_of_each_rank(
+    experts: Path, one: Gang
+) -> None:
+    names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    one.fit(small_config(experts, "rslora", method__rslora=True, method__targets=names))
+    assert metrics(experts, "rslora")[-1] < metrics(experts, "rslora")[0]
+    plain, fused = 32 / math.sqrt(8), 64 / math.sqrt(16)
+    assert receipts(experts, "rslora")["method.rslora"]["scaling"] == [plain, fused]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dropout": 0.1}, r"method\.dropout: .*stacked experts.*set method\.dropout=0, or name"),
+        ({"dora": True}, r"method\.dora: .*stacked experts.*set method\.dora=false, or name"),
+        ({"dora": True, "targets": ["down_proj"]}, r"method\.dora: .*\(down_proj\)"),
+        ({"targets": ["up_proj"]}, "gate_proj and up_proj are one parameter .*got up_proj alone"),
+        ({"targets": ["w1"]}, "no module 'w1'.*its experts are down_proj, gate, gate_proj, up_p"),
+    ],
+)
+def test_what_adapters_on_stacked_experts_cannot_do_is_refused_by_its_key(
+    experts: Path, changes: dict[str, Any], said: str
+) -> None:
+    config = small_config(experts, "planned", **{f"method__{k}": v for k, v in changes.items()})
+    with pytest.raises(ConfigError, match=said):
+        anatomy(build(TrainConfig, config))
+
+
+def test_attention_beside_stacked_experts_takes_dropout_and_dora(experts: Path) -> None:
+    asked = {"method__dropout": 0.1, "method__dora": True, "method__targets": ["q_proj"]}
+    assert anatomy(build(TrainConfig, small_config(experts, "planned", **asked))).trainable > 0
+
+
 def test_mixture_of_experts_blocks_are_found_for_zero_3() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -200,9 +253,9 @@ def test_mixture_of_experts_blocks_are_found_for_zero_3() -> None:
     assert [kind.__name__ for kind in moe_blocks(MixtralForCausalLM(config))] != []
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(("kind", "tied"), [("full", True), ("full", False), ("lora", True)])
 def test_beside_a_vision_tower_the_language_model_alone_is_trained(
-    lab: Path, one: Gang, tmp_path: Path, kind: str
+    lab: Path, one: Gang, tmp_path: Path, kind: str, tied: bool
 ) -> None:
     import transformers
 
@@ -214,7 +267,9 @@ def test_beside_a_vision_tower_the_language_model_alone_is_trained(
              "head_dim": 16, "query_pre_attn_scalar": 16}  # fmt: skip
     vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     asked = {"method__kind": kind, "model__kernels": True, "optim__weight_decay": 0.1}
     one.fit(small_config(tmp_path, kind, **asked))
@@ -227,5 +282,6 @@ def test_beside_a_vision_tower_the_language_model_alone_is_trained(
     after, before = load_file(file), load_file(tmp_path / "base" / "model.safetensors")
     assert not [name for name in after if "lora" in name and "language_model" not in name]
     if kind == "full":
+        assert set(after) == set(before) and any("lm_head" in name for name in after) is not tied
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved and not [name for name in moved if "language_model" not in name]

@@ -95,16 +95,40 @@ def test_frequencies_that_follow_the_batch_are_not_shared_and_packs_say_it(
     assert patterns.refuse(tiny("Llama"), batch(17, sequence_parallel=2)) is None
 
 
-@pytest.mark.parametrize(("dropped", "backend"), [(0.1, "sdpa"), (0.0, "varlen")])
-def test_a_model_that_drops_attention_out_gets_a_backend_that_does(
-    monkeypatch: pytest.MonkeyPatch, dropped: float, backend: str
-) -> None:
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with such a GPU, varlen and no flash-attn."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(attention, "version", lambda _: None)
     monkeypatch.setattr(attention, "has_varlen", lambda: True)
+
+
+@pytest.mark.parametrize(("dropped", "backend"), [(0.1, "sdpa"), (0.0, "varlen")])
+def test_a_model_that_drops_attention_out_gets_a_backend_that_does(
+    hopper: None, dropped: float, backend: str
+) -> None:
     model = ModelConfig(path="base")
     assert choose_attention(tiny("Starcoder2", attention_dropout=dropped), model).backend == backend
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, attn_pdrop=dropped)
     with torch.device("meta"):
         assert choose_attention(transformers.GPT2LMHeadModel(config), model).backend == backend
+
+
+def test_latent_attention_whose_values_are_narrower_than_its_queries_gets_sdpa(
+    hopper: None,
+) -> None:
+    def latent(value: int, nope: int = 16) -> Any:
+        return tiny(
+            "DeepseekV3", qk_nope_head_dim=nope, qk_rope_head_dim=8, v_head_dim=value,
+            q_lora_rank=8, kv_lora_rank=8, first_k_dense_replace=2,
+        )  # fmt: skip
+
+    model = ModelConfig(path="base")
+    found = choose_attention(latent(16), model)
+    assert found.backend == "sdpa"
+    assert "varlen needs values as wide as queries (16, 24)" in found.reason
+    with pytest.raises(ConfigError, match=r"'varlen' needs values as wide as queries"):
+        choose_attention(latent(16), ModelConfig(path="base", attention="varlen"))
+    assert choose_attention(latent(24), model).backend == "varlen"
+    assert "varlen needs heads of at most 256" in choose_attention(latent(264, 256), model).reason
