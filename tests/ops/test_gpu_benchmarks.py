@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -148,6 +149,22 @@ def test_an_op_that_turns_the_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyP
 
 def test_reach_finds_the_largest_micro_batch_that_fits() -> None:
     assert set(lora_step.run_reach(ONCE, dry=True)["tokens"].values()) == {64}
+
+
+WITHOUT_RAY_AND_WANDB = """
+import runpy, sys
+sys.modules |= {"ray": None, "wandb": None}
+runpy.run_module("benchmarks.gpu.trainers", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_our_trainer_runs_where_there_is_neither_ray_nor_wandb(tmp_path: Path) -> None:
+    trainers.write_model(tmp_path / "base", trainers.TINY)
+    trainers.write_documents(tmp_path / "rows.jsonl", trainers.TINY, count=64)
+    command = [sys.executable, "-c", WITHOUT_RAY_AND_WANDB, trainers.OURS, str(tmp_path), "2"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert len(json.loads(ran.stdout.splitlines()[-1])["speeds"]) == 2
 
 
 def test_whole_trainers_run_and_name_those_that_cannot() -> None:
