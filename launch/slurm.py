@@ -175,11 +175,14 @@ def write_config(job: JobConfig, folder: Path) -> None:
 
 
 def submit(path: Path) -> str:
-    """Hand a script to sbatch; returns the job's number."""
+    """Hand a script to sbatch; returns the job's number. What an outer job has in its environment
+    would come along, as if it were of this one.
+    """
+    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k[:6] != "SLURM_"}
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False,
-            timeout=ANSWER_SECONDS,
+            timeout=ANSWER_SECONDS, env=kept,
         )  # fmt: skip
     except FileNotFoundError:
         raise RefusedError(

@@ -288,6 +288,51 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_refused_with_4(bed: SlurmBe
     assert "shared file system: rank 1" in output(bed, job)
 
 
+STUB = r"""#!/bin/bash
+words=$*
+case $words in
+  *"scripts start"*)
+    echo "$SLURM_JOB_ID ${CUDA_VISIBLE_DEVICES:-none}" >> steps
+    port=${words#*--port=}
+    exec REAL -c "import socket, time
+s = socket.create_server(('', ${port%% *})); time.sleep(99)" ;;
+  *"tuneloom train"*) echo "stub: $*"; exit "${STUB_CODE:-0}" ;;
+esac
+exec REAL "$@"
+"""
+"""An interpreter in whose place Ray only listens, and the run only ends."""
+
+
+@pytest.fixture
+def stub(bed: SlurmBed) -> str:
+    """The option of sbatch that has the script run with STUB."""
+    path = bed.base / "stub"
+    path.write_text(STUB.replace("REAL", sys.executable), encoding="utf-8")
+    path.chmod(0o755)
+    (bed.base / "steps").unlink(missing_ok=True)
+    (bed.base / "stub.sh").write_text(f"TUNELOOM_PYTHON={path}", encoding="utf-8")
+    return "--export=ALL,TUNELOOM_ENV=stub.sh"
+
+
+@pytest.mark.slurm
+def test_a_job_that_a_task_of_an_array_submits_is_itself(bed: SlurmBed, stub: str) -> None:
+    """Its run has its own id, and what goes back into the queue is this job."""
+    inner = f"sbatch --parsable {stub},STUB_CODE=75 {SCRIPT} seed=%a > inner; sleep 60"
+    outer = bed.run("sbatch", "--parsable", "--array=3", "--wrap", inner, cwd=bed.base)
+    deadline = time.monotonic() + 30
+    while not (bed.base / "inner").exists() or not (bed.base / "inner").read_text("utf-8"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job = (bed.base / "inner").read_text("utf-8").strip()
+    bed.wait_job(job, {"RUNNING"})
+    assert bed.wait_job(job, {"PENDING", *ENDED}, timeout=30)["Restarts"] == "1", output(bed, job)
+    left = bed.job(outer)["JobState"]
+    bed.run("scancel", outer, job)
+    assert left == "RUNNING"
+    assert f"seed=0 launch.kind=ray launch.nodes=1 run.id=slurm-{job} " in output(bed, job)
+    bed.wait_idle()
+
+
 @pytest.mark.slurm
 def test_array_tasks_share_a_node_and_take_their_index_as_an_argument(bed: SlurmBed) -> None:
     """Two Ray heads at a time on one host, each with ports, token and scratch of its own. Task 2,

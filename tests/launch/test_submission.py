@@ -120,6 +120,19 @@ def test_a_job_reads_the_values_that_were_asked_for(tmp_path: Path, queue: Path,
     assert job.model_dump(exclude={"launch"}) == asked.model_dump(exclude={"launch"})
 
 
+def test_a_job_has_nothing_of_the_job_that_submits_it(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "bin", "sbatch", f"env > {tmp_path}/given; echo 1")
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF"):
+        monkeypatch.setenv(name, "of the outer job")
+    command = ["experiment=demo", f"run.root={tmp_path}/runs", "launch=slurm",
+               "launch.follow=false"]  # fmt: skip
+    assert cli.main(["train", *command]) == 0
+    given = (tmp_path / "given").read_text(encoding="utf-8")
+    assert re.findall("SLURM_[A-Z_]+", given) == ["SLURM_CONF"]
+
+
 def test_an_sbatch_that_does_not_answer_may_have_submitted_the_job(
     tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -196,12 +209,15 @@ def test_a_limit_that_slurm_or_yaml_would_read_as_another_is_refused() -> None:
     assert build(LaunchConfig, {"kind": "slurm", "time": 3599}).time == 3599
 
 
-def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run the script of the repository with programs in place of Slurm's, each of which writes down
-    what it was asked.
+def batch(
+    tmp_path: Path, *arguments: str, queued: str = "7 N/A 0 UNLIMITED", **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run the script of the repository with programs in place of Slurm's, which write down what
+    they are asked; `queued` is what squeue says: job, index, restarts, time left.
     """
     for name in ("scancel", "scontrol"):
         program(tmp_path / "bin", name, f"echo {name} $* >> {tmp_path}/asked; echo localhost")
+    program(tmp_path / "bin", "squeue", f"echo '{queued}'")
     return subprocess.run(
         ["bash", str(ROOT / "slurm/finetune.sbatch"), *arguments], cwd=tmp_path, text=True,
         capture_output=True, timeout=60, check=False,
@@ -211,15 +227,20 @@ def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.Comp
 
 
 @pytest.mark.parametrize(
-    ("variables", "name"),
-    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2")],
-)
+    ("queued", "inherited", "name"),
+    [("7 N/A 0 UNLIMITED", {}, "7"),
+     ("7 2 0 UNLIMITED", {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2"),
+     ("7 N/A 0 UNLIMITED", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "7")],
+)  # fmt: skip
 def test_a_task_of_an_array_ends_and_requeues_itself_alone(
-    tmp_path: Path, variables: dict[str, str], name: str
+    tmp_path: Path, queued: str, inherited: dict[str, str], name: str
 ) -> None:
-    """The number of one task is that of the array, and stands for all of it."""
+    """The number of one task is that of the array, and stands for all of it; a job that a task
+    submits has the task's variables, and is none.
+    """
     (tmp_path / "warned.sh").write_text("kill -USR1 $$", encoding="utf-8")
-    assert batch(tmp_path, TUNELOOM_ENV="warned.sh", **variables).returncode == 75
+    done = batch(tmp_path, TUNELOOM_ENV="warned.sh", queued=queued, **inherited)
+    assert done.returncode == 75, done.stderr
     asked = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
     assert asked[1:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
 
