@@ -334,6 +334,26 @@ def test_a_job_that_a_task_of_an_array_submits_is_itself(bed: SlurmBed, stub: st
 
 
 @pytest.mark.slurm
+def test_ray_sees_the_gpus_of_its_node_however_they_were_asked_for(
+    bed: SlurmBed, stub: str
+) -> None:
+    """Of --exclusive alone, all; --gpus=2 on two nodes is one each."""
+    asked = {"--gpus-per-task=1 --ntasks-per-node=2": 2, "--gpus=2 --nodes=2": 1,
+             "--exclusive --nodes=1": 4, "--gres=gpu:2": 2, "--ntasks=1": 0}  # fmt: skip
+    jobs = [
+        bed.run("sbatch", "--parsable", "--mem=500", *options.split(), stub, str(SCRIPT),
+                cwd=bed.base)
+        for options in asked
+    ]  # fmt: skip
+    for job in jobs:
+        assert bed.wait_job(job, ENDED)["ExitCode"] == "0:0", output(bed, job)
+    lines = (bed.base / "steps").read_text(encoding="utf-8").split()
+    seen = dict(zip(lines[::2], lines[1::2], strict=True))
+    found = [0 if seen[job] == "none" else len(seen[job].split(",")) for job in jobs]
+    assert found == list(asked.values())
+
+
+@pytest.mark.slurm
 def test_array_tasks_share_a_node_and_take_their_index_as_an_argument(bed: SlurmBed) -> None:
     """Two Ray heads at a time on one host, each with ports, token and scratch of its own. Task 2,
     whose number is the array's, ends long before the other, and leaves it alone.
