@@ -4,10 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from tuneloom.cli import main
 from tuneloom.errors import TrainingError
 from tuneloom.launch import run as launch_run
 from tuneloom.launch.config import JobConfig
+from tuneloom.launch.supervise import signals_ask_to_stop
 from tuneloom.testing import Gang, small_config
+from tuneloom.train.signals import StopFlag
 
 Capture = pytest.CaptureFixture[str]
 
@@ -84,6 +87,31 @@ def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_befor
         f"tuneloom train: run.id={name}: not started" for name in ("after", "last")
     ]
     assert not (lab / "runs-bad" / "after").exists()
+
+
+def inline(folder: Path) -> None:
+    flag = StopFlag(folder, first=True)
+    signal.raise_signal(signal.SIGTERM)
+    flag.clear(heard=True)
+
+
+def launched(folder: Path) -> None:
+    with signals_ask_to_stop(folder, []):
+        signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("last_phase", [inline, launched])
+def test_a_signal_that_a_point_hears_too_late_to_stop_is_for_the_next_one(
+    lab: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch,
+    last_phase: Callable[[Path], None],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(launch_run, "main", lambda job: last_phase(tmp_path) or 0)
+    assert train(lab, "--multirun", "run.id=a,b") == 75
+    assert capsys.readouterr().err.splitlines() == [
+        "tuneloom train: stopped on a signal between two points; the same command goes on with "
+        "the next",
+        "tuneloom train: run.id=a: done", "tuneloom train: run.id=b: not started",
+    ]  # fmt: skip
 
 
 def test_points_that_fail_keep_none_from_running(
