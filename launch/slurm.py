@@ -175,14 +175,21 @@ def write_config(job: JobConfig, folder: Path) -> None:
 
 
 def submit(path: Path) -> str:
-    """Hand a script to sbatch; returns the job's number. What an outer job has in its environment
-    would come along, as if it were of this one.
+    """Hand a script to sbatch; returns the job's number.
+
+    Without what an outer job has in its environment, which would come along as if it were this
+    one's, and what sbatch itself would read there, which wins over a script's header.
     """
-    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k[:6] != "SLURM_"}
+    unused = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+    if unused:
+        print(f"slurm: not used, as the config says what to ask for: {', '.join(unused)}")
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_"))}
+    if "SLURM_CONF" in os.environ:
+        ours["SLURM_CONF"] = os.environ["SLURM_CONF"]
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False,
-            timeout=ANSWER_SECONDS, env=kept,
+            timeout=ANSWER_SECONDS, env=ours,
         )  # fmt: skip
     except FileNotFoundError:
         raise RefusedError(

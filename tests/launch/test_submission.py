@@ -120,17 +120,20 @@ def test_a_job_reads_the_values_that_were_asked_for(tmp_path: Path, queue: Path,
     assert job.model_dump(exclude={"launch"}) == asked.model_dump(exclude={"launch"})
 
 
-def test_a_job_has_nothing_of_the_job_that_submits_it(
-    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_asks_for_what_its_config_says_and_has_nothing_of_the_job_that_submits_it(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     program(tmp_path / "bin", "sbatch", f"env > {tmp_path}/given; echo 1")
-    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF"):
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF", "SBATCH_PARTITION",
+                 "SBATCH_NO_REQUEUE"):  # fmt: skip
         monkeypatch.setenv(name, "of the outer job")
     command = ["experiment=demo", f"run.root={tmp_path}/runs", "launch=slurm",
                "launch.follow=false"]  # fmt: skip
     assert cli.main(["train", *command]) == 0
     given = (tmp_path / "given").read_text(encoding="utf-8")
-    assert re.findall("SLURM_[A-Z_]+", given) == ["SLURM_CONF"]
+    assert re.findall("(?:SLURM|SBATCH)_[A-Z_]+", given) == ["SLURM_CONF"]
+    assert "what to ask for: SBATCH_NO_REQUEUE, SBATCH_PARTITION\n" in capsys.readouterr().out
 
 
 def test_an_sbatch_that_does_not_answer_may_have_submitted_the_job(
