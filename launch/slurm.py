@@ -29,7 +29,7 @@ from tuneloom.errors import (
     ConfigError,
     RefusedError,
 )
-from tuneloom.launch.config import SLURM_ONLY, JobConfig, LaunchConfig, training_of
+from tuneloom.launch.config import SIGNAL_SLACK, SLURM_ONLY, JobConfig, LaunchConfig, training_of
 from tuneloom.train.runs import folder_of, recorded
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -78,6 +78,8 @@ def render(job: JobConfig) -> str:
         usage="runs/<id>/slurm/<digest>/finetune.sbatch",
         header=header(job.launch, name=job.run.name, output=str(output_of(folder, "%j"))),
         folder=shlex.quote(os.getcwd()),
+        signal_seconds=job.launch.signal_seconds,
+        least_seconds=job.launch.signal_seconds + SIGNAL_SLACK,
         setup=setup,
         arguments=shlex.join(arguments),
     )  # fmt: skip
@@ -91,6 +93,8 @@ def render_default() -> str:
         "experiment=... key=value",
         header=header(launch, name="finetune", output="finetune-%j.out"),
         folder=None,
+        signal_seconds=launch.signal_seconds,
+        least_seconds=launch.signal_seconds + SIGNAL_SLACK,
         setup=[],
         arguments='"$@"',
     )

@@ -334,6 +334,14 @@ def test_a_job_that_a_task_of_an_array_submits_is_itself(bed: SlurmBed, stub: st
 
 
 @pytest.mark.slurm
+def test_a_job_that_has_no_time_to_train_ends_with_2(bed: SlurmBed, stub: str) -> None:
+    """slurmctld's warning may come before the script looks."""
+    job = bed.run("sbatch", "--parsable", "--time=3", stub, str(SCRIPT), cwd=bed.base)
+    assert bed.wait_job(job, ENDED)["ExitCode"] == "2:0", output(bed, job)
+    assert "slurm: the time limit leaves " in output(bed, job)
+
+
+@pytest.mark.slurm
 def test_ray_sees_the_gpus_of_its_node_however_they_were_asked_for(
     bed: SlurmBed, stub: str
 ) -> None:

@@ -249,6 +249,23 @@ def test_a_task_of_an_array_ends_and_requeues_itself_alone(
 
 
 @pytest.mark.parametrize(
+    ("left", "code"),
+    [("0:00", 2), ("3:00", 2), ("4:00", 2), ("4:01", 75), ("09:08", 75), ("1:00:08", 75),
+     ("2-00:00:00", 75), ("UNLIMITED", 75), ("INVALID", 75)],
+)  # fmt: skip
+def test_a_job_whose_limit_leaves_no_time_to_train_ends_with_2_and_is_not_requeued(
+    tmp_path: Path, left: str, code: int
+) -> None:
+    (tmp_path / "warned.sh").write_text("kill -USR1 $$", encoding="utf-8")
+    done = batch(tmp_path, TUNELOOM_ENV="warned.sh", queued=f"7 N/A 0 {left}")
+    assert done.returncode == code, done.stderr
+    said = f"slurm: the time limit leaves {left}, and no time to train"
+    assert (said in done.stdout) is (code == 2)
+    asked = tmp_path / "asked"
+    assert ("requeue" in asked.read_text("utf-8") if asked.exists() else False) is (code == 75)
+
+
+@pytest.mark.parametrize(
     ("variables", "interpreter"),
     [({"TUNELOOM_CONTAINER": "enter image"}, "image python"),
      ({"TUNELOOM_CONTAINER": "enter image", "TUNELOOM_PYTHON": "/opt/python"}, "image /opt/python"),
