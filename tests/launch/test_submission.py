@@ -172,6 +172,20 @@ def test_the_config_of_a_job_wins_over_env_sh(
     assert done.stdout == f"env {interpreter}\n"
 
 
+def test_the_containers_of_the_documentation_are_typed_as_they_stand_there() -> None:
+    text = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    typed = [shlex.split(line, comments=True)
+             for line in re.findall(r"^launch\.container=.*$", text, re.MULTILINE)]  # fmt: skip
+    found = [
+        cli.config_of("train", ["experiment=demo", "launch=slurm", *words])[1].launch.container
+        for words in typed
+    ]  # type: ignore[attr-defined]
+    assert found == [
+        ("apptainer", "exec", "--nv", "--bind=/shared", "/images/tuneloom.sif"),
+        ("ch-run", "--bind=/shared:/shared", "--cd=/shared/me", "/images/tuneloom", "--"),
+    ]
+
+
 def test_a_job_runs_with_what_was_validated_whatever_conf_local_says(
     tmp_path: Path, queue: Path
 ) -> None:
