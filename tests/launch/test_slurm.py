@@ -146,8 +146,20 @@ def token_in_processes(bed: SlurmBed, token: str) -> list[str]:
     return [line for text in seen for line in text.splitlines() if token in line]
 
 
+@pytest.fixture
+def own_names(bed: SlurmBed) -> Iterator[None]:
+    """Each node's /etc/hosts has its own name as 127.0.1.1, as Debian's installer writes it."""
+    for node in bed.addresses:
+        bed.inside(node, "sh", "-c", f"(echo 127.0.1.1 {node}; grep -v {node} /etc/hosts) > "
+                   "/tmp/hosts; mount --bind /tmp/hosts /etc/hosts")  # fmt: skip
+        assert bed.inside(node, "getent", "ahostsv4", node).startswith("127.0.1.1")
+    yield
+    for node in bed.addresses:
+        bed.inside(node, "umount", "/etc/hosts")
+
+
 @pytest.mark.slurm
-def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed) -> None:
+def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed, own_names: None) -> None:
     for node in bed.addresses:  # as a job leaves it that Slurm killed
         bed.inside(node, "mkdir", "-p", "/tmp/tuneloom-999/ray")
     job = sbatch(bed, "whole")
