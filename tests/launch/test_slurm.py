@@ -111,7 +111,8 @@ def left_behind(bed: SlurmBed, job: str) -> list[str]:
         found += [line for line in sockets if ":6818 " not in line]
         lines = bed.inside(node, "ps", "-eo", "args").splitlines()
         found += [line for line in lines if "ray" in line or "tuneloom train" in line]
-        found += [f for f in bed.inside(node, "ls", "/tmp").split() if f.startswith("tuneloom-")]
+        files = bed.inside(node, "ls", "/tmp", "/dev/shm").split()
+        found += [file for file in files if file.startswith("tuneloom-")]
     token = bed.base / f"runs/.slurm/{job}/token"
     return found + ([str(token)] if token.exists() else [])
 
@@ -161,7 +162,10 @@ def own_names(bed: SlurmBed) -> Iterator[None]:
 @pytest.mark.slurm
 def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed, own_names: None) -> None:
     for node in bed.addresses:  # as a job leaves it that Slurm killed
-        bed.inside(node, "mkdir", "-p", "/tmp/tuneloom-999/ray")
+        bed.inside(
+            node, "mkdir", "-p", "/tmp/tuneloom-999/ray", "/dev/shm/tuneloom-0af3/rank-00000"
+        )
+        bed.inside(node, "sh", "-c", "echo 999 > /dev/shm/tuneloom-0af3/job")
     job = sbatch(bed, "whole")
     ended = bed.wait_job(job, ENDED)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(bed, job)
