@@ -309,6 +309,7 @@ words=$*
 case $words in
   *"scripts start"*)
     echo "$SLURM_JOB_ID ${CUDA_VISIBLE_DEVICES:-none}" >> steps
+    [[ $words =~ --num-cpus=([0-9]+) ]] && echo "${BASH_REMATCH[1]}" > slots
     port=${words#*--port=}
     exec REAL -c "import socket, time
 s = socket.create_server(('', ${port%% *})); time.sleep(99)" ;;
@@ -355,6 +356,14 @@ def test_a_job_that_has_no_time_to_train_ends_with_2(bed: SlurmBed, stub: str) -
     job = bed.run("sbatch", "--parsable", "--time=3", stub, str(SCRIPT), cwd=bed.base)
     assert bed.wait_job(job, ENDED)["ExitCode"] == "2:0", output(bed, job)
     assert "slurm: the time limit leaves " in output(bed, job)
+
+
+@pytest.mark.slurm
+def test_the_largest_point_of_a_sweep_over_ranks_finds_slots(bed: SlurmBed, stub: str) -> None:
+    job = bed.run("sbatch", "--parsable", "--nodes=1", stub, str(SCRIPT), "--multirun",
+                  "launch.workers=2,6", cwd=bed.base)  # fmt: skip
+    assert bed.wait_job(job, ENDED)["ExitCode"] == "0:0", output(bed, job)
+    assert (bed.base / "slots").read_text(encoding="utf-8") == "6\n"
 
 
 @pytest.mark.slurm
