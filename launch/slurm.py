@@ -38,6 +38,7 @@ CODES = (CONFIGURATION, DATA, REFUSED, TRAINING, GATE, STOPPED)
 """What a run that is not done ends with."""
 FORGOTTEN = "FORGOTTEN"
 """Ours: slurmctld drops a job MinJobAge seconds (300 by default) after its end."""
+SCRIPT = "finetune.sbatch"
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 120
 """For sbatch and scontrol, which wait for a controller that is busy."""
@@ -45,17 +46,14 @@ ANSWER_SECONDS = 120
 
 def launch_slurm(job: JobConfig) -> int:
     """Print the script, or submit it and, unless told otherwise, follow; returns the exit code."""
-    script = render(job)
     if job.launch.dry_run:
-        print(script, end="")
+        print(render(job), end="")
         if not (submission_of(job) / "local" / "job.yaml").exists():
             print(f"# Not submitted, so it has no {submission_of(job)}/local/job.yaml to read yet.")
         return 0
     folder, submission = folder_of(training_of(job)), submission_of(job)
-    write_config(job, submission)
-    path = submission / "finetune.sbatch"
-    path.write_text(script, encoding="utf-8")
-    number = submit(path)
+    write_submission(job, submission)
+    number = submit(submission / SCRIPT)
     print(f"slurm: job {number}, run {job.run.id}; scancel {number} ends it", flush=True)
     return follow(number, folder) if job.launch.follow else 0
 
@@ -167,15 +165,23 @@ def submission_of(job: JobConfig) -> Path:
     return folder_of(training_of(job)) / "slurm" / digest
 
 
-def write_config(job: JobConfig, folder: Path) -> None:
-    """Unmasked, since the job needs every value; so only its owner may read it."""
-    path = folder / "local" / "job.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(  # of mode 0600
-        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
-    ) as file:
-        file.write(config_text(job))
-    os.replace(file.name, path)
+def write_submission(job: JobConfig, folder: Path) -> None:
+    """Its script, and its config: unmasked, since the job needs every value, so only its owner may
+    read it.
+    """
+    path, script = folder / "local" / "job.yaml", render(job)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(  # of mode 0600
+            "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+        ) as file:
+            file.write(config_text(job))
+        os.replace(file.name, path)
+        (folder / SCRIPT).write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run.root: {folder} cannot be written ({error.strerror}); choose another"
+        ) from None
 
 
 def submit(path: Path) -> str:

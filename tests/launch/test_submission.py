@@ -17,7 +17,7 @@ from tuneloom.config import Config, build
 from tuneloom.errors import ConfigError
 from tuneloom.launch import slurm
 from tuneloom.launch.config import JobConfig, LaunchConfig
-from tuneloom.launch.slurm import header, write_config
+from tuneloom.launch.slurm import header, write_submission
 from tuneloom.testing import small_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,7 +67,7 @@ def test_only_its_owner_reads_the_config_of_a_job(lab: Path, tmp_path: Path) -> 
     path.parent.mkdir()
     path.write_text("of a submission before", encoding="utf-8")
     path.chmod(0o644)
-    write_config(build(JobConfig, content), tmp_path)
+    write_submission(build(JobConfig, content), tmp_path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text(encoding="utf-8").startswith("# @package _global_\n")
 
@@ -134,6 +134,16 @@ def test_a_job_asks_for_what_its_config_says_and_has_nothing_of_the_job_that_sub
     given = (tmp_path / "given").read_text(encoding="utf-8")
     assert re.findall("(?:SLURM|SBATCH)_[A-Z_]+", given) == ["SLURM_CONF"]
     assert "what to ask for: SBATCH_NO_REQUEUE, SBATCH_PARTITION\n" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path, queue: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["train", "experiment=demo", f"run.root={tmp_path}/file", "launch=slurm"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"run\.root: \S+ cannot be written \(Not a directory\); choose another", said)
+    assert list(queue.iterdir()) == []
 
 
 def test_an_sbatch_that_does_not_answer_may_have_submitted_the_job(
@@ -259,7 +269,7 @@ def test_a_task_of_an_array_ends_and_requeues_itself_alone(
     done = batch(tmp_path, TUNELOOM_ENV="warned.sh", queued=queued, **inherited)
     assert done.returncode == 75, done.stderr
     asked = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
-    assert asked[1:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
+    assert asked[-2:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
 
 
 @pytest.mark.parametrize(
