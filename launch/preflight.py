@@ -49,7 +49,8 @@ class Facts:
     free_bytes: int
     shared_memory_bytes: int
     gpus: list[str]
-    ecc_errors: int
+    ecc_errors: int | None
+    """None where nvidia-smi could not be asked, as in an image without it."""
     gpu_processes: list[str]
     base: list[tuple[str, int]]
     """Names and sizes of the base's files: nodes may hold copies of their own."""
@@ -120,29 +121,41 @@ def inputs(config: TrainConfig) -> tuple[list[tuple[str, int]], dict[str, str] |
     return base, None
 
 
-def gpu_facts() -> tuple[list[str], int]:
-    """Names of this rank's GPUs, and the uncorrected memory errors they counted since boot."""
-    rows = [line.rsplit(",", 1) for line in nvidia_smi(f"--query-gpu={','.join(GPU_QUERY)}")]
+def gpu_facts() -> tuple[list[str], int | None]:
+    """Names of this rank's GPUs, and the uncorrected memory errors they counted since boot, which
+    only nvidia-smi knows.
+    """
+    lines = nvidia_smi(f"--query-gpu={','.join(GPU_QUERY)}")
+    if lines is None:
+        import torch
+
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], None
+    rows = [line.rsplit(",", 1) for line in lines]
     errors = [row[1].strip() for row in rows]
     return [row[0].strip() for row in rows], sum(int(e) for e in errors if e.isdigit())
 
 
 def gpu_processes() -> list[str]:
     """Other people's processes on this rank's GPUs: nothing of ours is there yet."""
-    return nvidia_smi("--query-compute-apps=pid,used_memory")
+    return nvidia_smi("--query-compute-apps=pid,used_memory") or []
 
 
-def nvidia_smi(query: str) -> list[str]:
-    """Lines of an nvidia-smi query about the visible GPUs; none without a driver."""
-    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+def nvidia_smi(query: str) -> list[str] | None:
+    """Lines of an nvidia-smi query about the visible GPUs; None where it cannot be asked."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return []
+    if shutil.which("nvidia-smi") is None:
+        return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     command += ["-i", visible] if visible else []
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return (
-        [line for line in done.stdout.splitlines() if line.strip()] if not done.returncode else []
-    )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode:
+        return None
+    return [line for line in done.stdout.splitlines() if line.strip()]
 
 
 def links(*, timeout_seconds: int) -> dict[str, float]:
@@ -288,6 +301,18 @@ def all_reduce_words(all_facts: list[Facts], seconds: list[float], size: float) 
     )
 
 
+def unasked(all_facts: list[Facts]) -> str | None:
+    """What is not known of the GPUs of ranks that could not ask nvidia-smi, in words."""
+    mute = [facts for facts in all_facts if facts.gpus and facts.ecc_errors is None]
+    if not mute:
+        return None
+    ranks = ", ".join(f"rank {facts.rank} on {facts.host}" for facts in mute[:4])
+    return (
+        f"nvidia-smi could not be asked by {ranks}{', ...' if len(mute) > 4 else ''}: memory "
+        "errors and other people's processes on the GPUs are not known"
+    )
+
+
 class Interview:
     """Questions to all ranks, which are Ray actors at `hosts`; every answer is due within
     `PATIENCE_SECONDS` of the first question.
@@ -381,8 +406,8 @@ def conduct(actors: list[Any], places: list[dict[str, Any]], config: TrainConfig
         f"{time.monotonic() - interview.started:.0f} s",
         flush=True,
     )
-    if sums:
-        print(f"preflight: {sums}", flush=True)
+    for line in filter(None, (sums, unasked(all_facts))):
+        print(f"preflight: {line}", flush=True)
     return all_facts[0]
 
 

@@ -29,7 +29,7 @@ from tuneloom.errors import (
     ConfigError,
     RefusedError,
 )
-from tuneloom.launch.config import SLURM_ONLY, JobConfig, LaunchConfig, training_of
+from tuneloom.launch.config import SIGNAL_SLACK, SLURM_ONLY, JobConfig, LaunchConfig, training_of
 from tuneloom.train.runs import folder_of, recorded
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -38,6 +38,7 @@ CODES = (CONFIGURATION, DATA, REFUSED, TRAINING, GATE, STOPPED)
 """What a run that is not done ends with."""
 FORGOTTEN = "FORGOTTEN"
 """Ours: slurmctld drops a job MinJobAge seconds (300 by default) after its end."""
+SCRIPT = "finetune.sbatch"
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 120
 """For sbatch and scontrol, which wait for a controller that is busy."""
@@ -45,17 +46,14 @@ ANSWER_SECONDS = 120
 
 def launch_slurm(job: JobConfig) -> int:
     """Print the script, or submit it and, unless told otherwise, follow; returns the exit code."""
-    script = render(job)
     if job.launch.dry_run:
-        print(script, end="")
+        print(render(job), end="")
         if not (submission_of(job) / "local" / "job.yaml").exists():
             print(f"# Not submitted, so it has no {submission_of(job)}/local/job.yaml to read yet.")
         return 0
     folder, submission = folder_of(training_of(job)), submission_of(job)
-    write_config(job, submission)
-    path = submission / "finetune.sbatch"
-    path.write_text(script, encoding="utf-8")
-    number = submit(path)
+    write_submission(job, submission)
+    number = submit(submission / SCRIPT)
     print(f"slurm: job {number}, run {job.run.id}; scancel {number} ends it", flush=True)
     return follow(number, folder) if job.launch.follow else 0
 
@@ -78,6 +76,8 @@ def render(job: JobConfig) -> str:
         usage="runs/<id>/slurm/<digest>/finetune.sbatch",
         header=header(job.launch, name=job.run.name, output=str(output_of(folder, "%j"))),
         folder=shlex.quote(os.getcwd()),
+        signal_seconds=job.launch.signal_seconds,
+        least_seconds=job.launch.signal_seconds + SIGNAL_SLACK,
         setup=setup,
         arguments=shlex.join(arguments),
     )  # fmt: skip
@@ -91,6 +91,8 @@ def render_default() -> str:
         "experiment=... key=value",
         header=header(launch, name="finetune", output="finetune-%j.out"),
         folder=None,
+        signal_seconds=launch.signal_seconds,
+        least_seconds=launch.signal_seconds + SIGNAL_SLACK,
         setup=[],
         arguments='"$@"',
     )
@@ -163,23 +165,41 @@ def submission_of(job: JobConfig) -> Path:
     return folder_of(training_of(job)) / "slurm" / digest
 
 
-def write_config(job: JobConfig, folder: Path) -> None:
-    """Unmasked, since the job needs every value; so only its owner may read it."""
-    path = folder / "local" / "job.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(  # of mode 0600
-        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
-    ) as file:
-        file.write(config_text(job))
-    os.replace(file.name, path)
+def write_submission(job: JobConfig, folder: Path) -> None:
+    """Its script, and its config: unmasked, since the job needs every value, so only its owner may
+    read it.
+    """
+    path, script = folder / "local" / "job.yaml", render(job)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(  # of mode 0600
+            "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+        ) as file:
+            file.write(config_text(job))
+        os.replace(file.name, path)
+        (folder / SCRIPT).write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run.root: {folder} cannot be written ({error.strerror}); choose another"
+        ) from None
 
 
 def submit(path: Path) -> str:
-    """Hand a script to sbatch; returns the job's number."""
+    """Hand a script to sbatch; returns the job's number.
+
+    Without what an outer job has in its environment, which would come along as if it were this
+    one's, and what sbatch itself would read there, which wins over a script's header.
+    """
+    unused = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+    if unused:
+        print(f"slurm: not used, as the config says what to ask for: {', '.join(unused)}")
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_"))}
+    if "SLURM_CONF" in os.environ:
+        ours["SLURM_CONF"] = os.environ["SLURM_CONF"]
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False,
-            timeout=ANSWER_SECONDS,
+            timeout=ANSWER_SECONDS, env=ours,
         )  # fmt: skip
     except FileNotFoundError:
         raise RefusedError(

@@ -23,6 +23,8 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
+GPUS = 4
+"""Of each node, which Slurm hands out by number and nothing computes on."""
 CONTROLLERS = ("freezer", "memory", "cpuset", "cpu", "cpuacct", "devices")
 SWITCH = "ip link set lo up; ip link add br0 type bridge; ip link set br0 up; exec sleep infinity"
 # Process 1 of a node; arguments: name, address, base, cgroup subtree or "".
@@ -167,9 +169,13 @@ class SlurmBed:
         names = [f"127.0.0.1 localhost\n{self.login} {host}\n"]
         names += [f"{address} {name}\n" for name, address in self.addresses.items()]
         (self.base / "etc/hosts").write_text("".join(names), encoding="utf-8")
+        (self.base / "etc/gres.conf").write_text(
+            f"Name=gpu File=/dev/tty[0-{GPUS - 1}]\n", encoding="utf-8"
+        )
         (self.base / "etc/cgroup.conf").write_text(CGROUP_CONF, encoding="utf-8")
         nodes = [
-            f"NodeName={name} NodeAddr={address} CPUs={self.cpus} RealMemory={self.megabytes}"
+            f"NodeName={name} NodeAddr={address} CPUs={self.cpus} RealMemory={self.megabytes} "
+            f"Gres=gpu:{GPUS}"
             for name, address in self.addresses.items()
         ]
         text = SLURM_CONF.format(

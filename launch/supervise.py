@@ -33,6 +33,7 @@ from tuneloom.train import shm
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.hangs import last_report
 from tuneloom.train.runs import LOCK, folder_of, locked
+from tuneloom.train.signals import HEARD, SIGNALS
 
 READ_AT_IMPORT = {
     "RAY_DEDUP_LOGS": "0",
@@ -73,7 +74,7 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
     (folder / "stop").unlink(missing_ok=True)  # of a driver that was killed after it was asked
     with ExitStack() as stack:
         stack.callback(shm.forget_run, folder)
-        stack.enter_context(signals_ask_to_stop(folder, signals))
+        take_signals = stack.enter_context(signals_ask_to_stop(folder, signals))
         stack.callback(ray.shutdown)
         try:
             connect(launch, run=folder)
@@ -84,7 +85,7 @@ def supervise(config: TrainConfig, launch: LaunchConfig) -> None:
                 "stopped on a signal while Ray started; no rank had started; the same command "
                 f"tries again with run.id={config.run.id}"
             ) from None
-        stack.enter_context(signals_ask_to_stop(folder, signals))  # once more, for the same reason
+        take_signals()
         stack.callback(time.sleep, LAST_LINES_SECONDS)
         if launch.kind == "local":
             refuse_more_gpus(launch)
@@ -155,21 +156,24 @@ def keeps_its_folder(config: TrainConfig) -> None:
 
 
 @contextmanager
-def signals_ask_to_stop(folder: Path, came: list[int]) -> Iterator[None]:
+def signals_ask_to_stop(folder: Path, came: list[int]) -> Iterator[Callable[[], object]]:
     """SIGTERM, SIGINT and SIGUSR1 leave a `stop` file that rank 0 reads at its next step, and their
-    number in `came`.
+    number in `came`; yields what takes them back from a handler of Ray's.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
+        HEARD.append(number)
         came.append(number)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "stop").touch()
         print(f"launch: {signal.Signals(number).name}: saving, then stopping", flush=True)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    def take() -> dict[signal.Signals, Any]:
+        return {number: signal.signal(number, handle) for number in SIGNALS}
+
+    before = take()
     try:
-        yield
+        yield take
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,6 +20,8 @@ SAMPLE = 256
 """Rows that are rendered, spread evenly over the split."""
 FULL = 0.99
 """Share of a packed micro-batch that holds real tokens (best fit, measured on 100,000 lengths)."""
+PACE = ("zero", "batch", "debug")
+"""Of a config, what the digest leaves out in part, as it moves no loss, and decides the speed."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,15 @@ def speed(config: TrainConfig, *, given: float | None, ranks: int, device: str) 
     """
     if given is not None:
         return Speed(given, "plan.tokens_per_second")
-    digest = runs.digest(config)
+    digest, ours = runs.digest(config), runs.plain(config)
     found = sorted(Path(config.run.root).glob("*/run.json"), key=lambda p: -p.stat().st_mtime)
     for record in found:
         facts = runs.recorded(record.parent)
         if facts.get("config_digest") != digest or facts.get("world_size") != ranks:
             continue
         if not same_kind(str(facts.get("device")), device):
+            continue
+        if any(facts["config"].get(key) != ours[key] for key in PACE):
             continue
         rate = _measured(record.parent / "metrics.jsonl")
         if rate is not None:

@@ -4,10 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from tuneloom.config import ELSEWHERE, dotted_keys
 from tuneloom.errors import TrainingError
 from tuneloom.launch import run as launch_run
 from tuneloom.launch.config import JobConfig
+from tuneloom.launch.supervise import signals_ask_to_stop
 from tuneloom.testing import Gang, small_config
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.signals import StopFlag
 
 Capture = pytest.CaptureFixture[str]
 
@@ -76,14 +79,14 @@ def test_a_mistyped_verb_is_named_with_its_neighbour(capsys: Capture) -> None:
     assert "got 'trian'; did you mean 'train'?" in capsys.readouterr().err
 
 
-def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_before_it(
+def test_a_stopped_sweep_starts_no_further_point_and_ends_with_75_whatever_failed(
     lab: Path, capsys: Capture
 ) -> None:
     (lab / "runs-bad" / "stopped").mkdir(parents=True)
     (lab / "runs-bad" / "stopped" / "stop").touch()
     (lab / "runs-bad" / "failed").touch()  # where a run's folder would be made
     points = "run.id=failed,stopped,after,last"
-    assert train(lab, "--multirun", points, "steps=2", "train.drill=false") == 2
+    assert train(lab, "--multirun", points, "steps=2", "train.drill=false") == 75
     said = capsys.readouterr().err
     assert "stopped after step 1 on a signal" in said
     lines = said.splitlines()[-4:]
@@ -93,6 +96,31 @@ def test_a_stopped_sweep_starts_no_further_point_and_ends_with_the_failure_befor
         f"tuneloom train: run.id={name}: not started" for name in ("after", "last")
     ]
     assert not (lab / "runs-bad" / "after").exists()
+
+
+def inline(folder: Path) -> None:
+    flag = StopFlag(folder, first=True)
+    signal.raise_signal(signal.SIGTERM)
+    flag.clear(heard=True)
+
+
+def launched(folder: Path) -> None:
+    with signals_ask_to_stop(folder, []):
+        signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("last_phase", [inline, launched])
+def test_a_signal_that_a_point_hears_too_late_to_stop_is_for_the_next_one(
+    lab: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch,
+    last_phase: Callable[[Path], None],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(launch_run, "main", lambda job: last_phase(tmp_path) or 0)
+    assert train(lab, "--multirun", "run.id=a,b") == 75
+    assert capsys.readouterr().err.splitlines() == [
+        "tuneloom train: stopped on a signal between two points; the same command goes on with "
+        "the next",
+        "tuneloom train: run.id=a: done", "tuneloom train: run.id=b: not started",
+    ]  # fmt: skip
 
 
 def test_points_that_fail_keep_none_from_running(

@@ -2,11 +2,13 @@
 
     runs/<id>/copies                      a token, so that a run made anew finds no old copies
     /dev/shm/tuneloom-<token>/owner       the run folder; /dev/shm is memory (tmpfs) of one host
+    /dev/shm/tuneloom-<token>/job         the Slurm job, if any, for the next one on the host
     /dev/shm/tuneloom-<token>/rank-00000/step-000041/      written by `train/copies.py`
 
 They outlive a rank that is killed, and go with the run, with its launcher (also one that is killed:
-`launch/reaper.py`, on a cluster `launch/keepers.py`), or with the host. Those of a run that a full
-disk ended wait for the same command (`kept`), until `sweep` finds them stale.
+`launch/reaper.py`, on a cluster `launch/keepers.py`), with the next job on a host where Slurm
+killed theirs, or with the host. Those of a run that a full disk ended wait for the same command
+(`kept`), until `sweep` finds them stale.
 """
 
 import fcntl
@@ -23,6 +25,7 @@ from tuneloom.private import is_private
 ROOT = Path("/dev/shm")
 TOKEN = "copies"
 OWNER = "owner"
+JOB = "job"
 MEMORY = "memory"
 KEPT = "kept"
 ENDING_SECONDS = 5.0
@@ -50,6 +53,8 @@ def open_base(base: Path, run: Path) -> str:
     try:
         base.mkdir(0o700, exist_ok=True)
         (base / OWNER).write_text(str(run.resolve()), encoding="utf-8")
+        if job := os.environ.get("SLURM_JOB_ID"):
+            (base / JOB).write_text(job, encoding="utf-8")
         name = secrets.token_hex(8)
         (base / name).write_text(name, encoding="utf-8")
         with suppress(FileExistsError):  # of another rank: then its name is the name

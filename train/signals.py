@@ -11,6 +11,10 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HEARD: list[int] = []
+"""Those that runs in this process were sent, also when it was too late to act on: a sweep starts no
+further run then.
+"""
 
 
 class StopFlag:
@@ -25,6 +29,7 @@ class StopFlag:
                 self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        HEARD.append(number)
         self._signalled = True
 
     def asked(self) -> bool:

@@ -25,6 +25,7 @@ from tuneloom.config import (
 from tuneloom.errors import CONFIGURATION, DONE, STOPPED, ConfigError, Stopped, TuneloomError
 from tuneloom.imports import unswept
 from tuneloom.redact import redact, redact_tracebacks
+from tuneloom.train.signals import HEARD
 
 VERBS = {
     "doctor": (
@@ -123,7 +124,8 @@ def run(verb: str, rest: list[str]) -> int:
 
 def sweep(verb: str, rest: list[str]) -> int:
     """Every point, one after the other, once all are valid, then a line on each; returns the worst
-    exit code. A point that is stopped by a signal is the last to start.
+    exit code. A point that is sent a signal is the last to start, also when it could still end; the
+    code is then that of a stop, whatever failed before, since the same command goes on.
 
     Not by Hydra's sweeper: it would call what a config names in hydra.callbacks or its logging.
     """
@@ -135,19 +137,27 @@ def sweep(verb: str, rest: list[str]) -> int:
     jobs = apart(verb, [*where, *texts], swept)
     codes: list[int] = []
     ends: list[str] = []
+    stopped = False
+    HEARD.clear()
     for module, config in jobs:
+        if HEARD:
+            said = "stopped on a signal between two points; the same command goes on with the next"
+            failed(verb, Stopped(said))
+            stopped = True
+            break
         try:
             code, end = ended(verb, module, config)
         except Stopped as error:
-            codes.append(failed(verb, error))
+            failed(verb, error)
             ends.append(f"exit {STOPPED}, {redact(str(error))}")
+            stopped = True
             break
         codes.append(code)
         ends.append(end)
     ends += ["not started"] * (len(jobs) - len(ends))
     for name, end in zip(names(swept), ends, strict=True):
         print(f"tuneloom {verb}: {name}: {end}", file=sys.stderr)
-    return worst(codes)
+    return STOPPED if stopped else worst(codes)
 
 
 def ended(verb: str, module: ModuleType, config: Config) -> tuple[int, str]:

@@ -627,8 +627,9 @@ def earlier_run(root: Path, config: JobConfig, *, world_size: int, device: str) 
     folder = root / "earlier"
     folder.mkdir()
     part = {"digest": "", "path": ""}
+    training = training_of(config)
     record = {
-        "config_digest": runs.digest(training_of(config)), "config": {}, "attempts": [],
+        "config_digest": runs.digest(training), "config": runs.plain(training), "attempts": [],
         "base": part, "dataset": part, "world_size": world_size, "device": device,
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
@@ -659,6 +660,20 @@ def test_only_a_run_on_as_many_devices_of_the_kind_gives_a_plan_its_speed(
     earlier_run(tmp_path, config, world_size=ranks, device=measured)
     found = speed(training_of(config), given=None, ranks=2, device=planned)
     assert (found is not None) is counts
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"zero__stage": 1}, {"zero__offload": "cpu", "zero__stage": 2}, {"batch__accumulation": 7},
+     {"batch__sequence_parallel": 2}, {"debug": True}],
+)  # fmt: skip
+def test_a_run_that_steps_otherwise_gives_a_plan_no_speed(
+    lab: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    """Its loss, and so its digest, are the same."""
+    config = local(lab, run__root=str(tmp_path))
+    earlier_run(tmp_path, local(lab, run__root=str(tmp_path), **other), world_size=2, device="cpu")
+    assert speed(training_of(config), given=None, ranks=2, device="cpu") is None
 
 
 @pytest.mark.parametrize("storage", [20.0, 2.0])

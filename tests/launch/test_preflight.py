@@ -137,6 +137,28 @@ def test_nvidia_smi_is_asked_for_kind_errors_and_other_processes(
     assert preflight.gpu_processes() == ["77, 1024"]
 
 
+@pytest.mark.parametrize("smi", [None, "exit 9"])
+def test_where_nvidia_smi_cannot_be_asked_torch_counts_and_what_is_unknown_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: list[Facts], smi: str | None
+) -> None:
+    if smi:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{smi}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: H100)
+    gpus, errors = preflight.gpu_facts()
+    assert (gpus, errors, preflight.gpu_processes()) == ([H100], None, [])
+    known = [dataclasses.replace(pair[0], gpus=[H100], ecc_errors=0), pair[1]]
+    assert preflight.unasked(known) is None
+    known[1] = dataclasses.replace(pair[1], gpus=gpus, ecc_errors=errors)
+    assert verdict(known, gpus_per_rank=1, need_bytes=1) == []
+    assert str(preflight.unasked(known)).startswith(
+        "nvidia-smi could not be asked by rank 1 on n2: memory errors and "
+    )
+
+
 def test_the_slowest_link_is_named_and_refused_when_far_below_the_others(
     pair: list[Facts],
 ) -> None:

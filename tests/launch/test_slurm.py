@@ -111,7 +111,8 @@ def left_behind(bed: SlurmBed, job: str) -> list[str]:
         found += [line for line in sockets if ":6818 " not in line]
         lines = bed.inside(node, "ps", "-eo", "args").splitlines()
         found += [line for line in lines if "ray" in line or "tuneloom train" in line]
-        found += [f for f in bed.inside(node, "ls", "/tmp").split() if f.startswith("tuneloom-")]
+        files = bed.inside(node, "ls", "/tmp", "/dev/shm").split()
+        found += [file for file in files if file.startswith("tuneloom-")]
     token = bed.base / f"runs/.slurm/{job}/token"
     return found + ([str(token)] if token.exists() else [])
 
@@ -146,10 +147,25 @@ def token_in_processes(bed: SlurmBed, token: str) -> list[str]:
     return [line for text in seen for line in text.splitlines() if token in line]
 
 
+@pytest.fixture
+def own_names(bed: SlurmBed) -> Iterator[None]:
+    """Each node's /etc/hosts has its own name as 127.0.1.1, as Debian's installer writes it."""
+    for node in bed.addresses:
+        bed.inside(node, "sh", "-c", f"(echo 127.0.1.1 {node}; grep -v {node} /etc/hosts) > "
+                   "/tmp/hosts; mount --bind /tmp/hosts /etc/hosts")  # fmt: skip
+        assert bed.inside(node, "getent", "ahostsv4", node).startswith("127.0.1.1")
+    yield
+    for node in bed.addresses:
+        bed.inside(node, "umount", "/etc/hosts")
+
+
 @pytest.mark.slurm
-def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed) -> None:
+def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed, own_names: None) -> None:
     for node in bed.addresses:  # as a job leaves it that Slurm killed
-        bed.inside(node, "mkdir", "-p", "/tmp/tuneloom-999/ray")
+        bed.inside(
+            node, "mkdir", "-p", "/tmp/tuneloom-999/ray", "/dev/shm/tuneloom-0af3/rank-00000"
+        )
+        bed.inside(node, "sh", "-c", "echo 999 > /dev/shm/tuneloom-0af3/job")
     job = sbatch(bed, "whole")
     ended = bed.wait_job(job, ENDED)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(bed, job)
@@ -286,6 +302,88 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_refused_with_4(bed: SlurmBe
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "4:0"), output(bed, job)
     assert "preflight: 2 reason(s) not to start" in output(bed, job)
     assert "shared file system: rank 1" in output(bed, job)
+
+
+STUB = r"""#!/bin/bash
+words=$*
+case $words in
+  *"scripts start"*)
+    echo "$SLURM_JOB_ID ${CUDA_VISIBLE_DEVICES:-none}" >> steps
+    [[ $words =~ --num-cpus=([0-9]+) ]] && echo "${BASH_REMATCH[1]}" > slots
+    port=${words#*--port=}
+    exec REAL -c "import socket, time
+s = socket.create_server(('', ${port%% *})); time.sleep(99)" ;;
+  *"tuneloom train"*) echo "stub: $*"; exit "${STUB_CODE:-0}" ;;
+esac
+exec REAL "$@"
+"""
+"""An interpreter in whose place Ray only listens, and the run only ends."""
+
+
+@pytest.fixture
+def stub(bed: SlurmBed) -> str:
+    """The option of sbatch that has the script run with STUB."""
+    path = bed.base / "stub"
+    path.write_text(STUB.replace("REAL", sys.executable), encoding="utf-8")
+    path.chmod(0o755)
+    (bed.base / "steps").unlink(missing_ok=True)
+    (bed.base / "stub.sh").write_text(f"TUNELOOM_PYTHON={path}", encoding="utf-8")
+    return "--export=ALL,TUNELOOM_ENV=stub.sh"
+
+
+@pytest.mark.slurm
+def test_a_job_that_a_task_of_an_array_submits_is_itself(bed: SlurmBed, stub: str) -> None:
+    """Its run has its own id, and what goes back into the queue is this job."""
+    inner = f"sbatch --parsable {stub},STUB_CODE=75 {SCRIPT} seed=%a > inner; sleep 60"
+    outer = bed.run("sbatch", "--parsable", "--array=3", "--wrap", inner, cwd=bed.base)
+    deadline = time.monotonic() + 30
+    while not (bed.base / "inner").exists() or not (bed.base / "inner").read_text("utf-8"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job = (bed.base / "inner").read_text("utf-8").strip()
+    bed.wait_job(job, {"RUNNING"})
+    assert bed.wait_job(job, {"PENDING", *ENDED}, timeout=30)["Restarts"] == "1", output(bed, job)
+    left = bed.job(outer)["JobState"]
+    bed.run("scancel", outer, job)
+    assert left == "RUNNING"
+    assert f"seed=0 launch.kind=ray launch.nodes=1 run.id=slurm-{job} " in output(bed, job)
+    bed.wait_idle()
+
+
+@pytest.mark.slurm
+def test_a_job_that_has_no_time_to_train_ends_with_2(bed: SlurmBed, stub: str) -> None:
+    """slurmctld's warning may come before the script looks."""
+    job = bed.run("sbatch", "--parsable", "--time=3", stub, str(SCRIPT), cwd=bed.base)
+    assert bed.wait_job(job, ENDED)["ExitCode"] == "2:0", output(bed, job)
+    assert "slurm: the time limit leaves " in output(bed, job)
+
+
+@pytest.mark.slurm
+def test_the_largest_point_of_a_sweep_over_ranks_finds_slots(bed: SlurmBed, stub: str) -> None:
+    job = bed.run("sbatch", "--parsable", "--nodes=1", stub, str(SCRIPT), "--multirun",
+                  "launch.workers=2,6", cwd=bed.base)  # fmt: skip
+    assert bed.wait_job(job, ENDED)["ExitCode"] == "0:0", output(bed, job)
+    assert (bed.base / "slots").read_text(encoding="utf-8") == "6\n"
+
+
+@pytest.mark.slurm
+def test_ray_sees_the_gpus_of_its_node_however_they_were_asked_for(
+    bed: SlurmBed, stub: str
+) -> None:
+    """Of --exclusive alone, all; --gpus=2 on two nodes is one each."""
+    asked = {"--gpus-per-task=1 --ntasks-per-node=2": 2, "--gpus=2 --nodes=2": 1,
+             "--exclusive --nodes=1": 4, "--gres=gpu:2": 2, "--ntasks=1": 0}  # fmt: skip
+    jobs = [
+        bed.run("sbatch", "--parsable", "--mem=500", *options.split(), stub, str(SCRIPT),
+                cwd=bed.base)
+        for options in asked
+    ]  # fmt: skip
+    for job in jobs:
+        assert bed.wait_job(job, ENDED)["ExitCode"] == "0:0", output(bed, job)
+    lines = (bed.base / "steps").read_text(encoding="utf-8").split()
+    seen = dict(zip(lines[::2], lines[1::2], strict=True))
+    found = [0 if seen[job] == "none" else len(seen[job].split(",")) for job in jobs]
+    assert found == list(asked.values())
 
 
 @pytest.mark.slurm

@@ -17,7 +17,7 @@ from tuneloom.config import Config, build
 from tuneloom.errors import ConfigError
 from tuneloom.launch import slurm
 from tuneloom.launch.config import JobConfig, LaunchConfig
-from tuneloom.launch.slurm import header, write_config
+from tuneloom.launch.slurm import header, write_submission
 from tuneloom.testing import small_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,7 +67,7 @@ def test_only_its_owner_reads_the_config_of_a_job(lab: Path, tmp_path: Path) -> 
     path.parent.mkdir()
     path.write_text("of a submission before", encoding="utf-8")
     path.chmod(0o644)
-    write_config(build(JobConfig, content), tmp_path)
+    write_submission(build(JobConfig, content), tmp_path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text(encoding="utf-8").startswith("# @package _global_\n")
 
@@ -120,6 +120,32 @@ def test_a_job_reads_the_values_that_were_asked_for(tmp_path: Path, queue: Path,
     assert job.model_dump(exclude={"launch"}) == asked.model_dump(exclude={"launch"})
 
 
+def test_a_job_asks_for_what_its_config_says_and_has_nothing_of_the_job_that_submits_it(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    program(tmp_path / "bin", "sbatch", f"env > {tmp_path}/given; echo 1")
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF", "SBATCH_PARTITION",
+                 "SBATCH_NO_REQUEUE"):  # fmt: skip
+        monkeypatch.setenv(name, "of the outer job")
+    command = ["experiment=demo", f"run.root={tmp_path}/runs", "launch=slurm",
+               "launch.follow=false"]  # fmt: skip
+    assert cli.main(["train", *command]) == 0
+    given = (tmp_path / "given").read_text(encoding="utf-8")
+    assert re.findall("(?:SLURM|SBATCH)_[A-Z_]+", given) == ["SLURM_CONF"]
+    assert "what to ask for: SBATCH_NO_REQUEUE, SBATCH_PARTITION\n" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path, queue: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["train", "experiment=demo", f"run.root={tmp_path}/file", "launch=slurm"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"run\.root: \S+ cannot be written \(Not a directory\); choose another", said)
+    assert list(queue.iterdir()) == []
+
+
 def test_an_sbatch_that_does_not_answer_may_have_submitted_the_job(
     tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -154,6 +180,20 @@ def test_the_config_of_a_job_wins_over_env_sh(
         check=True,
     )  # fmt: skip
     assert done.stdout == f"env {interpreter}\n"
+
+
+def test_the_containers_of_the_documentation_are_typed_as_they_stand_there() -> None:
+    text = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    typed = [shlex.split(line, comments=True)
+             for line in re.findall(r"^launch\.container=.*$", text, re.MULTILINE)]  # fmt: skip
+    found = [
+        cli.config_of("train", ["experiment=demo", "launch=slurm", *words])[1].launch.container
+        for words in typed
+    ]  # type: ignore[attr-defined]
+    assert found == [
+        ("apptainer", "exec", "--nv", "--bind=/shared", "/images/tuneloom.sif"),
+        ("ch-run", "--bind=/shared:/shared", "--cd=/shared/me", "/images/tuneloom", "--"),
+    ]
 
 
 def test_a_job_runs_with_what_was_validated_whatever_conf_local_says(
@@ -196,12 +236,15 @@ def test_a_limit_that_slurm_or_yaml_would_read_as_another_is_refused() -> None:
     assert build(LaunchConfig, {"kind": "slurm", "time": 3599}).time == 3599
 
 
-def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run the script of the repository with programs in place of Slurm's, each of which writes down
-    what it was asked.
+def batch(
+    tmp_path: Path, *arguments: str, queued: str = "7 N/A 0 UNLIMITED", **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run the script of the repository with programs in place of Slurm's, which write down what
+    they are asked; `queued` is what squeue says: job, index, restarts, time left.
     """
     for name in ("scancel", "scontrol"):
         program(tmp_path / "bin", name, f"echo {name} $* >> {tmp_path}/asked; echo localhost")
+    program(tmp_path / "bin", "squeue", f"echo '{queued}'")
     return subprocess.run(
         ["bash", str(ROOT / "slurm/finetune.sbatch"), *arguments], cwd=tmp_path, text=True,
         capture_output=True, timeout=60, check=False,
@@ -211,17 +254,39 @@ def batch(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.Comp
 
 
 @pytest.mark.parametrize(
-    ("variables", "name"),
-    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2")],
-)
+    ("queued", "inherited", "name"),
+    [("7 N/A 0 UNLIMITED", {}, "7"),
+     ("7 2 0 UNLIMITED", {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2"),
+     ("7 N/A 0 UNLIMITED", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "7")],
+)  # fmt: skip
 def test_a_task_of_an_array_ends_and_requeues_itself_alone(
-    tmp_path: Path, variables: dict[str, str], name: str
+    tmp_path: Path, queued: str, inherited: dict[str, str], name: str
 ) -> None:
-    """The number of one task is that of the array, and stands for all of it."""
+    """The number of one task is that of the array, and stands for all of it; a job that a task
+    submits has the task's variables, and is none.
+    """
     (tmp_path / "warned.sh").write_text("kill -USR1 $$", encoding="utf-8")
-    assert batch(tmp_path, TUNELOOM_ENV="warned.sh", **variables).returncode == 75
+    done = batch(tmp_path, TUNELOOM_ENV="warned.sh", queued=queued, **inherited)
+    assert done.returncode == 75, done.stderr
     asked = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
-    assert asked[1:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
+    assert asked[-2:] == [f"scancel --signal=USR2 {name}", f"scontrol requeue {name}"]
+
+
+@pytest.mark.parametrize(
+    ("left", "code"),
+    [("0:00", 2), ("3:00", 2), ("4:00", 2), ("4:01", 75), ("09:08", 75), ("1:00:08", 75),
+     ("2-00:00:00", 75), ("UNLIMITED", 75), ("INVALID", 75)],
+)  # fmt: skip
+def test_a_job_whose_limit_leaves_no_time_to_train_ends_with_2_and_is_not_requeued(
+    tmp_path: Path, left: str, code: int
+) -> None:
+    (tmp_path / "warned.sh").write_text("kill -USR1 $$", encoding="utf-8")
+    done = batch(tmp_path, TUNELOOM_ENV="warned.sh", queued=f"7 N/A 0 {left}")
+    assert done.returncode == code, done.stderr
+    said = f"slurm: the time limit leaves {left}, and no time to train"
+    assert (said in done.stdout) is (code == 2)
+    asked = tmp_path / "asked"
+    assert ("requeue" in asked.read_text("utf-8") if asked.exists() else False) is (code == 75)
 
 
 @pytest.mark.parametrize(

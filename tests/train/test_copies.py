@@ -318,6 +318,16 @@ def test_what_a_lost_launcher_left_is_swept_after_an_hour(
     assert not base.exists()
 
 
+def test_the_next_job_on_a_host_can_tell_whose_the_copies_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes those of a job that has no process there (slurm/finetune.sbatch)."""
+    for job in ("7", "8"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        shm.open_base(tmp_path / "tuneloom-x", tmp_path)
+        assert (tmp_path / "tuneloom-x/job").read_text(encoding="utf-8") == job
+
+
 def start_of_a_rank(base: Path) -> str | None:
     """What each rank of a host does at its start, all at once; why it failed."""
     try:
