@@ -415,9 +415,19 @@ def revived(error: dict[str, str]) -> TuneloomError:
 
 
 def gpus_per_worker(launch: LaunchConfig) -> int:
-    """GPUs a rank holds: what was asked, or 1 where the cluster has any."""
+    """GPUs a rank holds: what was asked, or 1 where the cluster has any; raises RefusedError while
+    nodes are missing that may have them.
+    """
     import ray
 
     if launch.gpus_per_worker != "auto":
         return launch.gpus_per_worker
-    return 1 if ray.cluster_resources().get("GPU", 0) else 0
+    if ray.cluster_resources().get("GPU", 0):
+        return 1
+    joined = sum(node["Alive"] for node in ray.nodes())
+    if launch.kind == "ray" and joined < launch.nodes:
+        raise RefusedError(
+            f"launch.gpus_per_worker=auto: {joined} of {launch.nodes} nodes joined, none with "
+            "a GPU; set it to 1 to wait for GPUs, or to 0 to train on processors"
+        )
+    return 0

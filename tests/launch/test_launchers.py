@@ -14,6 +14,7 @@ import pytest
 
 from tuneloom import cli
 from tuneloom.config import build
+from tuneloom.errors import RefusedError
 from tuneloom.launch import supervise
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.testing import free_port, metrics, small_config
@@ -166,12 +167,16 @@ def test_whether_ranks_hold_a_gpu_is_decided_once(
         return "a worker was lost" if len(seen) == 1 else None
 
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": False}])
     monkeypatch.setattr(supervise, "run_gang", run_gang)
     config, launch = build(TrainConfig, small_config(lab, "x")), LaunchConfig(kind="ray")
     supervise.attempts(config, launch, [], None)
     assert seen == [1, 1] and "no GPU" not in capsys.readouterr().out
     supervise.attempts(config, launch, [], None)
     assert "launch.gpus_per_worker=auto: no GPU in this cluster" in capsys.readouterr().out
+    two = LaunchConfig(kind="ray", nodes=2, workers=2, min_workers=1)
+    with pytest.raises(RefusedError, match="1 of 2 nodes joined, none with a GPU"):
+        supervise.attempts(config, two, [], None)
 
 
 def test_sigterm_while_ray_starts_ends_with_75(
