@@ -187,11 +187,14 @@ class Session:
 
     def _universal(self, found: checkpoint.Found | None) -> Path | None:
         """The checkpoint in a form for this layout, where it was saved in another."""
-        world, stage = self.world.size, self.config.zero.stage
-        if found is None or found.same_layout(world, stage):
+        layout: Any = {
+            "world_size": self.world.size, "stage": self.config.zero.stage,
+            "dtype": self.config.model.dtype,
+        }  # fmt: skip
+        if found is None or found.same_layout(**layout):
             return None
         converted: Path = self._on_first(
-            lambda: convert(found, self.folder / "checkpoints", world_size=world, stage=stage)
+            lambda: convert(found, self.folder / "checkpoints", **layout)
         )
         return converted
 
@@ -379,7 +382,7 @@ class Session:
             own = self._is_own(found)
             runs.refuse_other_inputs(config, facts, found.manifest["digests"], own)
             if not own:
-                runs.refuse_other_method(config, found.folder.parent.parent)
+                runs.refuse_other_method(config, found.folder.parent.parent, found.made_with)
             self.feed.plan.refuse_other(found.trainer["feed"]["plan"])
             checkpoint.supersede(self.folder / "checkpoints", found.step)
         runs.record(config, facts)
@@ -708,6 +711,7 @@ class Session:
         return {
             "step": self.step,
             "loss": self.last_loss,
+            "made_with": runs.made_with(runs.plain(self.config)),
             "group": self.world.data_size * self.feed.accumulation,
             "feed": self.feed.state(),
             "best": self._best,

@@ -368,6 +368,20 @@ def test_another_runs_checkpoint_is_converted_in_the_run_that_takes_it_up(
     assert metrics(lab, "taker") == pytest.approx(metrics(lab, "source")[4:], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("stage", "before", "after"), [(0, "fp32", "bf16"), (0, "bf16", "fp32"), (1, "fp32", "bf16")]
+)
+def test_another_runs_checkpoint_is_taken_up_in_another_dtype(
+    lab: Path, one: Gang, stage: int, before: str, after: str
+) -> None:
+    source, taker = f"from-{before}-{stage}", f"to-{after}-{stage}"
+    settings = {"method__dropout": 0.0, "zero__stage": stage}
+    one.fit(config(lab, source, checkpoint__every=4, model__dtype=before, **settings))
+    named = str(lab / "runs" / source / "checkpoints" / checkpoint.name(4))
+    one.fit(config(lab, taker, resume=named, model__dtype=after, **settings))
+    assert metrics(lab, taker) == pytest.approx(metrics(lab, source)[4:], rel=5e-3)
+
+
 @pytest.fixture(scope="module")
 def forked(lab: Path, one: Gang) -> Path:
     """A run's checkpoint of step 4, for others to take up."""
@@ -380,6 +394,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "seed": ({"seed": 7}, r"made with seed=0, this run has 7"),
     "tokens": ({"batch__tokens": 256}, r"made with tokens=512, this run has 256"),
     "rank": ({"method__rank": 4}, r"method\.rank: 4, but the checkpoint of .*/forked .* with 8"),
+    "optimizer": ({"optim__name": "adamw8bit"}, r"optim\.name: adamw8bit, but .* with adamw;"),
     "length": ({"batch__max_length": 64}, r"other tokens of its rows.*batch\.max_length"),
 }
 
@@ -395,6 +410,24 @@ def test_a_checkpoint_that_a_run_cannot_take_up_does_not_use_up_its_name(
     assert not (lab / "runs" / run_id / "run.json").exists()
     one.fit(config(lab, run_id, resume=str(forked)))
     assert metrics(lab, run_id, "step") == [5, 6, 7, 8]
+
+
+def test_a_checkpoint_of_before_is_what_the_record_beside_it_says(
+    forked: Path, tmp_path: Path
+) -> None:
+    """It does not say itself what it was made with."""
+    old = shutil.copytree(forked, tmp_path / "old/checkpoints" / forked.name)
+    trainer = json.loads((old / checkpoint.TRAINER).read_text())
+    wanted = trainer.pop("made_with")
+    (old / checkpoint.TRAINER).write_text(json.dumps(trainer))
+    manifest = checkpoint.unsealed((old / checkpoint.MANIFEST).read_text())
+    manifest["files"][checkpoint.TRAINER] = checkpoint.facts_of(old / checkpoint.TRAINER)
+    (old / checkpoint.MANIFEST).write_text(checkpoint.sealed(manifest))
+    layout = {"world_size": 1, "stage": 0}
+    assert checkpoint.opened(old).same_layout(**layout, dtype="bf16")  # nothing says otherwise
+    shutil.copyfile(forked.parent.parent / "run.json", tmp_path / "old/run.json")
+    assert checkpoint.opened(old).made_with == wanted
+    assert not checkpoint.opened(old).same_layout(**layout, dtype="bf16")
 
 
 def test_a_run_that_takes_up_a_checkpoint_has_its_own_batch_and_rows(
@@ -615,7 +648,7 @@ def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(forked: Path, tmp_
     found = checkpoint.opened(forked)
     said = r"could not be converted to another layout in .*: (RuntimeError|disk full)"
     with cramped_files(1000), pytest.raises(TrainingError, match=said):
-        universal.convert(found, tmp_path, world_size=2, stage=2)
+        universal.convert(found, tmp_path, world_size=2, stage=2, dtype="fp32")
     assert list(tmp_path.iterdir()) == []
 
 
