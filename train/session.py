@@ -3,6 +3,7 @@ for.
 """
 
 import datetime
+import json
 import math
 import os
 import shutil
@@ -92,6 +93,8 @@ class Session:
         self.last_step = -1
         self.ended_early = False
         self.last_loss = math.nan
+        self._effects_step = 0
+        """At which `witness` writes its receipts."""
         self.named_step: int | None = None
         """Of the checkpoint that `resume` names."""
         self._lock: IO[str] | None = None
@@ -157,8 +160,9 @@ class Session:
         self._begin_part()
         self.graphs = self._capture()  # once weights lie where the engine keeps them
         self._on_first(self._open_metrics)
-        if self.step < config.train.effects_step:
+        if not self._on_first(self._witnessed):
             self.witness = effects.Witness(config, self.engine, self.world, self.graphs)
+            self._effects_step = self.step + config.train.effects_step
         if self.copies_at is not None:
             self.copies = copies.Copies(self.copies_at, self.folder, self.world)
         self.pace = Pace(self.world, hosts)
@@ -503,7 +507,9 @@ class Session:
 
     def optimizer_step(self) -> tuple[float, bool]:
         """Step; says the gradient norm and whether it was applied: non-finite gradients are not."""
-        witness = self.witness if self.step + 1 >= self._effects_step() else None
+        step = self.step + 1
+        due = step >= self._effects_step or step == self.last_step or self.feed.plan.progress >= 1
+        witness = self.witness if due else None
         if witness is not None:
             witness.before_step()
         norm, applied = self._engine_step()
@@ -512,15 +518,26 @@ class Session:
             self._write_receipts(witness.receipts())
         return norm, applied
 
-    def _effects_step(self) -> int:
-        wanted = self.config.train.effects_step
-        return min(wanted, self.last_step) if self.last_step > 0 else wanted
+    def _witnessed(self) -> bool:
+        """That effects.json is of a step which stands, and of options that this attempt has; for
+        rank 0.
+        """
+        try:
+            found = json.loads((self.folder / "effects.json").read_text(encoding="utf-8"))
+            return bool(found["step"] <= self.step and found["resumable"] == self._resumable())
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    def _resumable(self) -> dict[str, Any]:
+        """The options with a receipt that a resume may change."""
+        zeros = self.config.zero.model_dump(exclude={"nvme_path"})
+        return zeros | {"sequence_parallel": self.config.batch.sequence_parallel}
 
     def _write_receipts(self, receipts: list[effects.Receipt]) -> None:
         """effects.json, and the end of the run when an option did nothing."""
         self.witness = None
         extra = {
-            "step": self.step + 1, "kernels": self.patched,
+            "step": self.step + 1, "resumable": self._resumable(), "kernels": self.patched,
             "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
             "layers_compiled": self.compiled, "fp8": asdict(self.fp8) if self.fp8 else None,
         }  # fmt: skip

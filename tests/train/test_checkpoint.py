@@ -51,6 +51,12 @@ def config(lab: Path, run_id: str, **dotted: object) -> dict[str, object]:
     return small_config(lab, run_id, **(shared | dotted))
 
 
+def witnessed(lab: Path, run_id: str) -> tuple[int, list[str]]:
+    """The step of effects.json and the options that it lists."""
+    found = json.loads((lab / "runs" / run_id / "effects.json").read_text())
+    return found["step"], [receipt["option"] for receipt in found["receipts"]]
+
+
 def interrupted(lab: Path, gang: Gang, run_id: str, **dotted: object) -> None:
     """Run `run_id` to step 4 and no further: a copy of a whole run, cut back to its checkpoint."""
     gang.fit(config(lab, run_id, checkpoint__every=4, **dotted))
@@ -63,7 +69,7 @@ def test_resuming_gives_the_same_bits_as_never_stopping(lab: Path, two: Gang, st
     two.fit(config(lab, whole, zero__stage=stage))
     interrupted(lab, two, cut, zero__stage=stage)
     two.fit(config(lab, cut, zero__stage=stage, checkpoint__every=4))
-    assert went_on(lab, cut, 4)
+    assert went_on(lab, cut, 4) and witnessed(lab, cut)[0] == 2
     assert metrics(lab, cut) == metrics(lab, whole)
     assert exposures(lab, cut) == exposures(lab, whole)
 
@@ -84,6 +90,8 @@ def test_a_run_resumes_on_one_rank_and_another_stage_with_its_global_batch(
     interrupted(lab, two, cut, zero__stage=before, **settings)
     one.fit(config(lab, cut, zero__stage=after, batch__accumulation=4, **settings))
     assert went_on(lab, cut, 4)
+    step, options = witnessed(lab, cut)
+    assert f"zero.stage={after}" in options and step == (2 if after == before else 6)
     assert metrics(lab, cut) == pytest.approx(metrics(lab, whole), rel=1e-5)
     assert exposures(lab, cut) == exposures(lab, whole)
 
@@ -380,6 +388,8 @@ def test_another_runs_checkpoint_is_taken_up_in_another_dtype(
     named = str(lab / "runs" / source / "checkpoints" / checkpoint.name(4))
     one.fit(config(lab, taker, resume=named, model__dtype=after, **settings))
     assert metrics(lab, taker) == pytest.approx(metrics(lab, source)[4:], rel=5e-3)
+    step, options = witnessed(lab, taker)
+    assert f"model.dtype={after}" in options and step == 6
 
 
 @pytest.fixture(scope="module")
@@ -442,6 +452,7 @@ def test_a_run_that_takes_up_a_checkpoint_has_its_own_batch_and_rows(
     one.fit(config(lab, "own-batch", resume=str(rescued), batch__accumulation=4, steps=6))
     facts = json.loads((lab / "runs/own-batch/run.json").read_text())
     assert facts["accumulation"] == 4 and metrics(lab, "own-batch", "step") == [5, 6]
+    assert witnessed(lab, "own-batch")[0] == 6
     assert {step for step, *_ in exposures(lab, "own-batch")} == {5, 6}
 
 

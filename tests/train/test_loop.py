@@ -86,6 +86,12 @@ def test_epochs_end_the_run_with_every_row_seen_exactly_once(lab: Path, two: Gan
     assert set(table["rank"].to_pylist()) == {0, 1}
 
 
+def test_an_epoch_of_one_step_has_its_receipts(lab: Path, one: Gang) -> None:
+    one.fit(small_config(lab, "brief", epochs=0.1, steps=None))
+    assert metrics(lab, "brief", "step") == [1]
+    assert json.loads((lab / "runs/brief/effects.json").read_text())["step"] == 1
+
+
 def test_the_last_step_is_saved_whatever_the_interval(lab: Path, one: Gang) -> None:
     one.fit(small_config(lab, "last", steps=5, checkpoint__every=3, checkpoint__keep=2))
     saved = sorted(p.name for p in (lab / "runs/last/checkpoints").iterdir())
