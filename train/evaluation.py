@@ -42,6 +42,12 @@ class Validation:
         empty = is_split and data.validation == default and not _rows_in(dataset, default)
         if dataset.is_dir() and not empty:  # where it has no such split, this says which it has
             return open_rows(dataset, data.validation, data.format, verify=self.world.first)
+        if data.validation != default:
+            raise ConfigError(
+                f"data.validation: expected a .jsonl file or a dataset's folder, as {data.path} is "
+                f"a file without splits, got {data.validation}; name one, or set "
+                "data.validation=null"
+            )
         if self.config.train.validate_every or self.config.train.sample_every:
             raise ConfigError(
                 f"data.validation: {data.path} has no rows in such a split, so there is nothing "

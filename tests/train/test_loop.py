@@ -294,6 +294,12 @@ def turns(*texts: str) -> dict[str, Any]:
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
 
 
+def test_a_validation_file_of_another_kind_is_refused(lab: Path, one: Gang) -> None:
+    settings = small_config(lab, "not-jsonl", data__validation=str(lab / "base/config.json"))
+    with pytest.raises(ConfigError, match=r"data\.validation: expected a \.jsonl .*config\.json;"):
+        one.fit(settings)
+
+
 def test_a_chat_that_ends_with_a_question_is_answered_and_one_too_long_is_not(
     lab: Path, one: Gang
 ) -> None:
