@@ -632,6 +632,14 @@ class Session:
         self._evaluated_step = self.step
         with self.clock.phase("evaluation"):
             loss = self.validation.loss(self.engine)
+        if not math.isfinite(loss):  # JSON has no word for it
+            if self.world.first:
+                print(
+                    f"step {self.step:>6}  validation loss is {loss}: not recorded, and not "
+                    "counted towards train.patience",
+                    flush=True,
+                )
+            return
         if self.config.train.patience > 0:
             self._count(loss)
         if self.metrics is not None:
