@@ -72,13 +72,19 @@ class Found:
         """Bytes of its files."""
         return sum(int(facts["bytes"]) for facts in self.manifest["files"].values())
 
-    def same_layout(self, world_size: int, stage: int) -> bool:
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """Settings that its content depends on, by dotted key; those of before may lack some."""
+        return dict(self.trainer["made_with"])
+
+    def same_layout(self, *, world_size: int, stage: int, dtype: str) -> bool:
         """True when DeepSpeed can load the shards as they are."""
         saved = int(self.manifest["world_size"])
         same_stage = int(self.manifest["zero_stage"]) == stage
         if (self.folder / ENGINE / PARAMETERS).exists():
             return False
-        return same_stage and (saved == world_size or stage == 0)
+        same_dtype = self.made_with.get("model.dtype", dtype) == dtype
+        return same_stage and same_dtype and (saved == world_size or stage == 0)
 
 
 def name(step: int) -> str:
@@ -544,6 +550,9 @@ def _found(folder: Path) -> Found:
     def read() -> Found:
         manifest = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
         trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+        if "made_with" not in trainer:  # as in those of before
+            before = runs.recorded(folder.parent.parent)
+            trainer["made_with"] = runs.made_with(before.get("config", {}))
         return Found(folder, manifest, trainer)
 
     found: Found = distributed.on_first(read, where=folder)

@@ -264,7 +264,9 @@ class TrainLoopConfig(Config):
     drill: bool = True
     """Open the first checkpoint's weights in a fresh process and compare logits."""
     effects_step: Positive = 2
-    """Step after which effects.json is written: 2, because B is 0 at LoRA's first step."""
+    """Steps after which effects.json is written, or after the last: 2, because B is 0 at LoRA's
+    first. Counted anew where another run's checkpoint is taken up, or a resume changes `zero`.
+    """
 
 
 class TrackerConfig(Config):

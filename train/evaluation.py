@@ -8,7 +8,7 @@ import torch
 
 from tuneloom.data.packing import pack, split
 from tuneloom.data.rows import manifest_of, open_rows
-from tuneloom.errors import ConfigError
+from tuneloom.errors import ConfigError, DataError
 from tuneloom.train import distributed, samples
 from tuneloom.train.batches import collate
 from tuneloom.train.config import TrainConfig
@@ -42,6 +42,12 @@ class Validation:
         empty = is_split and data.validation == default and not _rows_in(dataset, default)
         if dataset.is_dir() and not empty:  # where it has no such split, this says which it has
             return open_rows(dataset, data.validation, data.format, verify=self.world.first)
+        if data.validation != default:
+            raise ConfigError(
+                f"data.validation: expected a .jsonl file or a dataset's folder, as {data.path} is "
+                f"a file without splits, got {data.validation}; name one, or set "
+                "data.validation=null"
+            )
         if self.config.train.validate_every or self.config.train.sample_every:
             raise ConfigError(
                 f"data.validation: {data.path} has no rows in such a split, so there is nothing "
@@ -57,9 +63,15 @@ class Validation:
         return None
 
     def refuse(self) -> None:
-        """Wait for all rows; raises DataError for one that cannot be rendered, or too much lost."""
-        if self.rows:
-            self.store.lengths(self.order)
+        """Wait for all rows; raises DataError for one that cannot be rendered, too much lost, or no
+        row left.
+        """
+        if self.rows and not self.store.lengths(self.order).any():
+            raise DataError(
+                f"data.validation: all {len(self.order):,} rows of {self.config.data.validation} "
+                f"are longer than batch.max_length={self.config.batch.max_length} and dropped; "
+                "raise batch.max_length, or set data.validation=null"
+            )
 
     @torch.no_grad()
     def loss(self, engine: Any) -> float:

@@ -206,8 +206,13 @@ RESUMABLE = (
 )
 """Keys that a resumed run may change: none of them moves the loss curve."""
 INPUTS = {"base": "model.path", "dataset": "data.path"}
-ADAPTER = ("kind", "rank", "alpha", "targets", "extra_modules", "dora", "rslora")
-"""Keys of `method` that decide what a checkpoint's weights are."""
+MADE_WITH = (
+    *(f"method.{key}" for key in ("kind", "rank", "alpha", "targets", "extra_modules", "dora")),
+    "method.rslora", "optim.name", "model.dtype",
+)  # fmt: skip
+"""Keys that decide what a checkpoint's weights and optimizer state are, and in which form."""
+CONVERTED = ("model.dtype",)
+"""Those of them that a run which takes a checkpoint up may have otherwise."""
 KEPT = ("first_loss", "weights_step")
 """Keys of run.json that a later attempt cannot know: only the first one, or the last that ended."""
 
@@ -287,17 +292,25 @@ def refuse_other_inputs(
             )
 
 
-def refuse_other_method(config: TrainConfig, other: Path) -> None:
-    """What the run in `other` trained must be what this one trains; raises ConfigError. A record
-    that is lost says nothing, and the shards are compared as they are loaded.
+def made_with(content: dict[str, Any]) -> dict[str, Any]:
+    """The values of MADE_WITH in a config, by dotted key; one of before may lack some."""
+    found = {}
+    for key in MADE_WITH:
+        section, _, name = key.partition(".")
+        if name in content.get(section, {}):
+            found[key] = content[section][name]
+    return found
+
+
+def refuse_other_method(config: TrainConfig, other: Path, before: dict[str, Any]) -> None:
+    """What the run in `other` trained, `made_with` this, must be what this one trains; raises
+    ConfigError. What nothing says is compared as the shards are loaded.
     """
-    before = recorded(other).get("config", {}).get("method", {})
-    now = config.method.model_dump(mode="json")
-    for key in ADAPTER:
-        if key in before and before[key] != now[key]:
+    for key, now in made_with(plain(config)).items():
+        if key not in CONVERTED and before.get(key, now) != now:
             raise ConfigError(
-                f"method.{key}: {now[key]}, but the checkpoint of {other} was trained with "
-                f"{before[key]}; set it so, or choose resume=never"
+                f"{key}: {now}, but the checkpoint of {other} was trained with {before[key]}; set "
+                "it so, or choose resume=never"
             )
 
 

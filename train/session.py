@@ -3,6 +3,7 @@ for.
 """
 
 import datetime
+import json
 import math
 import os
 import shutil
@@ -92,6 +93,8 @@ class Session:
         self.last_step = -1
         self.ended_early = False
         self.last_loss = math.nan
+        self._effects_step = 0
+        """At which `witness` writes its receipts."""
         self.named_step: int | None = None
         """Of the checkpoint that `resume` names."""
         self._lock: IO[str] | None = None
@@ -157,8 +160,9 @@ class Session:
         self._begin_part()
         self.graphs = self._capture()  # once weights lie where the engine keeps them
         self._on_first(self._open_metrics)
-        if self.step < config.train.effects_step:
+        if not self._on_first(self._witnessed):
             self.witness = effects.Witness(config, self.engine, self.world, self.graphs)
+            self._effects_step = self.step + config.train.effects_step
         if self.copies_at is not None:
             self.copies = copies.Copies(self.copies_at, self.folder, self.world)
         self.pace = Pace(self.world, hosts)
@@ -187,11 +191,14 @@ class Session:
 
     def _universal(self, found: checkpoint.Found | None) -> Path | None:
         """The checkpoint in a form for this layout, where it was saved in another."""
-        world, stage = self.world.size, self.config.zero.stage
-        if found is None or found.same_layout(world, stage):
+        layout: Any = {
+            "world_size": self.world.size, "stage": self.config.zero.stage,
+            "dtype": self.config.model.dtype,
+        }  # fmt: skip
+        if found is None or found.same_layout(**layout):
             return None
         converted: Path = self._on_first(
-            lambda: convert(found, self.folder / "checkpoints", world_size=world, stage=stage)
+            lambda: convert(found, self.folder / "checkpoints", **layout)
         )
         return converted
 
@@ -379,7 +386,7 @@ class Session:
             own = self._is_own(found)
             runs.refuse_other_inputs(config, facts, found.manifest["digests"], own)
             if not own:
-                runs.refuse_other_method(config, found.folder.parent.parent)
+                runs.refuse_other_method(config, found.folder.parent.parent, found.made_with)
             self.feed.plan.refuse_other(found.trainer["feed"]["plan"])
             checkpoint.supersede(self.folder / "checkpoints", found.step)
         runs.record(config, facts)
@@ -500,7 +507,9 @@ class Session:
 
     def optimizer_step(self) -> tuple[float, bool]:
         """Step; says the gradient norm and whether it was applied: non-finite gradients are not."""
-        witness = self.witness if self.step + 1 >= self._effects_step() else None
+        step = self.step + 1
+        due = step >= self._effects_step or step == self.last_step or self.feed.plan.progress >= 1
+        witness = self.witness if due else None
         if witness is not None:
             witness.before_step()
         norm, applied = self._engine_step()
@@ -509,15 +518,26 @@ class Session:
             self._write_receipts(witness.receipts())
         return norm, applied
 
-    def _effects_step(self) -> int:
-        wanted = self.config.train.effects_step
-        return min(wanted, self.last_step) if self.last_step > 0 else wanted
+    def _witnessed(self) -> bool:
+        """That effects.json is of a step which stands, and of options that this attempt has; for
+        rank 0.
+        """
+        try:
+            found = json.loads((self.folder / "effects.json").read_text(encoding="utf-8"))
+            return bool(found["step"] <= self.step and found["resumable"] == self._resumable())
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    def _resumable(self) -> dict[str, Any]:
+        """The options with a receipt that a resume may change."""
+        zeros = self.config.zero.model_dump(exclude={"nvme_path"})
+        return zeros | {"sequence_parallel": self.config.batch.sequence_parallel}
 
     def _write_receipts(self, receipts: list[effects.Receipt]) -> None:
         """effects.json, and the end of the run when an option did nothing."""
         self.witness = None
         extra = {
-            "step": self.step + 1, "kernels": self.patched,
+            "step": self.step + 1, "resumable": self._resumable(), "kernels": self.patched,
             "layers_recomputing": self.recomputing, "mlps_tiled": self.tiled,
             "layers_compiled": self.compiled, "fp8": asdict(self.fp8) if self.fp8 else None,
         }  # fmt: skip
@@ -612,6 +632,14 @@ class Session:
         self._evaluated_step = self.step
         with self.clock.phase("evaluation"):
             loss = self.validation.loss(self.engine)
+        if not math.isfinite(loss):  # JSON has no word for it
+            if self.world.first:
+                print(
+                    f"step {self.step:>6}  validation loss is {loss}: not recorded, and not "
+                    "counted towards train.patience",
+                    flush=True,
+                )
+            return
         if self.config.train.patience > 0:
             self._count(loss)
         if self.metrics is not None:
@@ -708,6 +736,7 @@ class Session:
         return {
             "step": self.step,
             "loss": self.last_loss,
+            "made_with": runs.made_with(runs.plain(self.config)),
             "group": self.world.data_size * self.feed.accumulation,
             "feed": self.feed.state(),
             "best": self._best,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tuneloom.errors import TrainingError, TuneloomError
+from tuneloom.errors import ConfigError, TrainingError, TuneloomError
 from tuneloom.train import masters
 from tuneloom.train.checkpoint import ENGINE, FAILURES, PARAMETERS, Found, why
 from tuneloom.train.config import ZeroConfig
@@ -28,17 +28,27 @@ WHOLE = "mp_rank_00_model_states.pt"
 """What ZeRO-0 saves: module, optimizer and counters in one file."""
 
 
-def convert(found: Found, root: Path, *, world_size: int, stage: int) -> Path:
-    """A folder in `root` that loads at `world_size` and `stage`; run on one rank. `root` is the
-    run's own, where nobody else writes: `found` may be another run's.
+def convert(found: Found, root: Path, *, world_size: int, stage: int, dtype: str) -> Path:
+    """A folder in `root` that loads at `world_size`, `stage` and `dtype`; run on one rank. `root`
+    is the run's own, where nobody else writes: `found` may be another run's.
 
-    Raises ConfigError where ZeRO-0 is on one side and the optimizer is not AdamW, TrainingError
-    where the folder cannot be written; nothing of it stays then.
+    Raises ConfigError for another optimizer than AdamW, TrainingError where the folder cannot be
+    written; nothing of it stays then.
     """
+    optimizer = found.made_with.get("optim.name", "adamw")
+    if optimizer != "adamw":
+        raise ConfigError(
+            f"zero.stage: {found.folder} is of {found.manifest['world_size']} ranks at stage "
+            f"{found.manifest['zero_stage']} in {found.made_with.get('model.dtype')}, and the "
+            f"state of {optimizer} cannot move to others, only AdamW's can; keep zero.stage, "
+            "model.dtype and the number of workers"
+        )
     target = root / f".universal-{found.folder.name}"
     shutil.rmtree(target, ignore_errors=True)
     try:
         _fill(target, found, world_size, stage)
+        if found.made_with.get("model.dtype", dtype) != dtype:
+            _forget_scale(target / ENGINE / PARAMETERS / "optimizer_state.pt")
     except BaseException as error:
         reason = why(error, target, found.size) if isinstance(error, FAILURES) else ""
         shutil.rmtree(target, ignore_errors=True)
@@ -77,7 +87,7 @@ def load_unsharded(engine: Any, converted: Path) -> None:
             low.copy_(high)
             engine.basic_optimizer.state[high] = {
                 key: value if key == "step" else value.reshape(high.shape).to(high.device)
-                for key, value in masters.adam_state(held, name).items()
+                for key, value in masters.adam_state(held).items()
             }
     masters.place_steps(engine.basic_optimizer)
     _count_on(engine, folder / WHOLE)
@@ -143,7 +153,7 @@ def _split(whole: Path, target: Path) -> None:
     for index, name in enumerate(names):
         folder = target / PARAMETERS / name
         folder.mkdir(parents=True)
-        moments = masters.adam_state(plain["state"][index], name)
+        moments = masters.adam_state(plain["state"][index])
         moments["fp32"] = high[index].detach() if high else state["module"][name]
         torch.save(moments.pop("step"), folder / "step.pt")
         for key, value in moments.items():
@@ -195,6 +205,14 @@ def _mend(folder: Path, world_size: int, stage: int) -> None:
     names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)]
     for name in names if stage == 3 else [WHOLE]:
         torch.save(state, folder / name)
+
+
+def _forget_scale(optimizer_file: Path) -> None:
+    """The loss scale of another dtype: fp16 would go on unscaled, others with a scale."""
+    optimizer = load(optimizer_file)
+    for key in ("loss_scaler", "dynamic_loss_scale"):
+        optimizer.pop(key, None)
+    torch.save(optimizer, optimizer_file)
 
 
 def _shape(parameter: Path, shape: Any) -> None:

@@ -51,6 +51,12 @@ def config(lab: Path, run_id: str, **dotted: object) -> dict[str, object]:
     return small_config(lab, run_id, **(shared | dotted))
 
 
+def witnessed(lab: Path, run_id: str) -> tuple[int, list[str]]:
+    """The step of effects.json and the options that it lists."""
+    found = json.loads((lab / "runs" / run_id / "effects.json").read_text())
+    return found["step"], [receipt["option"] for receipt in found["receipts"]]
+
+
 def interrupted(lab: Path, gang: Gang, run_id: str, **dotted: object) -> None:
     """Run `run_id` to step 4 and no further: a copy of a whole run, cut back to its checkpoint."""
     gang.fit(config(lab, run_id, checkpoint__every=4, **dotted))
@@ -63,7 +69,7 @@ def test_resuming_gives_the_same_bits_as_never_stopping(lab: Path, two: Gang, st
     two.fit(config(lab, whole, zero__stage=stage))
     interrupted(lab, two, cut, zero__stage=stage)
     two.fit(config(lab, cut, zero__stage=stage, checkpoint__every=4))
-    assert went_on(lab, cut, 4)
+    assert went_on(lab, cut, 4) and witnessed(lab, cut)[0] == 2
     assert metrics(lab, cut) == metrics(lab, whole)
     assert exposures(lab, cut) == exposures(lab, whole)
 
@@ -84,6 +90,8 @@ def test_a_run_resumes_on_one_rank_and_another_stage_with_its_global_batch(
     interrupted(lab, two, cut, zero__stage=before, **settings)
     one.fit(config(lab, cut, zero__stage=after, batch__accumulation=4, **settings))
     assert went_on(lab, cut, 4)
+    step, options = witnessed(lab, cut)
+    assert f"zero.stage={after}" in options and step == (2 if after == before else 6)
     assert metrics(lab, cut) == pytest.approx(metrics(lab, whole), rel=1e-5)
     assert exposures(lab, cut) == exposures(lab, whole)
 
@@ -368,6 +376,22 @@ def test_another_runs_checkpoint_is_converted_in_the_run_that_takes_it_up(
     assert metrics(lab, "taker") == pytest.approx(metrics(lab, "source")[4:], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("stage", "before", "after"), [(0, "fp32", "bf16"), (0, "bf16", "fp32"), (1, "fp32", "bf16")]
+)
+def test_another_runs_checkpoint_is_taken_up_in_another_dtype(
+    lab: Path, one: Gang, stage: int, before: str, after: str
+) -> None:
+    source, taker = f"from-{before}-{stage}", f"to-{after}-{stage}"
+    settings = {"method__dropout": 0.0, "zero__stage": stage}
+    one.fit(config(lab, source, checkpoint__every=4, model__dtype=before, **settings))
+    named = str(lab / "runs" / source / "checkpoints" / checkpoint.name(4))
+    one.fit(config(lab, taker, resume=named, model__dtype=after, **settings))
+    assert metrics(lab, taker) == pytest.approx(metrics(lab, source)[4:], rel=5e-3)
+    step, options = witnessed(lab, taker)
+    assert f"model.dtype={after}" in options and step == 6
+
+
 @pytest.fixture(scope="module")
 def forked(lab: Path, one: Gang) -> Path:
     """A run's checkpoint of step 4, for others to take up."""
@@ -380,6 +404,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "seed": ({"seed": 7}, r"made with seed=0, this run has 7"),
     "tokens": ({"batch__tokens": 256}, r"made with tokens=512, this run has 256"),
     "rank": ({"method__rank": 4}, r"method\.rank: 4, but the checkpoint of .*/forked .* with 8"),
+    "optimizer": ({"optim__name": "adamw8bit"}, r"optim\.name: adamw8bit, but .* with adamw;"),
     "length": ({"batch__max_length": 64}, r"other tokens of its rows.*batch\.max_length"),
 }
 
@@ -397,6 +422,24 @@ def test_a_checkpoint_that_a_run_cannot_take_up_does_not_use_up_its_name(
     assert metrics(lab, run_id, "step") == [5, 6, 7, 8]
 
 
+def test_a_checkpoint_of_before_is_what_the_record_beside_it_says(
+    forked: Path, tmp_path: Path
+) -> None:
+    """It does not say itself what it was made with."""
+    old = shutil.copytree(forked, tmp_path / "old/checkpoints" / forked.name)
+    trainer = json.loads((old / checkpoint.TRAINER).read_text())
+    wanted = trainer.pop("made_with")
+    (old / checkpoint.TRAINER).write_text(json.dumps(trainer))
+    manifest = checkpoint.unsealed((old / checkpoint.MANIFEST).read_text())
+    manifest["files"][checkpoint.TRAINER] = checkpoint.facts_of(old / checkpoint.TRAINER)
+    (old / checkpoint.MANIFEST).write_text(checkpoint.sealed(manifest))
+    layout = {"world_size": 1, "stage": 0}
+    assert checkpoint.opened(old).same_layout(**layout, dtype="bf16")  # nothing says otherwise
+    shutil.copyfile(forked.parent.parent / "run.json", tmp_path / "old/run.json")
+    assert checkpoint.opened(old).made_with == wanted
+    assert not checkpoint.opened(old).same_layout(**layout, dtype="bf16")
+
+
 def test_a_run_that_takes_up_a_checkpoint_has_its_own_batch_and_rows(
     lab: Path, one: Gang, forked: Path, tmp_path: Path
 ) -> None:
@@ -409,6 +452,7 @@ def test_a_run_that_takes_up_a_checkpoint_has_its_own_batch_and_rows(
     one.fit(config(lab, "own-batch", resume=str(rescued), batch__accumulation=4, steps=6))
     facts = json.loads((lab / "runs/own-batch/run.json").read_text())
     assert facts["accumulation"] == 4 and metrics(lab, "own-batch", "step") == [5, 6]
+    assert witnessed(lab, "own-batch")[0] == 6
     assert {step for step, *_ in exposures(lab, "own-batch")} == {5, 6}
 
 
@@ -615,7 +659,7 @@ def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(forked: Path, tmp_
     found = checkpoint.opened(forked)
     said = r"could not be converted to another layout in .*: (RuntimeError|disk full)"
     with cramped_files(1000), pytest.raises(TrainingError, match=said):
-        universal.convert(found, tmp_path, world_size=2, stage=2)
+        universal.convert(found, tmp_path, world_size=2, stage=2, dtype="fp32")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,7 @@ from tuneloom.train.loop import fit
 real, power = zero.deepspeed_config, int(sys.argv[2])
 def scaled(*arguments, **named):
     settings = real(*arguments, **named)
-    settings["fp16"]["initial_scale_power"] = power
+    settings.get("fp16", {})["initial_scale_power"] = power
     return settings
 zero.deepspeed_config = scaled
 try:
@@ -72,6 +72,14 @@ def test_fp16_follows_fp32_within_its_precision(
     evidence = json.loads((lab / "runs" / run_id / "effects.json").read_text())["receipts"]
     held = next(r["evidence"] for r in evidence if r["option"] == "model.dtype=fp16")
     assert set(held["parameters"]) == {"float16"} and held["masters"] == ["float32"]
+
+
+def test_a_run_in_fp32_that_goes_on_in_fp16_scales_its_loss(lab: Path) -> None:
+    saved = lab / "runs/unscaled/checkpoints/step-000008"
+    taker = config(lab, "scaled", 1) | {"steps": 10, "resume": str(saved), "model": half(lab)}
+    ran = train(config(lab, "unscaled", 1), taker)
+    assert ran.returncode == 0, ran.stderr
+    assert metrics(lab, "scaled", "train/loss_scale") == [65536.0] * 2
 
 
 def test_an_overflow_halves_the_scale_skips_the_step_and_is_counted_but_no_bad_step(

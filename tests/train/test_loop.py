@@ -22,8 +22,11 @@ from tuneloom.errors import ConfigError, DataError, TrainingError
 from tuneloom.testing import Gang, chat_rows, cut_back, metrics, small_config, tiny_model
 from tuneloom.train import distributed
 from tuneloom.train.config import TrainConfig
+from tuneloom.train.distributed import ALONE
 from tuneloom.train.evaluation import Validation
 from tuneloom.train.loop import fit
+from tuneloom.train.metrics import Metrics
+from tuneloom.train.session import Session
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -84,6 +87,12 @@ def test_epochs_end_the_run_with_every_row_seen_exactly_once(lab: Path, two: Gan
         metrics(lab, "epoch", "train/target_tokens")
     )
     assert set(table["rank"].to_pylist()) == {0, 1}
+
+
+def test_an_epoch_of_one_step_has_its_receipts(lab: Path, one: Gang) -> None:
+    one.fit(small_config(lab, "brief", epochs=0.1, steps=None))
+    assert metrics(lab, "brief", "step") == [1]
+    assert json.loads((lab / "runs/brief/effects.json").read_text())["step"] == 1
 
 
 def test_the_last_step_is_saved_whatever_the_interval(lab: Path, one: Gang) -> None:
@@ -286,6 +295,44 @@ def validating(lab: Path, run_id: str, *rows: dict[str, Any]) -> dict[str, objec
 def turns(*texts: str) -> dict[str, Any]:
     roles = ("user", "assistant") * len(texts)
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+
+
+def test_validation_rows_that_are_all_too_long_are_refused(lab: Path, one: Gang) -> None:
+    with pytest.raises(DataError, match=r"data\.validation: all 1 rows of .* longer than batch"):
+        one.fit(validating(lab, "all-long", turns("question", "answer 9 " * 99)))
+
+
+def test_a_validation_loss_that_is_not_finite_is_said_and_does_not_count(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NotFinite:
+        rows, loss = (0,), staticmethod(lambda engine: math.nan)
+
+    session = Session(
+        build(
+            TrainConfig,
+            small_config(
+                lab,
+                "nan",
+                train__patience=1,
+                train__validate_every=1,
+                data__validation=str(lab / "validation.jsonl"),
+            ),
+        ),
+        ALONE,
+        {},
+    )
+    session.engine, session.validation = None, NotFinite()  # type: ignore[assignment]
+    session.step, session.metrics = 1, Metrics(lab, None)  # type: ignore[arg-type]
+    session.validate()
+    assert "validation loss is nan: not recorded" in capsys.readouterr().out
+    assert not session.ended_early and not (lab / "metrics.jsonl").exists()
+
+
+def test_a_validation_file_of_another_kind_is_refused(lab: Path, one: Gang) -> None:
+    settings = small_config(lab, "not-jsonl", data__validation=str(lab / "base/config.json"))
+    with pytest.raises(ConfigError, match=r"data\.validation: expected a \.jsonl .*config\.json;"):
+        one.fit(settings)
 
 
 def test_a_chat_that_ends_with_a_question_is_answered_and_one_too_long_is_not(

@@ -61,7 +61,8 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
     """fp32 masters and moments of a checkpoint, a tensor a parameter."""
     found = checkpoint.opened(folder)
     stage = int(found.manifest["zero_stage"])
-    parameters = universal.convert(found, folder.parent, world_size=1, stage=stage) / "engine/zero"
+    root = universal.convert(found, folder.parent, world_size=1, stage=stage, dtype="bf16")
+    parameters = root / "engine/zero"
     held = {}
     for path in parameters.rglob("*.pt"):
         if path.stem in universal.MOMENTS:
