@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.launch.test_security import essence, secret_shapes
 from tuneloom.launch.slurm import follow, render_default
 from tuneloom.launch.slurm_bed import SlurmBed, missing
 from tuneloom.testing import chat_rows, free_port, metrics, tiny_model
@@ -59,12 +60,13 @@ def bed() -> Iterator[SlurmBed]:
 
 
 def sbatch(
-    bed: SlurmBed, run_id: str, *overrides: str, options: tuple[str, ...] = ()
+    bed: SlurmBed, run_id: str, *overrides: str, options: tuple[str, ...] = (),
+    variables: tuple[str, ...] = (),
 ) -> str:  # fmt: skip
-    """Submit on two nodes, as a user does; returns the job's number."""
+    """Submit on two nodes, as a user does who has `variables`; returns the job's number."""
     return bed.run(
-        "sbatch", "--parsable", "--nodes=2", "--mem=3000", *options, str(SCRIPT), *RUN,
-        f"run.id={run_id}", *overrides, cwd=bed.base,
+        "env", *variables, "sbatch", "--parsable", "--nodes=2", "--mem=3000", *options,
+        str(SCRIPT), *RUN, f"run.id={run_id}", *overrides, cwd=bed.base,
     )  # fmt: skip
 
 
@@ -166,7 +168,9 @@ def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed, own_names: 
             node, "mkdir", "-p", "/tmp/tuneloom-999/ray", "/dev/shm/tuneloom-0af3/rank-00000"
         )
         bed.inside(node, "sh", "-c", "echo 999 > /dev/shm/tuneloom-0af3/job")
-    job = sbatch(bed, "whole")
+    shapes = secret_shapes()
+    planted = tuple(f"PLANTED_{n}_TOKEN={secret}" for n, secret in enumerate(shapes))
+    job = sbatch(bed, "whole", variables=planted)
     ended = bed.wait_job(job, ENDED)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(bed, job)
     facts = json.loads((bed.base / "runs/whole/run.json").read_text(encoding="utf-8"))
@@ -174,6 +178,10 @@ def test_a_job_trains_on_two_nodes_and_leaves_nothing(bed: SlurmBed, own_names: 
     assert facts["code"] == code_version()
     assert "preflight: 2 rank(s) on 2 node(s) agree; slowest link" in output(bed, job)
     assert left_behind(bed, job) == []
+    folders = bed.base / "runs/whole", bed.base / "runs/.slurm"
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    written = b"".join(path.read_bytes() for path in files).decode(errors="replace")
+    assert [s for s in shapes if essence(s) in written + output(bed, job)] == []  # S10
     torchrun(bed, "torchrun")
     other = json.loads((bed.base / "runs/torchrun/run.json").read_text(encoding="utf-8"))
     for key in ("config_digest", "data_order", "first_loss"):
