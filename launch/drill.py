@@ -44,10 +44,10 @@ where a row names no other, shared with other
 work: a tiny Llama, LoRA, ZeRO-2, two gloo ranks, {steps} steps, a checkpoint every {every}, where
 the row says nothing else (F8: 30 steps; F16: 3,000). They run under `launch=local`; as bare
 processes, as torchrun starts them, under F8, F10, F11, F13, F14, the clock of F20 and the rows of
-F5 and F12 that count; on two network namespaces as hosts (launch=ray, both share the files) under
-F3, F17 and the second row of F16. Signals, a full disk, a cut cable, a killed store, a control
-group without memory are real; F10, F11, F13, F14, the twenty hangs of F12 and the clock of F20 are
-put into a rank by `tuneloom.launch.injected`.
+F5 and F12 that count, but for F5's of the driver; on two network namespaces as hosts (launch=ray,
+both share the files) under F3, F17, the second row of F16 and a soak that says so. Signals, a full
+disk, a cut cable, a killed store, a control group without memory are real; F10, F11, F13, F14, the
+twenty hangs of F12 and the clock of F20 are put into a rank by `tuneloom.launch.injected`.
 Lost are steps that were done again. Seconds run from the fault to the first new step, where the row
 says nothing else (F4: from the second start of the command). Bits are those of all losses as
 float64 against the uninterrupted run; samples are those that were missing or came twice.
