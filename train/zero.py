@@ -216,11 +216,12 @@ def _build_ops(zero: ZeroConfig) -> None:
     except (RuntimeError, OSError, ImportError) as error:
         said = str(error).strip() or type(error).__name__
         first = said.splitlines()[0].split(": [")[0]  # and not ninja's command
-        way = (
-            "install libaio-dev (Debian: apt-get install libaio-dev), or set zero.offload=cpu"
-            if "async_io" in first
-            else "install a C++ compiler and ninja, or set zero.offload=none"
-        )
+        if "async_io" in first:
+            way = "install libaio-dev (Debian: apt-get install libaio-dev), or set zero.offload=cpu"
+        elif isinstance(error, OSError):
+            way = "set TORCH_EXTENSIONS_DIR to a folder that can be written, or zero.offload=none"
+        else:
+            way = "install a C++ compiler and ninja, or set zero.offload=none"
         raise RefusedError(
             f"zero.offload: DeepSpeed's ops cannot be built here ({first}); {way}"
         ) from error
