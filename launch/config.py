@@ -161,6 +161,16 @@ class JobConfig(TrainConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def state_moves_to_fewer_ranks(self) -> "JobConfig":
+        shrinks = (self.launch.min_workers or self.launch.workers) < self.launch.workers
+        if shrinks and self.optim.name != "adamw" and self.zero.stage:
+            raise ValueError(
+                f"launch.min_workers: the state of optim.name={self.optim.name} cannot move to "
+                "fewer ranks; set optim.name=adamw or zero.stage=0, or leave launch.min_workers out"
+            )
+        return self
+
 
 def training_of(job: TrainConfig) -> TrainConfig:
     """The job without its launch: what every rank gets, the same whoever starts it."""

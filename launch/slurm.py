@@ -77,7 +77,7 @@ def render(job: JobConfig) -> str:
         header=header(job.launch, name=job.run.name, output=str(output_of(folder, "%j"))),
         folder=shlex.quote(os.getcwd()),
         signal_seconds=job.launch.signal_seconds,
-        least_seconds=job.launch.signal_seconds + SIGNAL_SLACK,
+        slack_seconds=SIGNAL_SLACK,
         setup=setup,
         arguments=shlex.join(arguments),
     )  # fmt: skip
@@ -92,7 +92,7 @@ def render_default() -> str:
         header=header(launch, name="finetune", output="finetune-%j.out"),
         folder=None,
         signal_seconds=launch.signal_seconds,
-        least_seconds=launch.signal_seconds + SIGNAL_SLACK,
+        slack_seconds=SIGNAL_SLACK,
         setup=[],
         arguments='"$@"',
     )
@@ -184,18 +184,33 @@ def write_submission(job: JobConfig, folder: Path) -> None:
         ) from None
 
 
+WINS: dict[str, tuple[str, ...]] = {
+    "": ("ARRAY_INX", "ERROR", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE",
+         "SIGNAL"),
+    "account": ("ACCOUNT",), "partition": ("PARTITION",), "time": ("TIMELIMIT",),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "gpus-per-node": ("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"),
+}  # fmt: skip
+"""Variables of sbatch, SBATCH_ left out, that would win over an option of a script's header; the
+first ones over what each of ours has.
+"""
+OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"}
+"""Not of an outer job, but of where and as whom to submit."""
+
+
 def submit(path: Path) -> str:
     """Hand a script to sbatch; returns the job's number.
 
     Without what an outer job has in its environment, which would come along as if it were this
-    one's, and what sbatch itself would read there, which wins over a script's header.
+    one's, and what would win there over the script's header.
     """
-    unused = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+    asked = set(re.findall(r"^#SBATCH --([a-z-]+)", path.read_text(encoding="utf-8"), re.M))
+    wins = {f"SBATCH_{name}" for option in {"", *asked} for name in WINS.get(option, ())}
+    unused = sorted(wins & os.environ.keys())
     if unused:
         print(f"slurm: not used, as the config says what to ask for: {', '.join(unused)}")
-    ours = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_"))}
-    if "SLURM_CONF" in os.environ:
-        ours["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    outer = {k for k in os.environ if k.startswith("SLURM_") and k not in OF_THE_CLUSTER}
+    ours = {k: v for k, v in os.environ.items() if k not in wins | outer}
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False,

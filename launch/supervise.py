@@ -110,7 +110,7 @@ def attempts(
     """Gang after gang until one is done; those that only grow or change nodes are no restarts."""
     restarts = grown = 0
     # Once: a node that is gone at a restart may take the cluster's only GPUs with it.
-    gpus = gpus_per_worker(launch)
+    gpus = gpus_per_worker(launch, signals)
     if launch.kind == "ray" and launch.gpus_per_worker == "auto" and not gpus:
         print(
             "launch.gpus_per_worker=auto: no GPU in this cluster; ranks train on processors",
@@ -211,7 +211,7 @@ def refuse_more_gpus(launch: LaunchConfig) -> None:
     """This machine gets no more, so there is nothing to wait for."""
     import ray
 
-    wanted = gpus_per_worker(launch) * launch.workers
+    wanted = gpus_per_worker(launch, []) * launch.workers
     have = int(ray.cluster_resources().get("GPU", 0))
     if wanted > have:
         raise RefusedError(
@@ -414,20 +414,28 @@ def revived(error: dict[str, str]) -> TuneloomError:
     return classes.get(error["class"], TrainingError)(error["message"])
 
 
-def gpus_per_worker(launch: LaunchConfig) -> int:
-    """GPUs a rank holds: what was asked, or 1 where the cluster has any; raises RefusedError while
-    nodes are missing that may have them.
+def gpus_per_worker(launch: LaunchConfig, signals: list[int]) -> int:
+    """GPUs a rank holds: what was asked, or 1 where the cluster has any, for which nodes that are
+    missing have `launch.wait_seconds`; raises Stopped once there is one in `signals`.
     """
     import ray
 
     if launch.gpus_per_worker != "auto":
         return launch.gpus_per_worker
-    if ray.cluster_resources().get("GPU", 0):
-        return 1
-    joined = sum(node["Alive"] for node in ray.nodes())
-    if launch.kind == "ray" and joined < launch.nodes:
-        raise RefusedError(
-            f"launch.gpus_per_worker=auto: {joined} of {launch.nodes} nodes joined, none with "
-            "a GPU; set it to 1 to wait for GPUs, or to 0 to train on processors"
-        )
-    return 0
+    deadline, said = time.monotonic() + launch.wait_seconds, False
+    while not ray.cluster_resources().get("GPU", 0):
+        joined = sum(node["Alive"] for node in ray.nodes())
+        missing = launch.kind == "ray" and joined < launch.nodes
+        if not missing or time.monotonic() > deadline:
+            return 0
+        if signals:
+            raise Stopped(f"stopped on a signal; {joined} of {launch.nodes} nodes had joined")
+        if not said:
+            said = True
+            print(
+                f"launch.gpus_per_worker=auto: waiting {launch.wait_seconds:g} s for a node with "
+                f"GPUs, {joined} of {launch.nodes} joined; 0 or 1 would not wait",
+                flush=True,
+            )
+        time.sleep(0.3)
+    return 1

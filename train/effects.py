@@ -131,13 +131,14 @@ class Witness:
         if method.rslora:
             layers: list[Any] = [m for m in self.network.modules() if hasattr(m, "lora_A")]
             # PEFT gives the fused gate and up of stacked experts twice the rank and alpha.
-            pairs = {
-                (scale, layer.lora_alpha[name] / math.sqrt(layer.r[name]))
-                for layer in layers
-                for name, scale in layer.scaling.items()
+            wanted = {
+                n * method.alpha / math.sqrt(n * method.rank): n * method.rank for n in (1, 2)
             }
-            acted = bool(pairs) and all(scale == wanted for scale, wanted in pairs)
-            yield Receipt("method.rslora", acted, {"scaling": sorted(scale for scale, _ in pairs)})
+            found = {
+                (scale, layer.r[name]) for layer in layers for name, scale in layer.scaling.items()
+            }
+            acted = bool(found) and all(wanted.get(scale) == rank for scale, rank in found)
+            yield Receipt("method.rslora", acted, {"scaling": sorted(scale for scale, _ in found)})
         for extra in method.extra_modules:
             names = [n for n in moved if f"{extra}.modules_to_save" in n]
             yield Receipt(

@@ -68,9 +68,10 @@ class Validation:
         """
         if self.rows and not self.store.lengths(self.order).any():
             raise DataError(
-                f"data.validation: all {len(self.order):,} rows of {self.config.data.validation} "
-                f"are longer than batch.max_length={self.config.batch.max_length} and dropped; "
-                "raise batch.max_length, or set data.validation=null"
+                f"data.validation: all of the first {len(self.order):,} rows "
+                f"(train.validation_rows) are longer than batch.max_length="
+                f"{self.config.batch.max_length} and dropped; raise it, set "
+                "batch.over_length=truncate, or data.validation=null"
             )
 
     @torch.no_grad()

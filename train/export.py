@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -35,6 +35,9 @@ from tuneloom.train.card import card
 from tuneloom.train.config import TrainConfig
 from tuneloom.train.runs import WEIGHTS
 from tuneloom.yaml_guard import read_mapping
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -215,18 +218,16 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def _fill(aside: Path, config: TrainConfig, base: Path, weights: Path, held: Contract) -> None:
     """Weights, tokenizer, card, contract."""
-    written = config.model.dtype
     if held.kind == "adapter":
         _copy_adapter(weights, aside, config)
     elif is_adapter(weights):
-        written = written if held.dtype == written else "fp32"  # rounded to the dtype once
-        merge_into(aside, config, base, weights, dtype=written)
+        merge_into(aside, config, base, weights, dtype=held.dtype)
     else:
         _copy_model(weights, aside, base)
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, aside / name)
-    if held.kind == "model" and held.dtype != written:
+    if held.kind == "model" and held.dtype != config.model.dtype:
         cast(aside, held.dtype)
     digests = {"weights": weights_digest(aside), "source": weights_digest(weights)}
     complete = held.model_copy(update=digests)
@@ -278,8 +279,8 @@ def _copy_model(weights: Path, aside: Path, base: Path) -> None:
 def merge_into(
     aside: Path, config: TrainConfig, base: Path, weights: Path, *, dtype: str
 ) -> None:  # fmt: skip
-    """Base plus adapter as one model in `dtype`, the base as the run held it; raises TrainingError
-    for a NaN.
+    """Base plus adapter as one model, the base as the run held it, what the adapter changes in
+    `dtype`; raises TrainingError for a number that is not finite.
     """
     from peft import PeftModel
 
@@ -294,22 +295,19 @@ def merge_into(
     if config.method.kind == "qlora":
         print("export: the base goes from NF4 to full precision first, then the adapter is added")
         model = model.dequantize()
-    if dtype != config.model.dtype:
-        model = model.to(DTYPES[dtype])
-    merged = _merged(PeftModel.from_pretrained(model, weights), weights)
+    merged = _merged(PeftModel.from_pretrained(model, weights), weights, DTYPES[dtype])
     merged.config.use_cache = True
     merged.save_pretrained(aside, max_shard_size=SHARD)
 
 
-def _merged(adapted: Any, weights: Path) -> Any:
-    """The model without PEFT's layers: each weight and its update are added in fp32 and rounded
-    once, one weight at a time. PEFT rounds the update first, which in bf16 loses small ones.
+def _merged(adapted: Any, weights: Path, dtype: "torch.dtype") -> Any:
+    """The model without PEFT's layers: each weight and its update are added in fp32, one weight at
+    a time, and rounded to `dtype` once. PEFT rounds the update first: in bf16 small ones are lost.
     """
     for name, layer in adapted.named_modules():
         if hasattr(layer, "lora_A"):
             stacked = hasattr(layer, "get_param")
             weight = layer.get_param() if stacked else layer.get_base_layer().weight
-            dtype = weight.dtype
             weight.data = weight.data.float()
             layer.merge()
             weight.data = weight.data.to(dtype)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuneloom.errors import ConfigError
+
 
 def master(engine: Any, parameter: nn.Parameter) -> Tensor:
     """The whole fp32 value of one trained parameter, on all ranks; collective under ZeRO."""
@@ -100,8 +102,13 @@ def _names(tensors: list[Any]) -> list[str]:
     return sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
 
 
-def adam_state(entry: dict[str, Any]) -> dict[str, Tensor]:
-    """step, exp_avg and exp_avg_sq of a parameter under AdamW."""
+def adam_state(entry: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """step, exp_avg and exp_avg_sq of a parameter; raises ConfigError for another optimizer's."""
+    if not {"step", "exp_avg", "exp_avg_sq"} <= set(entry):
+        raise ConfigError(
+            f"zero.stage: the optimizer state of {name} ({', '.join(sorted(entry))}) cannot move "
+            "between ZeRO-0 and the other stages, only AdamW's can; keep zero.stage as it was"
+        )
     step = torch.as_tensor(entry["step"], dtype=torch.float32)
     return {"step": step, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
 

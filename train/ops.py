@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from tuneloom.train.config import ZeroConfig
 from tuneloom.train.runs import LOCKLESS
 
 logger = logging.getLogger("tuneloom")
+LONGEST_SECONDS = 3600.0
+"""No build takes so long."""
 
 
 def build_ops(zero: ZeroConfig) -> None:
@@ -30,16 +33,30 @@ def build_ops(zero: ZeroConfig) -> None:
     """
     if zero.offload == zero.offload_parameters == "none":
         return
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
     builders = [CPUAdamBuilder()] if zero.offload != "none" else []
     if "nvme" in (zero.offload, zero.offload_parameters):
         builders.append(AsyncIOBuilder())
+    if all(installed_ops.get(builder.name) for builder in builders):
+        return  # built when DeepSpeed was installed, as in images
     with _alone() as folder:
-        for stale in folder.glob("*/lock"):  # nobody else builds here
-            stale.unlink()
+        _remove_stale_locks(folder)
         for builder in builders:
             builder.load(verbose=False)
+
+
+def _remove_stale_locks(folder: Path) -> None:
+    """Nobody else builds here, but on another host where a mount keeps locks of each host alone."""
+    owner, host = folder / "host", platform.node()
+    ours = owner.exists() and owner.read_text(encoding="utf-8") == host
+    locks = list(folder.glob("*/lock"))
+    for lock in locks:
+        if ours or time.time() - lock.stat().st_mtime > LONGEST_SECONDS:
+            lock.unlink()
+    if ours or not locks:
+        owner.write_text(host, encoding="utf-8")
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def load_unsharded(engine: Any, converted: Path) -> None:
             low.copy_(high)
             engine.basic_optimizer.state[high] = {
                 key: value if key == "step" else value.reshape(high.shape).to(high.device)
-                for key, value in masters.adam_state(held).items()
+                for key, value in masters.adam_state(held, name).items()
             }
     masters.place_steps(engine.basic_optimizer)
     _count_on(engine, folder / WHOLE)
@@ -153,7 +153,7 @@ def _split(whole: Path, target: Path) -> None:
     for index, name in enumerate(names):
         folder = target / PARAMETERS / name
         folder.mkdir(parents=True)
-        moments = masters.adam_state(plain["state"][index])
+        moments = masters.adam_state(plain["state"][index], name)
         moments["fp32"] = high[index].detach() if high else state["module"][name]
         torch.save(moments.pop("step"), folder / "step.pt")
         for key, value in moments.items():

@@ -25,6 +25,6 @@ def own_folder(parent: Path | None = None) -> Path:
     if not is_private(folder):
         raise RefusedError(
             f"{folder} is not this user's alone, and code is run and tokens are kept there; remove "
-            "it, or set TMPDIR"
+            f"it{', or set TMPDIR' if parent is None else ''}"
         )
     return folder

@@ -14,7 +14,7 @@ import pytest
 
 from tuneloom import cli
 from tuneloom.config import build
-from tuneloom.errors import RefusedError
+from tuneloom.errors import Stopped
 from tuneloom.launch import supervise
 from tuneloom.launch.config import LaunchConfig
 from tuneloom.testing import free_port, metrics, small_config
@@ -174,9 +174,17 @@ def test_whether_ranks_hold_a_gpu_is_decided_once(
     assert seen == [1, 1] and "no GPU" not in capsys.readouterr().out
     supervise.attempts(config, launch, [], None)
     assert "launch.gpus_per_worker=auto: no GPU in this cluster" in capsys.readouterr().out
-    two = LaunchConfig(kind="ray", nodes=2, workers=2, min_workers=1)
-    with pytest.raises(RefusedError, match="1 of 2 nodes joined, none with a GPU"):
-        supervise.attempts(config, two, [], None)
+    # A second node that may have them has its time to join; then processors it is.
+    waits = LaunchConfig(kind="ray", nodes=2, workers=2, min_workers=1, wait_seconds=1)
+    started = time.monotonic()
+    supervise.attempts(config, waits, [], None)
+    assert time.monotonic() - started >= 1 and seen[-1] == 0
+    with pytest.raises(Stopped, match="1 of 2 nodes had joined"):
+        supervise.attempts(config, waits, [signal.SIGTERM], None)
+    found = iter([{}, {"GPU": 8.0}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: next(found))
+    supervise.attempts(config, waits, [], None)
+    assert seen[-1] == 1
 
 
 def test_sigterm_while_ray_starts_ends_with_75(

@@ -125,14 +125,17 @@ def test_a_job_asks_for_what_its_config_says_and_has_nothing_of_the_job_that_sub
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     program(tmp_path / "bin", "sbatch", f"env > {tmp_path}/given; echo 1")
-    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF", "SBATCH_PARTITION",
-                 "SBATCH_NO_REQUEUE"):  # fmt: skip
-        monkeypatch.setenv(name, "of the outer job")
+    outer = ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF", "SLURM_JWT",
+             "SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SBATCH_ACCOUNT", "SBATCH_QOS")  # fmt: skip
+    for name in outer:
+        monkeypatch.setenv(name, "of the shell")
     command = ["experiment=demo", f"run.root={tmp_path}/runs", "launch=slurm",
-               "launch.follow=false"]  # fmt: skip
+               "launch.partition=debug", "launch.follow=false"]  # fmt: skip
     assert cli.main(["train", *command]) == 0
     given = (tmp_path / "given").read_text(encoding="utf-8")
-    assert re.findall("(?:SLURM|SBATCH)_[A-Z_]+", given) == ["SLURM_CONF"]
+    names = sorted(re.findall("(?:SLURM|SBATCH)_[A-Z_]+", given))
+    # No key of ours says the account here, nor ever a quality of service.
+    assert names == ["SBATCH_ACCOUNT", "SBATCH_QOS", "SLURM_CONF", "SLURM_JWT"]
     assert "what to ask for: SBATCH_NO_REQUEUE, SBATCH_PARTITION\n" in capsys.readouterr().out
 
 
