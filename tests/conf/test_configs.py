@@ -78,6 +78,14 @@ def test_ranks_that_cannot_share_packs_are_refused_before_a_process_starts() -> 
     assert train(*NEEDED, "launch.workers=8", "batch.sequence_parallel=4").launch.workers == 8
 
 
+def test_state_that_cannot_move_to_fewer_ranks_is_refused_before_a_process_starts() -> None:
+    words = (*NEEDED, "launch=ray", "launch.nodes=2", "launch.workers=2", "launch.min_workers=1",
+             "optim=muon", "optim.clip=0", "method=full")  # fmt: skip
+    assert "launch.min_workers: the state of optim.name=muon cannot move" in refused(*words)
+    assert train(*words, "zero=stage0").launch.min_workers == 1
+    assert train(*words, "launch.min_workers=2").launch.min_workers == 2
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

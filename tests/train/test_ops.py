@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tuneloom.train.config import ZeroConfig
+from tuneloom.train.ops import build_ops
+
 BUILD = (
     "from tuneloom.train.config import ZeroConfig; from tuneloom.train.ops import build_ops;"
     "build_ops(ZeroConfig(stage=2, offload='cpu'))"
@@ -46,6 +49,16 @@ def test_a_build_goes_on_where_one_was_killed(tmp_path: Path) -> None:
     said, _ = waits.communicate(timeout=60)
     assert "of the second" in said
     assert not list((tmp_path / "extensions").glob("*/*/cpu_adam/lock"))
+
+
+def test_an_op_that_deepspeed_brings_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.git_version_info import installed_ops
+
+    monkeypatch.setitem(installed_ops, "cpu_adam", True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    build_ops(ZeroConfig(stage=2, offload="cpu"))
+    with pytest.raises(OSError):
+        build_ops(ZeroConfig(stage=3, offload="nvme"))
 
 
 @pytest.mark.parametrize(
