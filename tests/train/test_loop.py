@@ -298,7 +298,7 @@ def turns(*texts: str) -> dict[str, Any]:
 
 
 def test_validation_rows_that_are_all_too_long_are_refused(lab: Path, one: Gang) -> None:
-    with pytest.raises(DataError, match=r"data\.validation: all 1 rows of .* longer than batch"):
+    with pytest.raises(DataError, match=r"all of the first 1 rows .* longer than batch"):
         one.fit(validating(lab, "all-long", turns("question", "answer 9 " * 99)))
 
 
