@@ -28,19 +28,12 @@ OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs -o size=2g tmpfs /dev/shm && exec "$@"
 """Words before a command inside a host: `ip netns exec` gives it mounts that no other sees."""
 
 
-def lacks() -> str | None:
-    """What this machine lacks for two hosts; None when it has it."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        return "hosts: network namespaces need root and `ip` (iproute2)"
-    return None
-
-
 class Hosts:
     """Host `a` holds the head and one slot, `b` one slot; leaving kills all that runs on both."""
 
     def __init__(self) -> None:
-        if lacking := lacks():
-            raise RefusedError(lacking)
+        if os.geteuid() != 0 or shutil.which("ip") is None:
+            raise RefusedError("hosts: network namespaces need root and `ip` (iproute2)")
         # Short: Ray's socket names must stay under 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="tl"))
         self._started: list[subprocess.Popen[bytes]] = []

@@ -76,10 +76,10 @@ def test_fp16_follows_fp32_within_its_precision(
 
 def test_a_run_in_fp32_that_goes_on_in_fp16_scales_its_loss(lab: Path) -> None:
     saved = lab / "runs/unscaled/checkpoints/step-000008"
-    taker = config(lab, "scaled", 1) | {"steps": 10, "resume": str(saved), "model": half(lab)}
+    taker = config(lab, "scaled-anew", 1) | {"steps": 10, "resume": str(saved), "model": half(lab)}
     ran = train(config(lab, "unscaled", 1), taker)
     assert ran.returncode == 0, ran.stderr
-    assert metrics(lab, "scaled", "train/loss_scale") == [65536.0] * 2
+    assert metrics(lab, "scaled-anew", "train/loss_scale") == [65536.0] * 2
 
 
 def test_an_overflow_halves_the_scale_skips_the_step_and_is_counted_but_no_bad_step(
